@@ -1,0 +1,122 @@
+"""Clip functions: from the norm of an example's gradient to the factor it is multiplied with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from perexample.errors import ConfigurationError, CrossExampleError
+
+
+class Clip:
+    """A function from norms ``[N]`` and a bound C to factors ``[N]`` with ``factor * norm <= C``."""
+
+    def __call__(self, norms: Tensor, bound: float) -> Tensor:
+        """Factors for these norms."""
+        raise NotImplementedError
+
+
+class Flat(Clip):
+    """``min(1, C / ||g||)``: long gradients are shortened to C, others left alone.
+
+    References:
+        Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
+    """
+
+    def __call__(self, norms: Tensor, bound: float) -> Tensor:
+        """Factors for these norms."""
+        return (bound / norms).clamp_max(1.0)
+
+
+class Automatic(Clip):
+    """``C / (||g|| + stability)``: every gradient is scaled to nearly length C (AUTO-S).
+
+    Args:
+        stability: Keeps short gradients shorter than long ones; greater than 0.
+
+    References:
+        Bu et al. 2022, arXiv:2206.07136, equation 4.
+    """
+
+    def __init__(self, stability: float = 0.01) -> None:
+        """Check the argument."""
+        self.stability = _positive("stability", stability)
+
+    def __call__(self, norms: Tensor, bound: float) -> Tensor:
+        """Factors for these norms."""
+        return bound / (norms + self.stability)
+
+
+class Global(Clip):
+    """``C / Z`` for gradients no longer than Z, 0 for others: directions and ratios of what is kept stay as they are.
+
+    Args:
+        threshold: Z; by default the bound C, so that what is kept is left alone.
+
+    References:
+        Bu et al. 2021, arXiv:2106.07830, section 4.
+    """
+
+    def __init__(self, threshold: float | None = None) -> None:
+        """Check the argument."""
+        self.threshold = None if threshold is None else _positive("threshold", threshold)
+
+    def __call__(self, norms: Tensor, bound: float) -> Tensor:
+        """Factors for these norms."""
+        threshold = bound if self.threshold is None else self.threshold
+        return torch.where(norms <= threshold, bound / threshold, 0.0)
+
+
+class _Custom(Clip):
+    """A user's function of the norms, held to the bound and to examples being independent."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, norms: Tensor, bound: float) -> Tensor:
+        factors = self._apply(norms)
+        half = len(norms) // 2
+        if half and not torch.equal(torch.cat([self._apply(norms[:half]), self._apply(norms[half:])]), factors):
+            raise CrossExampleError(
+                "ClippedGrad(clip=...): the function gives other factors for a part of the norms than for all; each "
+                "factor must depend on the norm of its own example only, or the sensitivity is unknown."
+            )
+        return factors.clamp(min=0.0).minimum(bound / norms)
+
+    def _apply(self, norms: Tensor) -> Tensor:
+        factors = self.function(norms)
+        if not isinstance(factors, Tensor) or factors.shape != norms.shape:
+            got = list(factors.shape) if isinstance(factors, Tensor) else type(factors).__name__
+            raise ConfigurationError(
+                f"ClippedGrad(clip=...): the function returned {got} for norms of shape {list(norms.shape)}; it must "
+                f"return a tensor with one factor for each norm."
+            )
+        return factors.to(norms)
+
+
+_BY_NAME = {"flat": Flat, "automatic": Automatic, "global": Global}
+
+
+def make_clip(clip: str | Clip | Callable[[Tensor], Tensor]) -> Clip:
+    """The clip function for what a user passed."""
+    if isinstance(clip, Clip):
+        return clip
+    if isinstance(clip, str) and clip in _BY_NAME:
+        return _BY_NAME[clip]()
+    if isinstance(clip, type) and issubclass(clip, Clip):
+        raise ConfigurationError(f"clip is the class {clip.__name__}; pass an instance: {clip.__name__}().")
+    if callable(clip):
+        return _Custom(clip)
+    raise ConfigurationError(
+        f"clip must be one of {', '.join(map(repr, _BY_NAME))}, a Clip, or a function from norms [N] to factors [N]; "
+        f"not {clip!r}."
+    )
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"{name} must be a finite number greater than 0, not {value!r}.")
+    return float(value)

@@ -1,0 +1,58 @@
+"""Per-example gradients, norms and clipped sums during ``loss.backward()``, and private training on top."""
+
+from . import rules as _rules  # registers the rules
+from ._engine.backward import perex
+from .check import CheckReport, check
+from .errors import (
+    BatchAxisError,
+    CheckFailedError,
+    ConfigurationError,
+    CrossExampleError,
+    ExtensionError,
+    LossError,
+    NonFiniteExampleWarning,
+    PerExampleError,
+    RuleContractError,
+    StaleGradientError,
+    UncoveredParameterError,
+    UnsupportedModuleError,
+)
+from .extension import Extension, ParameterView
+from .model import extend, unextend
+from .optim import DP_SGD, privatize
+from .plan import Plan, plan
+from .rule import Call, Rule, register_rule, registered_rules
+from .rules import GenericRule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DP_SGD",
+    "BatchAxisError",
+    "Call",
+    "CheckFailedError",
+    "CheckReport",
+    "ConfigurationError",
+    "CrossExampleError",
+    "Extension",
+    "ExtensionError",
+    "GenericRule",
+    "LossError",
+    "NonFiniteExampleWarning",
+    "ParameterView",
+    "PerExampleError",
+    "Plan",
+    "Rule",
+    "RuleContractError",
+    "StaleGradientError",
+    "UncoveredParameterError",
+    "UnsupportedModuleError",
+    "check",
+    "extend",
+    "perex",
+    "plan",
+    "privatize",
+    "register_rule",
+    "registered_rules",
+    "unextend",
+]

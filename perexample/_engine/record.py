@@ -1,0 +1,199 @@
+"""The forward side: hooks that see every call of a module and leave taps in the graph."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import parametrize
+
+from .._private import inside_functorch, own_parameters
+from .._tree import tensors_in
+from ..errors import BatchAxisError
+from ..rule import Rule, refusal, rule_for
+from ..rules.generic import GenericRule, graded
+from .tap import Tap
+
+ROOTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every extended model that is alive
+_GENERIC = GenericRule()
+
+
+class Record:
+    """One outermost forward of an extended model.
+
+    Attributes:
+        root_name: How the module that was called is named in messages.
+        batch_dim: Axis of the inputs that holds the examples.
+        refused: Modules called in it that mix examples, with the reason.
+    """
+
+    def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
+        """Note the sizes of the inputs along the batch axis."""
+        self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
+        self.input_sizes = self._sizes((args, kwargs))
+        self.output_sizes: list[int] = []
+        self.refused: list[tuple[str, str]] = []
+        self.calls: dict[int, int] = {}
+
+    def _sizes(self, tree: Any) -> list[int]:
+        return [t.shape[self.batch_dim] for t in tensors_in(tree) if t.dim() > self.batch_dim]
+
+    def finish(self, output: Any) -> None:
+        """Note the sizes of the outputs too."""
+        self.output_sizes = self._sizes(output)
+
+    @property
+    def n(self) -> int:
+        """Number of examples: the size that the inputs share, or share with the outputs."""
+        sizes = set(self.input_sizes)
+        if len(sizes) > 1:
+            sizes &= set(self.output_sizes)
+        if len(sizes) > 1 and self.input_sizes[0] in sizes:
+            sizes = {self.input_sizes[0]}
+        if len(sizes) != 1:
+            raise BatchAxisError(
+                f"The number of examples in the call of `{self.root_name}` cannot be told: its input tensors have "
+                f"the sizes {self.input_sizes} along axis {self.batch_dim}. Pass the data as tensors with the "
+                f"examples on that axis, or name another axis with extend(model, batch_dim=...)."
+            )
+        return sizes.pop()
+
+    def call_name(self, module: nn.Module, name: str) -> str:
+        """The module's path, with a number from its second call on."""
+        count = self.calls[id(module)] = self.calls.get(id(module), 0) + 1
+        name = name or type(module).__name__
+        return name if count == 1 else f"{name}#{count}"
+
+
+@dataclass
+class _Frame:
+    """A module call under way."""
+
+    module: nn.Module
+    record: Record
+    inside: bool  # below a tap, or where hooks must stay silent
+    rule: Rule | None = None
+    before: dict[str, Any] = field(default_factory=dict)
+
+
+class _State(threading.local):
+    """What is under way in this thread."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+        self.quiet = 0
+
+
+_STATE = _State()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Rules may call modules: no taps then."""
+    _STATE.quiet += 1
+    try:
+        yield
+    finally:
+        _STATE.quiet -= 1
+
+
+def forget_forwards() -> None:
+    """Drop calls that an interrupt left behind; none can be under way where this is called."""
+    _STATE.frames.clear()
+
+
+def unit_rule(module: nn.Module) -> Rule | None:
+    """The rule of a module whose parameters are handled as one, ``None`` for one that only contains others."""
+    rule = rule_for(module)
+    if rule is not None:
+        return rule
+    leaf = next(module.children(), None) is None
+    return _GENERIC if leaf or parametrize.is_parametrized(module) else None
+
+
+def unit_parameters(module: nn.Module, rule: Rule) -> dict[str, nn.Parameter]:
+    """The parameters a rule answers for that need a gradient, by their names in the module."""
+    named = module.named_parameters() if isinstance(rule, GenericRule) else own_parameters(module).items()
+    return {name: p for name, p in named if p is not None and p.requires_grad}
+
+
+class Enter:
+    """Forward pre-hook: opens a frame, and with the outermost one a record."""
+
+    def __init__(self, name: str, batch_dim: int, root: bool) -> None:
+        """Hooks hold no reference to any module, so copies and pickles of a model stay whole."""
+        self.name, self.batch_dim, self.root = name, batch_dim, root
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note what is called, and whether a tap is to be left."""
+        if _STATE.quiet or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        frames = _STATE.frames
+        if frames:
+            record, inside = frames[-1].record, frames[-1].inside or frames[-1].rule is not None
+        else:
+            record, inside = self._open(module, args, kwargs)
+        frame = _Frame(module, record, inside)
+        frames.append(frame)
+        if inside:
+            return
+        if reason := refusal(module):
+            record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
+        rule = unit_rule(module)
+        if rule is not None and unit_parameters(module, rule):
+            frame.rule = rule
+            if isinstance(rule, GenericRule):
+                frame.before = rule.before(module, args, kwargs)
+
+    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Record, bool]:
+        if self.root:
+            ROOTS.add(module)
+        transformed = any(inside_functorch(t) for t in tensors_in((args, kwargs)))
+        return Record(module, self.name, self.batch_dim, args, kwargs), transformed
+
+
+class Exit:
+    """Forward hook: closes the frame and leaves the tap; runs after a failed forward too."""
+
+    def __init__(self, name: str) -> None:
+        """The path is all it needs."""
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Leave a tap if a rule answers for this module and its output carries gradients."""
+        frames = _STATE.frames
+        if _STATE.quiet or not any(frame.module is module for frame in frames):
+            return
+        while (frame := frames.pop()).module is not module:
+            pass  # frames of calls that ended without their hook
+        if frame.rule is not None and output is not None:
+            _leave_tap(frame, self.name, args, kwargs, output)
+        if not frames:
+            frame.record.finish(output)
+
+
+def _leave_tap(frame: _Frame, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+    module, rule, record = frame.module, frame.rule, frame.record
+    assert rule is not None
+    inputs = list(tensors_in((args, kwargs)))
+    outputs = [t for t in graded(output) if t.grad_fn is not None and not _is_input(t, inputs)]
+    if not outputs or len(outputs) != len(graded(output)):
+        return
+    saved = rule.capture(module, args, kwargs, output)
+    if isinstance(rule, GenericRule):
+        saved |= rule.after(module, frame.before)
+    tap = Tap(record.call_name(module, name), rule, module, unit_parameters(module, rule), record, saved)
+    tap.attach(outputs, inputs)
+
+
+def _is_input(output: Tensor, inputs: list[Tensor]) -> bool:
+    """Whether a module hands an input through, so that its parameters took no part."""
+    edge = get_gradient_edge(output)
+    return any(t.grad_fn is edge.node and t.output_nr == edge.output_nr for t in inputs)

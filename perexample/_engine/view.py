@@ -1,0 +1,84 @@
+"""The per-example gradient of one parameter, summed over all its taps, as extensions see it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..terms import Term, combine
+from ..rule import at_least_float32
+
+
+class ParameterView:
+    """Per-example gradient of one parameter: of each example's own loss, over every use of the parameter.
+
+    Attributes:
+        name: Name of the parameter in the extended model.
+        param: The parameter.
+        n: Number of examples N.
+    """
+
+    def __init__(self, name: str, param: nn.Parameter, n: int, scale: float) -> None:
+        """A parameter that nothing has reached yet: its gradients are zero."""
+        self.name, self.param, self.n = name, param, n
+        self._scale = scale
+        self._terms: list[Term] = []
+        self._combined: Term | None = None
+        self._grad_batch: Tensor | None = None
+        self._l2: Tensor | None = None
+
+    def add(self, term: Term) -> None:
+        """Add the term of one more tap."""
+        self._terms.append(term)
+        self._combined = self._grad_batch = self._l2 = None
+
+    def drop(self) -> None:
+        """Let go of everything that is held; only what was computed already can be asked for again."""
+        self._terms, self._combined, self._grad_batch, self._l2 = [], None, None, None
+
+    @property
+    def term(self) -> Term | None:
+        """The sum over all taps, unevaluated; ``None`` if every gradient is zero."""
+        if self._combined is None and self._terms and self.n:
+            self._combined = combine(self._terms)
+        return self._combined if self.n else None
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros on the parameter's device, in at least float32."""
+        empty = at_least_float32(self.param.new_empty(0))
+        return empty.new_zeros(shape, dtype=dtype)
+
+    def grad_batch(self) -> Tensor:
+        """Gradients of the examples' own losses, ``[N, *p.shape]``."""
+        if self._grad_batch is None:
+            term = self.term
+            if term is None:
+                self._grad_batch = self.zeros(self.n, *self.param.shape)
+            else:
+                self._grad_batch = term.dense() * self._scale
+        return self._grad_batch
+
+    def batch_l2(self) -> Tensor:
+        """Their squared L2 norms, ``[N]``, in float64."""
+        if self._l2 is None:
+            term = self.term
+            self._l2 = self.zeros(self.n, dtype=torch.float64) if term is None else term.batch_l2() * self._scale**2
+        return self._l2
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        """``sum_n w_n g_n``, ``[*p.shape]``; an example of weight 0 contributes exactly 0, even if it is not finite."""
+        term = self.term
+        used = w != 0
+        if term is None or not used.any():
+            return self.zeros(*self.param.shape)
+        if not used.all():
+            term, w = term.select(used), w[used]
+        zeros = self.zeros(*self.param.shape)
+        return term.weighted_sum((w * self._scale).to(zeros.device, zeros.dtype)).to(zeros.dtype)
+
+    def batch_dot(self) -> Tensor:
+        """Inner products of the examples' gradients, ``[N, N]``."""
+        term = self.term
+        return self.zeros(self.n, self.n) if term is None else term.batch_dot() * self._scale**2
+
+

@@ -1,0 +1,62 @@
+"""The few uses of private PyTorch names, all in one place; tests/test_private.py notices when one changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def inside_functorch(tensor: Tensor) -> bool:
+    """Whether the tensor is a wrapper of ``torch.func`` (vmap, grad, ...), where hooks must stay silent."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def overridden_forward(module: nn.Module) -> bool:
+    """Whether this very object carries its own ``forward``, as some offloading libraries install."""
+    return "forward" in module.__dict__
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written to in place."""
+    return tensor._version
+
+
+def has_hook(module: nn.Module, kind: type) -> bool:
+    """Whether a forward pre-hook of this kind is registered."""
+    return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Parameters owned directly, by name; unlike ``named_parameters`` it keeps one parameter under two names."""
+    return module._parameters
+
+
+def reentrant_checkpoint(node_name: str) -> bool:
+    """Whether a graph node is a reentrant activation checkpoint, whose inner graph cannot be seen."""
+    return node_name == "CheckpointFunctionBackward"
+
+
+# Losses whose graph node keeps the reduction it was called with; 1 is "mean" and 2 is "sum" in ATen.
+_REDUCTION = {1: "mean", 2: "sum"}
+
+
+def loss_reduction_of(node: object) -> str | None:
+    """The reduction that a loss node was called with, where the node remembers it."""
+    return _REDUCTION.get(getattr(node, "_saved_reduction", -1))
+
+
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Remove all forward hooks of these kinds, also from copies, whose handles nobody has."""
+    ids = [key for table in (module._forward_hooks, module._forward_pre_hooks) for key, hook in table.items() if isinstance(hook, kinds)]
+    for name in _HOOK_TABLES:
+        for key in ids:
+            getattr(module, name).pop(key, None)

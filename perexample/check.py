@@ -1,0 +1,265 @@
+"""`check`: compare a model's per-example gradients with one backward per example, and probe their independence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._engine.backward import perex
+from ._table import table
+from ._tree import map_tensors, tensors_in
+from .errors import CheckFailedError, ConfigurationError, CrossExampleError
+from .extension import Extension, ParameterView
+from .model import extend
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """What was found for one parameter.
+
+    Attributes:
+        parameter: Its name.
+        shape: Its shape.
+        gradient: Worst relative error of its per-example gradients.
+        norm: Worst relative error of their squared norms.
+        weighted_sum: Relative error of a weighted sum of them.
+        independence: How much an example's gradient moved, relatively, when another example was exchanged.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    gradient: float
+    norm: float
+    weighted_sum: float
+    independence: float
+
+    @property
+    def error(self) -> float:
+        """The worst error against the reference."""
+        return max(self.gradient, self.norm, self.weighted_sum)
+
+
+@dataclass
+class CheckReport:
+    """What `check` found; prints as a table.
+
+    Attributes:
+        rows: One for each trainable parameter.
+        tolerance: Errors up to this pass.
+        notes: What was done to the copy of the model that was checked.
+    """
+
+    rows: list[CheckRow]
+    tolerance: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agrees and no example moved another."""
+        return not self.wrong and not self.mixed
+
+    @property
+    def wrong(self) -> list[CheckRow]:
+        """Parameters that differ from the reference."""
+        return [row for row in self.rows if not row.error <= self.tolerance]
+
+    @property
+    def mixed(self) -> list[CheckRow]:
+        """Parameters where examples move each other's gradients."""
+        return [row for row in self.rows if not row.independence <= self.tolerance]
+
+    def __str__(self) -> str:
+        """The rows as a table, and the verdict."""
+        header = ("parameter", "shape", "grad_batch", "batch_l2", "weighted sum", "independence", "")
+        rows = [
+            (
+                row.parameter, str(list(row.shape)), f"{row.gradient:.0e}", f"{row.norm:.0e}", f"{row.weighted_sum:.0e}",
+                f"{row.independence:.0e}", "FAIL" if row in self.wrong or row in self.mixed else "ok",
+            )
+            for row in self.rows
+        ]  # fmt: skip
+        verdict = f"{'all right' if self.ok else 'NOT right'}: relative errors in float64, tolerance {self.tolerance:g}"
+        return "\n".join([table(header, rows), verdict, *self.notes])
+
+
+class _Quantities(Extension):
+    """All ways in which a view can be asked."""
+
+    field = "check_quantities"
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def compute(self, view: ParameterView) -> None:
+        norms, weighted = view.batch_l2(), view.weighted_sum(_weights(view.n))
+        self.found[view.name] = (view.grad_batch(), norms, weighted)
+
+
+def _weights(n: int) -> Tensor:
+    return torch.arange(1, n + 1, dtype=torch.float64) / n
+
+
+def check(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    *batch: Any,
+    loss_reduction: str = "mean",
+    tolerance: float = 1e-9,
+    raises: bool = True,
+) -> CheckReport:
+    """Compare with one ``torch.autograd.grad`` per example, in float64, for every parameter.
+
+    The loss is ``loss_fn(model(*inputs), target)`` with the last of ``batch`` as target, or ``loss_fn(model(x))`` if
+    there is only one. Then, example by example, one is exchanged, and no other's gradient may move. A copy of the model
+    is used, with dropout off; yours is left as it is.
+
+    Args:
+        model: The model; it need not be extended.
+        loss_fn: Returns a scalar loss.
+        batch: Inputs and target, tensors or nested structures of them, examples on axis 0; two or more examples.
+        loss_reduction: How the loss joins the examples, as for `perex`.
+        tolerance: Largest relative error that passes.
+        raises: Raise an error if something is wrong; otherwise only the report tells.
+
+    Returns:
+        A report that prints as a table.
+
+    Raises:
+        CheckFailedError: If a gradient, norm or sum differs from the reference; holds the report.
+        CrossExampleError: If examples move each other's gradients, as a mean over the batch makes them.
+        ConfigurationError: If the batch cannot be cut into examples, or the model is random.
+
+    Example:
+        >>> from perexample import check
+        >>> report = check(nn.Linear(3, 2), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2))
+        >>> report.ok
+        True
+    """
+    model, notes = _prepared(model)
+    batch = tuple(map_tensors(_double, part) for part in batch)
+    n = _size(batch)
+    _refuse_random(model, loss_fn, batch)
+    found = _measured(model, loss_fn, batch, loss_reduction)
+    wanted = _reference(model, loss_fn, batch, n)
+    moved = _moved(model, loss_fn, batch, n, loss_reduction, found)
+    rows = [_compare(name, wanted[name], found[name], moved[name]) for name in wanted]
+    report = CheckReport(rows, tolerance, notes)
+    if raises and report.mixed:
+        names = ", ".join(f"`{row.parameter}`" for row in report.mixed)
+        raise CrossExampleError(f"Exchanging one example moves the gradients of others, at {names}:\n{report}")
+    if raises and report.wrong:
+        names = ", ".join(f"`{row.parameter}`" for row in report.wrong)
+        raise CheckFailedError(f"Per-example gradients differ from the reference, at {names}:\n{report}", report)
+    return report
+
+
+def _prepared(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """An extended float64 copy without dropout."""
+    model = copy.deepcopy(model).double()
+    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p]
+    for module in dropouts:
+        module.eval()
+    notes = [f"{len(dropouts)} dropout modules were switched off for the comparison"] if dropouts else []
+    return extend(model), notes
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double() if t.is_floating_point() else t.detach()
+
+
+def _size(batch: tuple) -> int:
+    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in(batch)}
+    if len(sizes) != 1 or min(sizes) < 2:
+        raise ConfigurationError(
+            f"check needs a batch of two or more examples on axis 0 of every tensor; the sizes there are {sorted(sizes)}."
+        )
+    return sizes.pop()
+
+
+def _loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> Tensor:
+    inputs, target = (batch, ()) if len(batch) == 1 else (batch[:-1], batch[-1:])
+    return loss_fn(model(*inputs), *target)
+
+
+def _refuse_random(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> None:
+    with torch.no_grad(), _kept_buffers(model):
+        first, second = _loss(model, loss_fn, batch), _loss(model, loss_fn, batch)
+    if not torch.equal(first, second) and bool(first.isfinite().all()):
+        raise ConfigurationError(
+            "The model draws random numbers (functional dropout?), so no two forwards can be compared; "
+            "call model.eval() before check."
+        )
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    kept = {name: b.clone() for name, b in model.named_buffers()}
+    yield
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            buffer.copy_(kept[name])
+
+
+def _measured(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, reduction: str) -> dict[str, Any]:
+    quantities = _Quantities()
+    with perex(quantities, loss_reduction=reduction, grad=False), _kept_buffers(model):
+        _loss(model, loss_fn, batch).backward()
+    return quantities.found
+
+
+def _reference(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: dict[str, list[Tensor]] = {name: [] for name in named}
+    for i in range(n):
+        with _kept_buffers(model):
+            one = tuple(map_tensors(lambda t, i=i: t[i : i + 1], part) for part in batch)
+            grads = torch.autograd.grad(_loss(model, loss_fn, one), list(named.values()), allow_unused=True)
+        for (name, p), grad in zip(named.items(), grads, strict=True):
+            rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense())
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def _moved(
+    model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int, reduction: str, found: dict[str, Any]
+) -> dict[str, float]:
+    """Exchange one example after the other (up to 8) for its neighbour, and see what else moves."""
+    moved = dict.fromkeys(found, 0.0)
+    for j in range(0, n, max(1, n // 8)):
+        other = tuple(map_tensors(lambda t, j=j: _exchanged(t, j), part) for part in batch)
+        for name, (gradients, _, _) in _measured(model, loss_fn, other, reduction).items():
+            rest = torch.arange(n) != j
+            moved[name] = max(moved[name], _relative(gradients[rest], found[name][0][rest]))
+    return moved
+
+
+def _exchanged(t: Tensor, j: int) -> Tensor:
+    t = t.clone()
+    t[j] = t[(j + 1) % t.shape[0]] * (1.5 if t.is_floating_point() else 1)
+    return t
+
+
+def _compare(name: str, wanted: Tensor, found: tuple[Tensor, Tensor, Tensor], moved: float) -> CheckRow:
+    gradients, norms, weighted = found
+    return CheckRow(
+        parameter=name,
+        shape=tuple(wanted.shape[1:]),
+        gradient=_relative(gradients, wanted),
+        norm=_relative(norms, wanted.flatten(1).square().sum(1)),
+        weighted_sum=_relative(weighted, torch.tensordot(_weights(len(wanted)), wanted, dims=1)),
+        independence=moved,
+    )
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest value wanted."""
+    if not wanted.numel():
+        return 0.0
+    scale = wanted.abs().max().item()
+    difference = (found - wanted).abs().max().item()
+    return difference if scale == 0 else difference / scale

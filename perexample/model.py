@@ -1,0 +1,84 @@
+"""`extend` and `unextend`: make a model known to `perex`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ._engine.record import ROOTS, Enter, Exit
+from ._private import remove_hooks
+from .errors import ConfigurationError, UnsupportedModuleError
+from .rule import refusal
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def extend(model: M, *, batch_dim: int = 0) -> M:
+    """Register the rules of a model's modules, so that `perex` can see their calls.
+
+    The same object is returned: same class, same ``state_dict``, no wrapper. Copies and pickles of it are extended
+    too. Modules put into the model later need another call; calling it again is harmless.
+
+    Args:
+        model: Any `torch.nn.Module`; also one that is part of another.
+        batch_dim: Axis of the model's inputs that holds the examples.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedModuleError: If a module can never have per-example gradients, such as BatchNorm in training mode;
+            the message names it.
+        ConfigurationError: If ``model`` or ``batch_dim`` is not what it must be.
+
+    Example:
+        >>> from perexample import extend
+        >>> model = extend(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"extend takes a torch.nn.Module, not {type(model).__name__}.")
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
+        raise ConfigurationError(f"batch_dim must be an axis number 0, 1, ..., not {batch_dim!r}.")
+    named = list(model.named_modules())
+    for path, module in named:
+        _refuse(path or type(module).__name__, module)
+    for path, module in named:
+        remove_hooks(module, (Enter, Exit))
+        if next(module.parameters(), None) is not None or next(module.children(), None) is None:
+            module.register_forward_pre_hook(Enter(path, batch_dim, module is model), with_kwargs=True)
+            module.register_forward_hook(Exit(path), prepend=True, with_kwargs=True, always_call=True)
+    ROOTS.add(model)
+    return model
+
+
+def unextend(model: M) -> M:
+    """Undo `extend`: remove its hooks and the fields that extensions left on the parameters.
+
+    Args:
+        model: A model given to `extend` before; nothing happens to any other.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        remove_hooks(module, (Enter, Exit))
+    ROOTS.discard(model)
+    return model
+
+
+def _refuse(path: str, module: Any) -> None:
+    """Raise for what can never be per-example, naming the module."""
+    kind = type(module).__name__
+    if reason := refusal(module):
+        raise UnsupportedModuleError(f"`{path}` ({kind}) {reason}.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModuleError(f"`{path}` ({kind}) is scripted, so its forward cannot be seen; extend the original.")
+    if kind == "OptimizedModule":
+        raise UnsupportedModuleError(f"`{path}` is a compiled model; extend the model itself, without torch.compile.")
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UnsupportedModuleError(f"`{path}` ({kind}) copies or reduces gradients itself; call extend(model.module).")
+    for name, p in module.named_parameters(recurse=False):
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UnsupportedModuleError(f"`{path}` ({kind}) has no shape yet (`{name}`); run one forward before extend().")

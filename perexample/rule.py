@@ -1,0 +1,253 @@
+"""Rules: the derivative algebra of one kind of module, and the registry that finds them.
+
+A rule is one class. It gives ``grad_batch``, and where it knows something cheaper than forming ``[N, *p.shape]`` also
+``batch_l2``, ``weighted_sum``, ``batch_dot``, or ``terms``, from which all of these follow::
+
+    @register_rule(Scale)
+    class ScaleRule(Rule):
+        def grad_batch(self, call, g):
+            return {"gain": (g * call.x).flatten(1, -2).sum(1)}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ._private import overridden_forward, own_parameters
+from .errors import ConfigurationError, RuleContractError
+from .terms import Dense, Term
+
+
+@dataclass
+class Call:
+    """One call of a module, as a rule sees it when the gradient of its output has arrived.
+
+    Attributes:
+        module: The module that was called.
+        name: Its path and, from the second call on, the number of the call.
+        n: Number of examples N.
+        params: The module's parameters that need a gradient, by their names in the module.
+        saved: What `Rule.capture` asked for; batched tensors have the examples on axis 0.
+    """
+
+    module: Any
+    name: str
+    n: int
+    params: Mapping[str, nn.Parameter]
+    saved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        """The module's input, ``[N, ...]``."""
+        return self.saved["x"]
+
+
+class Rule:
+    """Per-example gradients of the parameters of one kind of module.
+
+    Override `grad_batch`, or `terms`; everything else has a default derived from it. All methods get the `Call` and
+    ``g``, the gradient of the loss with respect to the module's output, examples on axis 0, in at least float32.
+    Nothing here knows of the loss's reduction: a rule is linear in ``g``.
+
+    Attributes:
+        batched: Names of captured tensors that hold the examples on one of their axes, the same for all.
+        reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
+    """
+
+    batched: tuple[str, ...] = ("x",)
+    reads_parameters: bool = True
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """The reason why a module cannot have per-example gradients in its present state, or ``None``."""
+        return None
+
+    def feature_axes(self, module: nn.Module) -> int | None:
+        """How many trailing input axes can never hold the examples; ``None`` if these are always on axis 0."""
+        return None
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether this rule knows all parameters that the module owns."""
+        return True
+
+    def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """What the backward will need; called right after the module's forward. Default: the first argument."""
+        return {"x": args[0] if args else next(iter(kwargs.values()))}
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """The gradients in unevaluated form, by parameter name. Default: through the methods below."""
+        shared: dict[str, Any] = {}
+        return {name: _RuleTerm(self, call, g, name, shared) for name in call.params}
+
+    def grad_batch(self, call: Call, g: Tensor) -> dict[str, Tensor]:
+        """Gradient of each example, ``{name: [N, *p.shape]}``."""
+        return {name: term.dense() for name, term in self.terms(call, g).items()}
+
+    def batch_l2(self, call: Call, g: Tensor) -> dict[str, Tensor]:
+        """Squared L2 norm of each example's gradient, ``{name: [N]}``. Default: from `grad_batch`."""
+        return {name: Dense(G).batch_l2() for name, G in self.grad_batch(call, g).items()}
+
+    def weighted_sum(self, call: Call, g: Tensor, w: Tensor) -> dict[str, Tensor]:
+        """``sum_n w_n G_n`` for weights ``[N]``, ``{name: [*p.shape]}``. Default: from `grad_batch`."""
+        return {name: Dense(G).weighted_sum(w) for name, G in self.grad_batch(call, g).items()}
+
+    def batch_dot(self, call: Call, g: Tensor) -> dict[str, Tensor]:
+        """Inner products of the examples' gradients, ``{name: [N, N]}``. Default: from `grad_batch`."""
+        return {name: Dense(G).batch_dot() for name, G in self.grad_batch(call, g).items()}
+
+
+class _RuleTerm(Term):
+    """The term of a rule written with `Rule.grad_batch`; every quantity is computed once for all parameters."""
+
+    def __init__(self, rule: Rule, call: Call, g: Tensor, name: str, shared: dict[str, Any]) -> None:
+        self.rule, self.call, self.g, self.name, self.shared = rule, call, g, name, shared
+        self.n, self.shape = call.n, call.params[name].shape
+
+    def _quantity(self, kind: str, shape: tuple[int, ...], *args: Tensor) -> Tensor:
+        if kind not in self.shared or args:
+            self.shared[kind] = getattr(self.rule, kind)(self.call, self.g, *args)
+        return checked(self.rule, self.call, self.shared[kind], kind, self.name, shape)
+
+    def _overridden(self, kind: str) -> bool:
+        return getattr(type(self.rule), kind) is not getattr(Rule, kind) and "grad_batch" not in self.shared
+
+    def dense(self) -> Tensor:
+        return self._quantity("grad_batch", (self.n, *self.shape))
+
+    def batch_l2(self) -> Tensor:
+        if not self._overridden("batch_l2"):
+            return Dense(self.dense()).batch_l2()
+        return self._quantity("batch_l2", (self.n,)).double()
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        if not self._overridden("weighted_sum"):
+            return Dense(self.dense()).weighted_sum(w)
+        return self._quantity("weighted_sum", tuple(self.shape), w)
+
+    def batch_dot(self) -> Tensor:
+        if not self._overridden("batch_dot"):
+            return Dense(self.dense()).batch_dot()
+        return self._quantity("batch_dot", (self.n, self.n))
+
+    def select(self, rows: Tensor) -> Term:
+        return Dense(self.dense()).select(rows)
+
+    def double(self) -> Term:
+        return Dense(self.dense()).double()
+
+
+def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One entry of what a rule returned, after checking names and shape."""
+    where = f"`{type(rule).__name__}.{kind}` for `{call.name}` ({type(call.module).__name__})"
+    if not isinstance(result, Mapping):
+        raise RuleContractError(f"{where} returned {type(result).__name__}; return a dict {{parameter name: tensor}}.")
+    if set(result) != set(call.params):
+        raise RuleContractError(
+            f"{where} returned the names {sorted(map(str, result))}, but the parameters that need a gradient are "
+            f"{sorted(call.params)} (`call.params`); return exactly these."
+        )
+    value = result[name]
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise RuleContractError(
+            f"{where} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
+            f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
+        )
+    return value
+
+
+_REGISTRY: dict[type[nn.Module], Rule] = {}
+R = TypeVar("R", bound=type[Rule])
+
+
+def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> Callable[[R], R]:
+    """Decorator: use a rule for modules of these classes, and subclasses that leave ``forward`` alone.
+
+    Args:
+        module_classes: Classes of `torch.nn.Module`.
+        overwrite: Replace a rule that is registered already.
+
+    Raises:
+        ConfigurationError: If a class is no module class, or has a rule already and ``overwrite`` is false.
+        RuleContractError: If the rule defines no gradient.
+
+    Example:
+        >>> class Gain(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gain = nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return x * self.gain
+        >>> @register_rule(Gain)
+        ... class GainRule(Rule):
+        ...     def grad_batch(self, call, g):
+        ...         return {"gain": (g * call.x).reshape(call.n, -1, 3).sum(1)}
+    """
+
+    def decorate(rule_class: R) -> R:
+        if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
+            raise RuleContractError(f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g).")
+        for cls in module_classes:
+            if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+                raise ConfigurationError(f"register_rule takes classes of torch.nn.Module; {cls!r} is not one.")
+            if cls in _REGISTRY and not overwrite:
+                raise ConfigurationError(
+                    f"{cls.__name__} has the rule {type(_REGISTRY[cls]).__name__} already; pass overwrite=True to replace it."
+                )
+            _REGISTRY[cls] = rule_class()
+        return rule_class
+
+    if not module_classes:
+        raise ConfigurationError("register_rule needs at least one module class: @register_rule(MyModule).")
+    return decorate
+
+
+def registered_rules() -> dict[type[nn.Module], Rule]:
+    """All rules by module class, in the order of registration."""
+    return dict(_REGISTRY)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why this module can have no per-example gradients now, asked of the rules of all its base classes."""
+    for cls in type(module).__mro__:
+        if cls in _REGISTRY and (reason := _REGISTRY[cls].refuse(module)):
+            return reason
+    return None
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The registered rule that is right for this very object, or ``None``.
+
+    A subclass inherits the rule of its base only if it computes the same: it leaves all methods of the base alone that
+    take part in ``forward``, owns no further parameters, and is not parametrized.
+    """
+    if parametrize.is_parametrized(module) or overridden_forward(module):
+        return None
+    for cls in type(module).__mro__:
+        rule = _REGISTRY.get(cls)
+        if rule is not None:
+            return rule if _same_forward(type(module), cls) and rule.covers(module) else None
+    return None
+
+
+def _same_forward(cls: type, base: type) -> bool:
+    names = [name for name in vars(base) if name == "forward" or name.startswith("_conv") or name == "_output_padding"]
+    names = names if "forward" in names else [*names, "forward"]
+    return all(getattr(cls, name) is getattr(base, name) for name in names)
+
+
+def only_parameters(module: nn.Module, *names: str) -> bool:
+    """Whether the module owns no parameters but these; old-style ``weight_norm`` for one adds others."""
+    return {name for name, p in own_parameters(module).items() if p is not None} <= set(names)
+
+
+def at_least_float32(tensor: Any) -> Any:
+    """Half-precision tensors as float32; anything else as it is."""
+    if isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor

@@ -1,0 +1,142 @@
+"""Rules for Embedding and EmbeddingBag: gradients that touch few rows, never spread over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ..rule import Call, Rule, only_parameters, register_rule
+from ..terms import Rows, Term, squared_norms
+
+
+class _TableRule(Rule):
+    """What both kinds of table refuse."""
+
+    def covers(self, module: nn.Module) -> bool:
+        """Only the table."""
+        return only_parameters(module, "weight")
+
+    def refuse(self, module: Any) -> str | None:
+        """Options that make one example's gradient, or the table itself, depend on the other examples."""
+        if not module.weight.requires_grad:
+            return None
+        if module.scale_grad_by_freq:
+            return (
+                "has scale_grad_by_freq=True, which divides by how often an id occurs in the whole batch, so examples "
+                "change each other's gradients; build it with scale_grad_by_freq=False"
+            )
+        if module.max_norm is not None:
+            return (
+                "has max_norm set, which rewrites rows of the trainable table during the forward according to the "
+                "data; build it with max_norm=None"
+            )
+        return None
+
+
+@register_rule(nn.Embedding)
+class EmbeddingRule(_TableRule):
+    """``y_t = W[id_t]``: weight ``G_n = sum_t e_{id_nt} g_nt^T``; ids are ``[N, *T]``; ``padding_idx`` gets nothing."""
+
+    reads_parameters = False
+
+    def feature_axes(self, module: nn.Module) -> int:
+        """Every axis of the ids is one of positions."""
+        return 0
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """The rows that were looked up."""
+        ids = call.x.reshape(-1).long()
+        rows = g.reshape(-1, g.shape[-1])
+        example = torch.arange(call.n, device=ids.device).repeat_interleave(ids.numel() // max(call.n, 1))
+        return {"weight": _rows(call, example, ids, rows)}
+
+
+def _rows(call: Call, example: Tensor, ids: Tensor, rows: Tensor) -> Rows:
+    """Entries without those of the padding index."""
+    padding_idx = call.module.padding_idx
+    if padding_idx is not None:
+        kept = ids != padding_idx
+        example, ids, rows = example[kept], ids[kept], rows[kept]
+    return Rows(example, ids, rows, call.n, call.params["weight"].shape)
+
+
+@register_rule(nn.EmbeddingBag)
+class EmbeddingBagRule(_TableRule):
+    """Sum, mean or maximum of the rows of each bag; one bag per example."""
+
+    batched = ()
+
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """Ids, offsets and per-sample weights."""
+        named = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
+        return {"ids": named["input"], "offsets": named.get("offsets"), "weights": named.get("per_sample_weights")}
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """Rows scaled by their part in the bag, or single entries where the maximum was taken."""
+        ids, bag = _bags(call)
+        if call.module.mode == "max":
+            return {"weight": self._maximum(call, ids, bag, g)}
+        rows = g[bag]
+        if call.saved["weights"] is not None:
+            rows = rows * call.saved["weights"].reshape(-1, 1)
+        if call.module.mode == "mean":
+            rows = rows / self._counts(call, ids, bag)[bag].unsqueeze(1)
+        return {"weight": _rows(call, bag, ids, rows)}
+
+    def _counts(self, call: Call, ids: Tensor, bag: Tensor) -> Tensor:
+        """Entries that the mean is over; padding does not count."""
+        padding_idx = call.module.padding_idx
+        counted = torch.ones_like(ids) if padding_idx is None else (ids != padding_idx).long()
+        return torch.zeros(call.n, dtype=torch.long, device=ids.device).index_add_(0, bag, counted).clamp_min(1)
+
+    def _maximum(self, call: Call, ids: Tensor, bag: Tensor, g: Tensor) -> Term:
+        """The forward's own choice of the maximal row per feature, asked of torch again."""
+        starts = torch.searchsorted(bag, torch.arange(call.n, device=ids.device))
+        padding_idx = call.module.padding_idx
+        _, _, _, chosen = torch.embedding_bag(
+            call.params["weight"].detach(), ids, starts, False, 2, False, None, False,
+            -1 if padding_idx is None else padding_idx,
+        )  # fmt: skip
+        kept = torch.zeros(call.n, dtype=torch.bool, device=ids.device)
+        kept[bag if padding_idx is None else bag[ids != padding_idx]] = True
+        return _Entries(chosen.reshape(g.shape).clamp_min(0), g * kept.unsqueeze(1), call.params["weight"].shape)
+
+
+def _bags(call: Call) -> tuple[Tensor, Tensor]:
+    """All ids in one row, and the bag of each."""
+    ids, offsets = call.saved["ids"], call.saved["offsets"]
+    if ids.dim() == 2:
+        bag = torch.arange(ids.shape[0], device=ids.device).repeat_interleave(ids.shape[1])
+        return ids.reshape(-1).long(), bag
+    starts = offsets[: call.n].long()
+    bag = torch.searchsorted(starts, torch.arange(ids.shape[0], device=ids.device), right=True) - 1
+    if call.module.include_last_offset:
+        within = torch.arange(ids.shape[0], device=ids.device) < offsets[-1]
+        return ids[within].long(), bag[within]
+    return ids.long(), bag
+
+
+class _Entries(Term):
+    """One entry of the table per example and feature: ``G_n[chosen[n, e], e] = values[n, e]``."""
+
+    def __init__(self, chosen: Tensor, values: Tensor, shape: Size) -> None:
+        self.chosen, self.values, self.n, self.shape = chosen, values, chosen.shape[0], shape
+
+    def dense(self) -> Tensor:
+        out = self.values.new_zeros(self.n, *self.shape)
+        return out.scatter_add_(1, self.chosen.unsqueeze(1), self.values.unsqueeze(1))
+
+    def select(self, rows: Tensor) -> Term:
+        rows = rows.to(self.values.device)
+        return _Entries(self.chosen[rows], self.values[rows], self.shape)
+
+    def double(self) -> Term:
+        return _Entries(self.chosen, self.values.double(), self.shape)
+
+    def batch_l2(self) -> Tensor:
+        return squared_norms(self.values)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return self.values.new_zeros(self.shape).scatter_add_(0, self.chosen, self.values * w.unsqueeze(1))

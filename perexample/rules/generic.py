@@ -1,0 +1,284 @@
+"""The rule for any other module: its forward is run again, example by example, and differentiated.
+
+One ``vmap`` over the examples of the module's vjp (`torch.func`); where ``vmap`` has no batching rule, a plain loop.
+A module that drew random numbers is instead run once more on the whole batch from the same random state, and
+differentiated with the output gradient masked to one example at a time.
+Each way proves itself: the repeated outputs must be those of the forward, and no example's output may depend on
+another example's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from .._private import version
+from .._tree import map_tensors, tensors_in
+from ..errors import CrossExampleError, UnsupportedModuleError
+from ..rule import Call, Rule, register_rule
+
+
+def graded(output: Any) -> list[Tensor]:
+    """The tensors of a module's output that carry gradients."""
+    return [t for t in tensors_in(output) if t.requires_grad]
+
+
+def _random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """State of the random generators that a forward on these tensors could have used."""
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in sorted(devices, key=str))]
+
+
+class GenericRule(Rule):
+    """Any module with trainable parameters, by repeating its forward; exact for all that is per-example.
+
+    Use it for a module that holds other modules, whose parameters are then all its own::
+
+        register_rule(MyBlock)(GenericRule)
+
+    Cost:
+        A second forward, and the per-example gradients themselves, ``[N, P]``.
+
+    Raises:
+        CrossExampleError: If the module mixes examples, or does not hold them on the axis that this rule assumes.
+        UnsupportedModuleError: If it changes its buffers or its input, or cannot be repeated.
+    """
+
+    batched = ()
+    generic = True
+
+    def axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
+        """The axis that holds the examples in each input tensor, if that axis has N entries."""
+        return [0] * len(tensors)
+
+    def output_axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
+        """The same for each output tensor."""
+        return [0] * len(tensors)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """State before the forward, to see afterwards what the forward has changed."""
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        return {
+            "rng": _random_state(tensors),
+            "inputs": [(t, version(t)) for t in tensors],
+            "buffers": [(name, b, version(b)) for name, b in module.named_buffers()],
+        }
+
+    def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """All arguments, and a fingerprint of each output by which a repetition is recognised."""
+        outputs = graded(output)
+        axes = self.output_axes(module, outputs)
+        prints = [_fingerprint(t, axis) for t, axis in zip(outputs, axes, strict=True)]
+        chosen = [i for i, t in enumerate(tensors_in(output)) if t.requires_grad]
+        return {"args": args, "kwargs": kwargs, "prints": prints, "chosen": chosen}
+
+    def after(self, module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
+        """What the forward changed: ``problem`` if it can therefore not be repeated, ``rng`` if it drew numbers."""
+        if any(version(t) != old for t, old in before["inputs"]):
+            return {"problem": "changes its input in place; write x * y instead of x.mul_(y)"}
+        now = dict(module.named_buffers())
+        for name, buffer, old in before["buffers"]:
+            if now.get(name) is not buffer or version(buffer) != old:
+                return {"problem": f"changes its buffer `{name}` in the forward, past all gradients"}
+        state = _random_state([t for t, _ in before["inputs"]])
+        drew = any(not torch.equal(a, b) for a, b in zip(before["rng"], state, strict=True))
+        return {"rng": before["rng"]} if drew else {}
+
+    def grad_batch(self, call: Call, g: Any) -> dict[str, Tensor]:
+        """The parameters' gradients, example by example."""
+        upstream = list(g) if isinstance(g, tuple) else [g]
+        if problem := call.saved.get("problem"):
+            raise UnsupportedModuleError(
+                f"`{call.name}` ({type(call.module).__name__}) {problem}. No rule is registered for this class, and "
+                f"the generic one repeats the forward; register a rule (@register_rule) or change the module."
+            )
+        return self._masked(call, upstream) if call.saved.get("rng") else self._repeated(call, upstream)
+
+    def _repeated(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
+        """Example by example; where the roles of same-sized inputs are in doubt, the fingerprint decides."""
+        tensors = [*tensors_in(call.saved["args"]), *tensors_in(call.saved["kwargs"])]
+        axes = self.axes(call.module, tensors)
+        batched = [t.dim() > a and t.shape[a] == call.n for t, a in zip(tensors, axes, strict=True)]
+        first = [flag and i == batched.index(True) for i, flag in enumerate(batched)]
+        for choice in [batched, first] if first != batched else [batched]:
+            in_axes = [axis if flag else None for axis, flag in zip(axes, choice, strict=True)]
+            try:
+                gradients, prints = self._example_by_example(call, tensors, in_axes, upstream)
+            except _Unrepeatable:
+                continue
+            if _same(prints, call.saved["prints"], upstream):
+                return gradients
+        raise CrossExampleError(
+            f"`{call.name}` ({type(call.module).__name__}) gives other outputs on one example than on the batch of "
+            f"{call.n}: it mixes examples, or its inputs do not hold the examples on axis "
+            f"{sorted(set(axes))[0] if axes else 0}. Remove the mixing, or register a rule for it (@register_rule)."
+        )
+
+    def _example_by_example(
+        self, call: Call, tensors: list[Tensor], in_axes: list[int | None], upstream: list[Tensor]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        out_axes = self.output_axes(call.module, upstream)
+        params = {name: p.detach() for name, p in call.params.items()}
+        run = _Repeat(call)
+
+        def one(inputs: tuple[Tensor, ...], gs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], list[Tensor]]:
+            whole = [t if a is None else t.unsqueeze(a) for t, a in zip(inputs, in_axes, strict=True)]
+            outputs, pull = vjp(lambda p: run(p, whole), params)
+            cotangents = [g.unsqueeze(a).to(o.dtype) for g, a, o in zip(gs, out_axes, outputs, strict=True)]
+            prints = [_fingerprint(o, a).squeeze(0) for o, a in zip(outputs, out_axes, strict=True)]
+            return pull(tuple(cotangents))[0], prints
+
+        arguments = (tuple(tensors), tuple(upstream))
+        dims = (tuple(in_axes), tuple(out_axes))
+        try:
+            return vmap(one, in_dims=dims, randomness="error")(*arguments)
+        except Exception:  # noqa: BLE001 - vmap lacks rules for some operations and refuses others; the loop is exact
+            return self._loop(call, one, arguments, dims)
+
+    def _loop(self, call: Call, one: Any, arguments: Any, dims: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+        def row(n: int) -> Any:
+            pairs = zip(arguments, dims, strict=True)
+            return [
+                tuple(t if a is None else t.select(a, n) for t, a in zip(ts, axes, strict=True)) for ts, axes in pairs
+            ]
+
+        try:
+            rows = [one(*row(n)) for n in range(call.n)]
+        except Exception as error:
+            raise _Unrepeatable(call, error) from error
+        gradients = {name: torch.stack([r[0][name] for r in rows]) for name in call.params}
+        return gradients, [torch.stack(prints) for prints in zip(*(r[1] for r in rows), strict=True)]
+
+    def _masked(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
+        """The whole batch again from the saved random state, pulled back with all but one example masked."""
+        tensors = [*tensors_in(call.saved["args"]), *tensors_in(call.saved["kwargs"])]
+        inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
+        params = {name: p.detach().requires_grad_() for name, p in call.params.items()}
+        with torch.enable_grad(), _restored(call.saved["rng"], tensors):
+            outputs = _Repeat(call)(params, inputs)
+        out_axes = self.output_axes(call.module, upstream)
+        prints = [_fingerprint(o, a) for o, a in zip(outputs, out_axes, strict=True)]
+        if not _same(prints, call.saved["prints"], upstream):
+            raise UnsupportedModuleError(
+                f"`{call.name}` ({type(call.module).__name__}) draws random numbers that cannot be drawn again, so its "
+                f"forward cannot be repeated. Register a rule for it (@register_rule)."
+            )
+        rows = [self._pulled(call, n, outputs, upstream, out_axes, params, inputs) for n in range(call.n)]
+        return {name: torch.stack([row[name] for row in rows]) for name in params}
+
+    def _pulled(
+        self,
+        call: Call,
+        n: int,
+        outputs: tuple[Tensor, ...],
+        upstream: list[Tensor],
+        out_axes: list[int],
+        params: dict[str, Tensor],
+        inputs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Gradient of example n, after making sure that only input n has one too."""
+        masked = [_only(g, a, n).to(o.dtype) for g, a, o in zip(upstream, out_axes, outputs, strict=True)]
+        leaves = [t for t in inputs if t.requires_grad]
+        wanted = [*params.values(), *leaves]
+        grads = torch.autograd.grad(outputs, wanted, masked, retain_graph=True, allow_unused=True)
+        in_axes = [a for t, a in zip(inputs, self.axes(call.module, inputs), strict=True) if t.requires_grad]
+        for grad, axis in zip(grads[len(params) :], in_axes, strict=True):
+            if grad is not None and grad.shape[axis] == call.n and not torch.equal(grad, _only(grad, axis, n)):
+                raise CrossExampleError(
+                    f"`{call.name}` ({type(call.module).__name__}) mixes examples: the output of one depends on the "
+                    f"input of another. Remove the mixing, or register a rule for it (@register_rule)."
+                )
+        pairs = zip(params.items(), grads, strict=False)
+        return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+
+
+class _Unrepeatable(UnsupportedModuleError):
+    """The forward of one example fails."""
+
+    def __init__(self, call: Call, error: Exception) -> None:
+        super().__init__(
+            f"`{call.name}` ({type(call.module).__name__}) runs on the batch but fails on a single example: {error} "
+            f"Register a rule for it (@register_rule), or let it accept a batch of one."
+        )
+
+
+class _Repeat:
+    """The module's forward as a function of its trainable parameters and its input tensors."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def __call__(self, params: dict[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        remaining = iter(tensors)
+        args, kwargs = map_tensors(lambda _: next(remaining), (self.call.saved["args"], self.call.saved["kwargs"]))
+        # Buffers are handed over as copies: a second forward must leave the module as it was.
+        state = params | {name: buffer.clone() for name, buffer in self.call.module.named_buffers()}
+        output = list(tensors_in(functional_call(self.call.module, state, args, kwargs)))
+        return tuple(output[i] for i in self.call.saved["chosen"])
+
+
+def _only(g: Tensor, axis: int, n: int) -> Tensor:
+    """``g`` with all examples but one set to zero."""
+    out = torch.zeros_like(g)
+    out.select(axis, n).copy_(g.select(axis, n))
+    return out
+
+
+@contextmanager
+def _restored(states: list[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The random generators as they were, for the time of a repetition."""
+    devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(states[0])
+        for device, state in zip(devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield
+
+
+def _fingerprint(output: Tensor, axis: int) -> Tensor:
+    """Two numbers per example, ``[N, 2]``: a fixed projection of its output, and the size of that output."""
+    if output.dim() <= axis:
+        return output.detach().double().reshape(1, 1).expand(1, 2)
+    flat = output.detach().movedim(axis, 0).double()
+    flat = flat.reshape(flat.shape[0], -1) if flat.numel() else flat.new_zeros(flat.shape[0], 1)
+    projection = torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype).add(1).cos()
+    return torch.stack([flat @ projection, flat.abs().sum(1)], 1)
+
+
+def _same(prints: Sequence[Tensor], originals: Sequence[Tensor], upstream: Sequence[Tensor]) -> bool:
+    """Whether repeated outputs are those of the forward, up to the rounding of their dtype."""
+    for new, old, g in zip(prints, originals, upstream, strict=True):
+        if new.shape != old.shape:
+            return False
+        tolerance = torch.finfo(g.dtype).eps ** 0.5 * old[:, 1]
+        close = (new - old).abs().amax(1) <= tolerance + 1e-300
+        if not (close | ~old.isfinite().all(1)).all():
+            return False
+    return True
+
+
+@register_rule(nn.RNN, nn.LSTM, nn.GRU)
+class RecurrentRule(GenericRule):
+    """Recurrent layers in either layout; the states hold the examples on axis 1."""
+
+    def _axis(self, module: Any) -> int:
+        return 0 if module.batch_first else 1
+
+    def axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
+        """The sequence first, then the states."""
+        return [self._axis(module)] + [1] * (len(tensors) - 1)
+
+    def output_axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
+        """The same."""
+        return [self._axis(module)] + [1] * (len(tensors) - 1)
+
+    def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """As for any module, but packed sequences have no axis of examples."""
+        if isinstance((*args, *kwargs.values())[0], nn.utils.rnn.PackedSequence):
+            return {"problem": "was called with a packed sequence, which has no axis of examples; pass it padded"}
+        return super().capture(module, args, kwargs, output)

@@ -1,0 +1,80 @@
+"""Rules for Linear and Bilinear.
+
+References:
+    Goodfellow 2015, arXiv:1510.01799, section 4 (norms); Bu et al. 2022, arXiv:2210.00038 (book-keeping).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rule import Call, Rule, only_parameters, register_rule
+from ..terms import Dense, Outer, Term, positions
+
+
+def bias_term(g: Tensor) -> Dense:
+    """``sum_t g_nt`` for a bias added at every position, from ``[N, *T, O]``."""
+    return Dense(g if g.dim() == 2 else g.flatten(1, -2).sum(1))
+
+
+@register_rule(nn.Linear)
+class LinearRule(Rule):
+    """``y = x W^T + b``: weight ``G_n = sum_t g_nt x_nt^T``, bias ``sum_t g_nt``; x is ``[N, *T, I]``."""
+
+    reads_parameters = False
+
+    def feature_axes(self, module: nn.Module) -> int:
+        """The last axis holds the features."""
+        return 1
+
+    def covers(self, module: nn.Module) -> bool:
+        """Only weight and bias."""
+        return only_parameters(module, "weight", "bias")
+
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """The input; its values are not kept where the weight is frozen."""
+        x = super().capture(module, args, kwargs, output)["x"]
+        return {"x": x if module.weight.requires_grad else x.new_empty(*x.shape[:-1], 0)}
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """An outer product per position for the weight, a sum for the bias."""
+        terms: dict[str, Term] = {}
+        if "weight" in call.params:
+            terms["weight"] = Outer(positions(g), positions(call.x), call.params["weight"].shape)
+        if "bias" in call.params:
+            terms["bias"] = bias_term(g)
+        return terms
+
+
+@register_rule(nn.Bilinear)
+class BilinearRule(Rule):
+    """``y_o = x1^T W_o x2 + b_o``: weight ``G_n = sum_t g_nt (x1_nt x2_nt^T)``, an outer product of g and x1 x2^T."""
+
+    reads_parameters = False
+
+    batched = ("x1", "x2")
+
+    def feature_axes(self, module: nn.Module) -> int:
+        """The last axis holds the features."""
+        return 1
+
+    def covers(self, module: nn.Module) -> bool:
+        """Only weight and bias."""
+        return only_parameters(module, "weight", "bias")
+
+    def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """Both inputs."""
+        return dict(zip(("x1", "x2"), (*args, *kwargs.values()), strict=True))
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """The product of the inputs takes the place of a linear layer's input."""
+        terms: dict[str, Term] = {}
+        if "weight" in call.params:
+            both = torch.einsum("n...i,n...j->n...ij", call.saved["x1"], call.saved["x2"]).flatten(-2)
+            terms["weight"] = Outer(positions(g), positions(both), call.params["weight"].shape)
+        if "bias" in call.params:
+            terms["bias"] = bias_term(g)
+        return terms

@@ -1,0 +1,142 @@
+"""Rules for normalisation layers: all are ``y = weight * normalised(x) + bias`` with per-example statistics.
+
+Those whose statistics come from the batch are refused; evaluation-mode BatchNorm normalises with constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..rule import Call, Rule, only_parameters, register_rule
+from ..terms import Dense, Term
+
+
+class _AffineRule(Rule):
+    """Weight ``sum_t g_nt x^_nt``, bias ``sum_t g_nt``, where x^ is the normalised input."""
+
+    reads_parameters = False
+
+    def covers(self, module: nn.Module) -> bool:
+        """Only weight and bias."""
+        return only_parameters(module, "weight", "bias")
+
+    def normalised(self, call: Call) -> Tensor:
+        """The input after normalisation, before weight and bias."""
+        raise NotImplementedError
+
+    def summed(self, call: Call, values: Tensor) -> Tensor:
+        """``[N, ...]`` summed over all positions that share the parameter, ``[N, *p.shape]``."""
+        raise NotImplementedError
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """Small tensors, formed at once."""
+        terms: dict[str, Term] = {}
+        if "weight" in call.params:
+            terms["weight"] = Dense(self.summed(call, g * self.normalised(call)))
+        if "bias" in call.params:
+            terms["bias"] = Dense(self.summed(call, g))
+        return terms
+
+
+class _PerChannelRule(_AffineRule):
+    """Parameters ``[C]`` of an input ``[N, C, *T]``."""
+
+    def summed(self, call: Call, values: Tensor) -> Tensor:
+        """Sum over all positions of a channel."""
+        return values.flatten(2).sum(2) if values.dim() > 2 else values
+
+
+@register_rule(nn.GroupNorm)
+class GroupNormRule(_PerChannelRule):
+    """Statistics over each group of channels of one example; x is ``[N, C, *T]``."""
+
+    def normalised(self, call: Call) -> Tensor:
+        """Without weight and bias."""
+        return F.group_norm(call.x, call.module.num_groups, eps=call.module.eps)
+
+
+@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormRule(_PerChannelRule):
+    """Statistics over each channel of one example; with tracked statistics only in evaluation mode."""
+
+    def refuse(self, module: Any) -> str | None:
+        """Tracked statistics would take data of all examples into the model without protection."""
+        if module.training and module.track_running_stats:
+            return (
+                "tracks running statistics of the data in training mode, so examples reach the model past their "
+                "gradients; build it with track_running_stats=False, or call .eval() on it"
+            )
+        return None
+
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """The input, and the running statistics if these were used."""
+        saved = super().capture(module, args, kwargs, output)
+        if module.running_mean is not None and not module.training:
+            saved.update(mean=module.running_mean, var=module.running_var)
+        return saved
+
+    def normalised(self, call: Call) -> Tensor:
+        """Without weight and bias."""
+        mean, var = call.saved.get("mean"), call.saved.get("var")
+        return F.instance_norm(call.x, mean, var, use_input_stats=mean is None, eps=call.module.eps)
+
+
+@register_rule(nn.LayerNorm)
+class LayerNormRule(_AffineRule):
+    """Statistics over the trailing ``normalized_shape``; x is ``[N, *T, *normalized_shape]``."""
+
+    def feature_axes(self, module: Any) -> int:
+        """The normalised axes."""
+        return len(module.normalized_shape)
+
+    def normalised(self, call: Call) -> Tensor:
+        """Without weight and bias."""
+        return F.layer_norm(call.x, call.module.normalized_shape, eps=call.module.eps)
+
+    def summed(self, call: Call, values: Tensor) -> Tensor:
+        """Sum over all positions between the example and the normalised axes."""
+        shape = tuple(call.module.normalized_shape)
+        return values.reshape(call.n, -1, *shape).sum(1)
+
+
+@register_rule(nn.RMSNorm)
+class RMSNormRule(LayerNormRule):
+    """As LayerNorm, without mean and bias."""
+
+    def normalised(self, call: Call) -> Tensor:
+        """In the precision of the rule, with the default ``eps`` of the precision that the module ran in."""
+        eps = call.module.eps
+        eps = torch.finfo(call.saved["dtype"]).eps if eps is None else eps
+        return F.rms_norm(call.x, call.module.normalized_shape, eps=eps)
+
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """The input and its dtype, on which the default ``eps`` depends."""
+        saved = super().capture(module, args, kwargs, output)
+        return saved | {"dtype": saved["x"].dtype}
+
+
+@register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+class BatchNormRule(_PerChannelRule):
+    """Evaluation mode only: normalised with the running statistics, which are constants."""
+
+    def refuse(self, module: Any) -> str | None:
+        """Statistics of the batch mix the examples."""
+        if module.training or module.running_mean is None:
+            return (
+                "normalises each example with statistics of the whole batch, so no example has a gradient of its own; "
+                "replace it (GroupNorm), or call .eval() on it if it has running statistics"
+            )
+        return None
+
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """The input and the statistics."""
+        saved = super().capture(module, args, kwargs, output)
+        return saved | {"mean": module.running_mean, "var": module.running_var}
+
+    def normalised(self, call: Call) -> Tensor:
+        """Without weight and bias."""
+        return F.batch_norm(call.x, call.saved["mean"], call.saved["var"], training=False, eps=call.module.eps)
