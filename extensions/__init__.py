@@ -1,7 +1,9 @@
 """The extensions that come with the library, one file each."""
 
 if __name__ != "perexample.extensions":
-    raise ImportError("Import perexample.extensions instead of extensions; this folder is a part of the package perexample.")
+    raise ImportError(
+        "Import perexample.extensions instead of extensions; this folder is a part of the package perexample."
+    )
 
 from .batch_dot_grad import BatchDotGrad
 from .batch_grad import BatchGrad

@@ -106,9 +106,9 @@ def make_clip(clip: str | Clip | Callable[[Tensor], Tensor]) -> Clip:
         return clip
     if isinstance(clip, str) and clip in _BY_NAME:
         return _BY_NAME[clip]()
-    if isinstance(clip, type) and issubclass(clip, Clip):
+    if isinstance(clip, type):
         raise ConfigurationError(f"clip is the class {clip.__name__}; pass an instance: {clip.__name__}().")
-    if callable(clip):
+    if not isinstance(clip, str) and callable(clip):
         return _Custom(clip)
     raise ConfigurationError(
         f"clip must be one of {', '.join(map(repr, _BY_NAME))}, a Clip, or a function from norms [N] to factors [N]; "

@@ -87,26 +87,32 @@ class ClippedGrad(Extension):
             self.max_norm = _positive("max_norm", max_norm)
         if not isinstance(groups, Mapping) and groups not in ("all", "per-parameter", "per-module"):
             raise ConfigurationError(
-                f"groups must be 'all', 'per-parameter', 'per-module', or a mapping from parameter names; not {groups!r}."
+                f"groups must be 'all', 'per-parameter', 'per-module', or a mapping from parameter names; "
+                f"not {groups!r}."
             )
         self.clip, self.groups = make_clip(clip), groups
         self.norms: Tensor | None = None
         self.group_norms: dict[str, Tensor] = {}
         self.nonfinite = 0
-        self._bounds: dict[str, float] | None = {"all": self.max_norm} if groups == "all" and isinstance(self.max_norm, float) else None
+        self._bounds: dict[str, float] | None = (
+            {"all": self.max_norm} if groups == "all" and isinstance(self.max_norm, float) else None
+        )
         self._entries: dict[int, _Entry] = {}
         self._warned = False
 
     def sensitivity(self) -> float:
         """Bound on what one example adds to all clipped sums together: ``sqrt(sum over groups of C_g^2)``.
 
+        Returns:
+            The bound, in the unit of ``max_norm``.
+
         Raises:
             StaleGradientError: If there are several groups and no backward has shown yet which.
         """
         if self._bounds is None:
             raise StaleGradientError(
-                f"The sensitivity of ClippedGrad(groups={self.groups!r}) depends on the model's groups, which are known "
-                f"after the first backward; run one before you ask."
+                f"The sensitivity of ClippedGrad(groups={self.groups!r}) depends on the model's groups, which are "
+                f"known after the first backward; run one before you ask."
             )
         return math.sqrt(sum(bound**2 for bound in self._bounds.values()))
 
@@ -171,9 +177,9 @@ class ClippedGrad(Extension):
     def _accumulated(self, view: ParameterView, value: Tensor) -> Tensor:
         """Add to the sum under way; start a new one after a step, or where the field is not ours any more."""
         entry = self._entries.get(id(view.param))
-        before = getattr(view.param, self.field, None)
+        before: Tensor | None = getattr(view.param, self.field, None)
         if entry is not None and not entry.used and before is not None and entry.sum() is before:
-            value = before + value
+            value = value + before
         self._entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
         return value
 
@@ -205,6 +211,9 @@ class ClippedGrad(Extension):
         Args:
             params: Trainable parameters, as the optimizer holds them.
 
+        Returns:
+            One tensor for each parameter.
+
         Raises:
             StaleGradientError: If one is missing or was used already.
         """
@@ -215,7 +224,7 @@ class ClippedGrad(Extension):
 
     def _fresh(self, p: nn.Parameter, index: int) -> Tensor:
         entry = self._entries.get(id(p))
-        value = getattr(p, self.field, None)
+        value: Tensor | None = getattr(p, self.field, None)
         if entry is None or entry.param() is not p or value is None or entry.sum() is not value:
             raise StaleGradientError(
                 f"The optimizer's parameter {index} (shape {list(p.shape)}) has no clipped sum of this ClippedGrad: "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 
 def inside_functorch(tensor: Tensor) -> bool:
@@ -19,6 +22,11 @@ def overridden_forward(module: nn.Module) -> bool:
 def version(tensor: Tensor) -> int:
     """How often the tensor was written to in place."""
     return tensor._version
+
+
+def metadata(node: Node) -> dict[str, Any]:
+    """The dictionary that a graph node carries; public, but typed as a method."""
+    return cast("dict[str, Any]", node.metadata)
 
 
 def has_hook(module: nn.Module, kind: type) -> bool:
@@ -56,7 +64,12 @@ _HOOK_TABLES = (
 
 def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
     """Remove all forward hooks of these kinds, also from copies, whose handles nobody has."""
-    ids = [key for table in (module._forward_hooks, module._forward_pre_hooks) for key, hook in table.items() if isinstance(hook, kinds)]
+    ids = [
+        key
+        for table in (module._forward_hooks, module._forward_pre_hooks)
+        for key, hook in table.items()
+        if isinstance(hook, kinds)
+    ]
     for name in _HOOK_TABLES:
         for key in ids:
             getattr(module, name).pop(key, None)

@@ -36,6 +36,8 @@ def map_tensors(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) 
     if isinstance(tree, (tuple, list)):
         return type(tree)(map_tensors(function, value, kind) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        changes = {f.name: map_tensors(function, getattr(tree, f.name), kind) for f in dataclasses.fields(tree) if f.init}
+        changes = {
+            f.name: map_tensors(function, getattr(tree, f.name), kind) for f in dataclasses.fields(tree) if f.init
+        }
         return dataclasses.replace(tree, **changes)
     return tree

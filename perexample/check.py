@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -79,8 +81,9 @@ class CheckReport:
         header = ("parameter", "shape", "grad_batch", "batch_l2", "weighted sum", "independence", "")
         rows = [
             (
-                row.parameter, str(list(row.shape)), f"{row.gradient:.0e}", f"{row.norm:.0e}", f"{row.weighted_sum:.0e}",
-                f"{row.independence:.0e}", "FAIL" if row in self.wrong or row in self.mixed else "ok",
+                row.parameter, str(list(row.shape)), f"{row.gradient:.0e}", f"{row.norm:.0e}",
+                f"{row.weighted_sum:.0e}", f"{row.independence:.0e}",
+                "FAIL" if row in self.wrong or row in self.mixed else "ok",
             )
             for row in self.rows
         ]  # fmt: skip
@@ -177,7 +180,8 @@ def _size(batch: tuple) -> int:
     sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in(batch)}
     if len(sizes) != 1 or min(sizes) < 2:
         raise ConfigurationError(
-            f"check needs a batch of two or more examples on axis 0 of every tensor; the sizes there are {sorted(sizes)}."
+            f"check needs a batch of two or more examples on axis 0 of every tensor; the sizes there are "
+            f"{sorted(sizes)}."
         )
     return sizes.pop()
 
@@ -218,7 +222,7 @@ def _reference(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for i in range(n):
         with _kept_buffers(model):
-            one = tuple(map_tensors(lambda t, i=i: t[i : i + 1], part) for part in batch)
+            one = tuple(map_tensors(itemgetter(slice(i, i + 1)), part) for part in batch)
             grads = torch.autograd.grad(_loss(model, loss_fn, one), list(named.values()), allow_unused=True)
         for (name, p), grad in zip(named.items(), grads, strict=True):
             rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense())
@@ -231,7 +235,7 @@ def _moved(
     """Exchange one example after the other (up to 8) for its neighbour, and see what else moves."""
     moved = dict.fromkeys(found, 0.0)
     for j in range(0, n, max(1, n // 8)):
-        other = tuple(map_tensors(lambda t, j=j: _exchanged(t, j), part) for part in batch)
+        other = tuple(map_tensors(partial(_exchanged, j=j), part) for part in batch)
         for name, (gradients, _, _) in _measured(model, loss_fn, other, reduction).items():
             rest = torch.arange(n) != j
             moved[name] = max(moved[name], _relative(gradients[rest], found[name][0][rest]))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ._engine.probe import forget_places
 from ._engine.record import ROOTS, Enter, Exit
 from ._private import remove_hooks
 from .errors import ConfigurationError, UnsupportedModuleError
@@ -48,7 +49,8 @@ def extend(model: M, *, batch_dim: int = 0) -> M:
         remove_hooks(module, (Enter, Exit))
         if next(module.parameters(), None) is not None or next(module.children(), None) is None:
             module.register_forward_pre_hook(Enter(path, batch_dim, module is model), with_kwargs=True)
-            module.register_forward_hook(Exit(path), prepend=True, with_kwargs=True, always_call=True)
+            module.register_forward_hook(Exit(), prepend=True, with_kwargs=True, always_call=True)
+    forget_places(model)
     ROOTS.add(model)
     return model
 
@@ -64,6 +66,7 @@ def unextend(model: M) -> M:
     """
     for module in model.modules():
         remove_hooks(module, (Enter, Exit))
+    forget_places(model)
     ROOTS.discard(model)
     return model
 
@@ -74,11 +77,17 @@ def _refuse(path: str, module: Any) -> None:
     if reason := refusal(module):
         raise UnsupportedModuleError(f"`{path}` ({kind}) {reason}.")
     if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModuleError(f"`{path}` ({kind}) is scripted, so its forward cannot be seen; extend the original.")
+        raise UnsupportedModuleError(
+            f"`{path}` ({kind}) is scripted, so its forward cannot be seen; extend the original."
+        )
     if kind == "OptimizedModule":
         raise UnsupportedModuleError(f"`{path}` is a compiled model; extend the model itself, without torch.compile.")
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise UnsupportedModuleError(f"`{path}` ({kind}) copies or reduces gradients itself; call extend(model.module).")
+        raise UnsupportedModuleError(
+            f"`{path}` ({kind}) copies or reduces gradients itself; call extend(model.module)."
+        )
     for name, p in module.named_parameters(recurse=False):
         if isinstance(p, nn.parameter.UninitializedParameter):
-            raise UnsupportedModuleError(f"`{path}` ({kind}) has no shape yet (`{name}`); run one forward before extend().")
+            raise UnsupportedModuleError(
+                f"`{path}` ({kind}) has no shape yet (`{name}`); run one forward before extend()."
+            )

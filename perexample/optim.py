@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class _Privatizer:
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise PerExampleError(
-                f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise was "
-                f"added; run the backward before, and call step() without arguments."
+                f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
+                f"was added; run the backward before, and call step() without arguments."
             )
         noise_multiplier, expected_batch_size = (_shared_setting(optimizer, name) for name in _SETTINGS)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -172,7 +172,7 @@ def _clear_sums_too(optimizer: torch.optim.Optimizer, clipping: Clipping) -> Non
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
-class DP_SGD(torch.optim.SGD):
+class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
     """Differentially private stochastic gradient descent.
 
     ``torch.optim.SGD`` on ``(sum of clipped gradients + noise) / expected_batch_size``; see `privatize`, which makes
@@ -226,10 +226,20 @@ class DP_SGD(torch.optim.SGD):
     ) -> None:
         """Make an SGD optimizer private."""
         super().__init__(
-            params, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
+            params,
+            lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
         )
         privatize(
-            self, clipping=clipping, noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size, generator=generator
+            self,
+            clipping=clipping,
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=expected_batch_size,
+            generator=generator,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,9 +250,3 @@ class DP_SGD(torch.optim.SGD):
                 "new one, and load optimizer.state_dict() into it."
             )
         super().__setstate__(state)
-
-
-if TYPE_CHECKING:
-    from .extensions import ClippedGrad
-
-    _: type[Clipping] = ClippedGrad

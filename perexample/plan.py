@@ -36,9 +36,7 @@ class Plan(list[PlanRow]):
 
     def __str__(self) -> str:
         """The rows as a table."""
-        rows = [
-            (row.path or "(model)", row.module, row.rule, _parameters(row), row.note) for row in self
-        ]
+        rows = [(row.path or "(model)", row.module, row.rule, _parameters(row), row.note) for row in self]
         return table(("module", "class", "rule", "trainable", "note"), rows)
 
 

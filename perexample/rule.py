@@ -11,7 +11,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -57,10 +57,12 @@ class Rule:
 
     Attributes:
         batched: Names of captured tensors that hold the examples on one of their axes, the same for all.
+        own_axes: Whether the rule finds the examples itself; otherwise they are brought to axis 0 for it.
         reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
     """
 
     batched: tuple[str, ...] = ("x",)
+    own_axes: bool = False
     reads_parameters: bool = True
 
     def refuse(self, module: nn.Module) -> str | None:
@@ -70,6 +72,10 @@ class Rule:
     def feature_axes(self, module: nn.Module) -> int | None:
         """How many trailing input axes can never hold the examples; ``None`` if these are always on axis 0."""
         return None
+
+    def output_axes(self, module: nn.Module, outputs: Sequence[Any]) -> list[int]:
+        """For a rule with ``own_axes``: the axis that holds the examples, for each output tensor."""
+        return [0] * len(outputs)
 
     def covers(self, module: nn.Module) -> bool:
         """Whether this rule knows all parameters that the module owns."""
@@ -172,6 +178,9 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
         module_classes: Classes of `torch.nn.Module`.
         overwrite: Replace a rule that is registered already.
 
+    Returns:
+        The decorator, which hands back the rule class.
+
     Raises:
         ConfigurationError: If a class is no module class, or has a rule already and ``overwrite`` is false.
         RuleContractError: If the rule defines no gradient.
@@ -191,13 +200,16 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
 
     def decorate(rule_class: R) -> R:
         if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
-            raise RuleContractError(f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g).")
+            raise RuleContractError(
+                f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
+            )
         for cls in module_classes:
             if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
                 raise ConfigurationError(f"register_rule takes classes of torch.nn.Module; {cls!r} is not one.")
             if cls in _REGISTRY and not overwrite:
                 raise ConfigurationError(
-                    f"{cls.__name__} has the rule {type(_REGISTRY[cls]).__name__} already; pass overwrite=True to replace it."
+                    f"{cls.__name__} has the rule {type(_REGISTRY[cls]).__name__} already; pass overwrite=True to "
+                    f"replace it."
                 )
             _REGISTRY[cls] = rule_class()
         return rule_class
@@ -225,6 +237,9 @@ def rule_for(module: nn.Module) -> Rule | None:
 
     A subclass inherits the rule of its base only if it computes the same: it leaves all methods of the base alone that
     take part in ``forward``, owns no further parameters, and is not parametrized.
+
+    Returns:
+        The rule object, shared by all modules of the class.
     """
     if parametrize.is_parametrized(module) or overridden_forward(module):
         return None

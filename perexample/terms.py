@@ -80,6 +80,9 @@ def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> 
     Rounding errors are proportional to the sum of the norms of the pieces. For pieces that do not conspire, its
     square is about ``pieces`` times the squared norm; where it is far more, or more than the proven ``limit``, digits
     may be missing.
+
+    Returns:
+        The squared norms, ``[N]``, float64.
     """
     magnitude = term.magnitude().square()
     doubtful = ~(magnitude <= min(4 * max(pieces, 8), limit) * l2)
@@ -333,19 +336,24 @@ def combine(terms: Sequence[Term]) -> Term:
     if len(terms) == 1:
         return terms[0]
     outers: dict[tuple[int, int, int], list[Outer]] = {}
-    rows, rest = [], []
-    for term in terms:
-        term = getattr(term, "unfolded", lambda term=term: term)()
+    rows: list[Rows] = []
+    rest: list[Term] = []
+    for term in map(_unfolded, terms):
         if isinstance(term, Outer):
             outers.setdefault(term.sizes, []).append(term)
         elif isinstance(term, Rows):
             rows.append(term)
         else:
             rest.append(term)
-    joined = [_joined_rows(rows)] if rows else []
+    joined: list[Term] = [_joined_rows(rows)] if rows else []
     joined += [_summed_dense(rest)] if rest else []
     joined += [_joined_outers(like) for like in outers.values()]
     return joined[0] if len(joined) == 1 else Sum(joined)
+
+
+def _unfolded(term: Term) -> Term:
+    """A convolution as outer products, so that it can be joined with others."""
+    return term.unfolded() if hasattr(term, "unfolded") else term
 
 
 def _joined_outers(like: list[Outer]) -> Outer:

@@ -33,7 +33,7 @@ from .walk import Walk, walk
 _ACTIVE = threading.local()
 
 
-class perex(TorchFunctionMode):
+class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like torch.no_grad
     """Context in which ``loss.backward()`` also computes per-example quantities.
 
     The forward may run inside or outside of it; it may stay open over many backwards. It holds for one thread.
@@ -139,13 +139,16 @@ def _check_extensions(extensions: Sequence[Any]) -> None:
         raise ExtensionError("perex needs at least one extension: perex(BatchGrad()).")
     for extension in extensions:
         if isinstance(extension, type):
-            raise ExtensionError(f"perex got the class {extension.__name__}; pass an instance: {extension.__name__}(...).")
+            raise ExtensionError(
+                f"perex got the class {extension.__name__}; pass an instance: {extension.__name__}(...)."
+            )
         if not isinstance(extension, Extension):
             raise ExtensionError(f"perex got {extension!r}, which is not an instance of perexample.Extension.")
         name = getattr(extension, "field", None)
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.Parameter, name):
             raise ExtensionError(
-                f"{type(extension).__name__}.field is {name!r}; it must be an attribute name that parameters do not have."
+                f"{type(extension).__name__}.field is {name!r}; it must be an attribute name that parameters do not "
+                f"have."
             )
     fields = [extension.field for extension in extensions]
     for name in set(fields):
@@ -185,12 +188,15 @@ class Backward:
         self.names = _parameter_names(found)
         _check_coverage(found, self.names)
         self.n = _number_of_examples(found)
+        if self.n:
+            for tap in found.taps:
+                tap.axis = tap.batch_axis(self.n)
         scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
         self.views = {
             id(p): ParameterView(name, p, self.n, scale) for p, name in self.names.values() if p.requires_grad
         }
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
-        self.pending = {key: 0 for key in self.views}
+        self.pending = dict.fromkeys(self.views, 0)
         for tap in found.taps:
             for key in {id(p) for p in tap.params.values()}:
                 self.pending[key] += 1
@@ -238,15 +244,10 @@ class Backward:
     def _add_terms(self, tap: Tap, gradients: dict[int, Tensor]) -> None:
         call = tap.call(self.n)
         g: Any = _upstream(tap, gradients)
-        if tap.rule.batched:
-            axis = tap.batch_axis(self.n)
+        if not tap.rule.own_axes:
+            axis = tap.axis
             g = g.movedim(axis, 0)
             call.saved |= {name: call.saved[name].movedim(axis, 0) for name in tap.rule.batched}
-        elif isinstance(g, Tensor) and not getattr(tap.rule, "generic", False) and g.shape[:1] != (self.n,):
-            raise BatchAxisError(
-                f"`{call.name}` ({type(tap.module).__name__}) returned {list(g.shape)}; axis 0 must hold the {self.n} "
-                f"examples."
-            )
         terms = tap.rule.terms(call, g)
         if set(terms) != set(call.params):
             raise RuleContractError(

@@ -19,6 +19,7 @@ from .._tree import tensors_in
 from ..errors import BatchAxisError
 from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
+from .probe import Places, explore, places_of, tensors_of
 from .tap import Tap
 
 ROOTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every extended model that is alive
@@ -29,25 +30,54 @@ class Record:
     """One outermost forward of an extended model.
 
     Attributes:
-        root_name: How the module that was called is named in messages.
+        module: The module that was called.
+        root_name: How it is named in messages.
         batch_dim: Axis of the inputs that holds the examples.
         refused: Modules called in it that mix examples, with the reason.
+        shapes: Shapes of the outputs of each tapped call.
+        arguments: The inputs, kept as long as it is not known where the tapped calls hold the examples.
     """
 
     def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
         """Note the sizes of the inputs along the batch axis."""
-        self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
+        self.module, self.root_name, self.batch_dim = module, name or type(module).__name__, batch_dim
         self.input_sizes = self._sizes((args, kwargs))
         self.output_sizes: list[int] = []
         self.refused: list[tuple[str, str]] = []
+        self.shapes: dict[str, list[torch.Size]] = {}
+        self.arguments: tuple[tuple, dict] | None = (args, kwargs)
         self.calls: dict[int, int] = {}
 
     def _sizes(self, tree: Any) -> list[int]:
         return [t.shape[self.batch_dim] for t in tensors_in(tree) if t.dim() > self.batch_dim]
 
     def finish(self, output: Any) -> None:
-        """Note the sizes of the outputs too."""
+        """Note the sizes of the outputs too; let go of the inputs if they are not needed any more."""
         self.output_sizes = self._sizes(output)
+        places = places_of(self.module)
+        if all(places.known(call) for call in self.shapes):
+            self.arguments = None
+
+    def places(self) -> Places:
+        """Where each tapped call holds the examples; runs the forward once more if that is not known yet."""
+        places = places_of(self.module)
+        if self.arguments is not None and not all(places.known(call) for call in self.shapes):
+            explore(self, self.n, self._again)
+        self.arguments = None
+        return places
+
+    def _again(self, args: tuple, kwargs: dict) -> dict[str, list[torch.Size]]:
+        devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
+        buffers = [(b, b.clone()) for b in self.module.buffers()]
+        shapes: dict[str, list[torch.Size]] = {}
+        with torch.no_grad(), torch.random.fork_rng(devices), observing(shapes):
+            try:
+                self.module(*args, **kwargs)
+            finally:
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+        return shapes
 
     @property
     def n(self) -> int:
@@ -78,6 +108,7 @@ class _Frame:
 
     module: nn.Module
     record: Record
+    name: str
     inside: bool  # below a tap, or where hooks must stay silent
     rule: Rule | None = None
     before: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +120,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
         self.quiet = 0
+        self.observed: dict[str, list[torch.Size]] | None = None
 
 
 _STATE = _State()
@@ -102,6 +134,16 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _STATE.quiet -= 1
+
+
+@contextmanager
+def observing(shapes: dict[str, list[torch.Size]]) -> Iterator[None]:
+    """Note the shapes of the outputs of all calls, and leave no taps."""
+    kept, _STATE.frames, _STATE.observed = _STATE.frames, [], shapes
+    try:
+        yield
+    finally:
+        _STATE.frames, _STATE.observed = kept, None
 
 
 def forget_forwards() -> None:
@@ -133,16 +175,17 @@ class Enter:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what is called, and whether a tap is to be left."""
-        if _STATE.quiet or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        observed = _STATE.observed is not None
+        if _STATE.quiet or torch.compiler.is_compiling() or not (observed or torch.is_grad_enabled()):
             return
         frames = _STATE.frames
         if frames:
             record, inside = frames[-1].record, frames[-1].inside or frames[-1].rule is not None
         else:
             record, inside = self._open(module, args, kwargs)
-        frame = _Frame(module, record, inside)
+        frame = _Frame(module, record, record.call_name(module, self.name), inside)
         frames.append(frame)
-        if inside:
+        if inside or observed:
             return
         if reason := refusal(module):
             record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
@@ -162,10 +205,6 @@ class Enter:
 class Exit:
     """Forward hook: closes the frame and leaves the tap; runs after a failed forward too."""
 
-    def __init__(self, name: str) -> None:
-        """The path is all it needs."""
-        self.name = name
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Leave a tap if a rule answers for this module and its output carries gradients."""
         frames = _STATE.frames
@@ -173,13 +212,16 @@ class Exit:
             return
         while (frame := frames.pop()).module is not module:
             pass  # frames of calls that ended without their hook
+        if _STATE.observed is not None:
+            _STATE.observed[frame.name] = tensors_of(output)
+            return
         if frame.rule is not None and output is not None:
-            _leave_tap(frame, self.name, args, kwargs, output)
+            _leave_tap(frame, args, kwargs, output)
         if not frames:
             frame.record.finish(output)
 
 
-def _leave_tap(frame: _Frame, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+def _leave_tap(frame: _Frame, args: tuple, kwargs: dict, output: Any) -> None:
     module, rule, record = frame.module, frame.rule, frame.record
     assert rule is not None
     inputs = list(tensors_in((args, kwargs)))
@@ -189,7 +231,9 @@ def _leave_tap(frame: _Frame, name: str, args: tuple, kwargs: dict, output: Any)
     saved = rule.capture(module, args, kwargs, output)
     if isinstance(rule, GenericRule):
         saved |= rule.after(module, frame.before)
-    tap = Tap(record.call_name(module, name), rule, module, unit_parameters(module, rule), record, saved)
+    record.shapes[frame.name] = tensors_of(output)
+    tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved)
+    tap.place = next(i for i, t in enumerate(tensors_in(output)) if t is outputs[0])
     tap.attach(outputs, inputs)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._private import version
+from .._private import metadata, version
 from .._tree import map_tensors
 from ..errors import BatchAxisError, StaleGradientError
 from ..rule import Call, Rule, at_least_float32
@@ -50,6 +50,8 @@ class Tap:
         outputs: Shape, dtype and device of each output that carries gradients.
         inputs: Edges of the graph at which the call's inputs hang.
         run: The backward that wants this tap's gradients, while there is one.
+        axis: The axis that holds the examples, once a backward has found it out.
+        place: Which of the call's output tensors is the first with gradients.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Tap:
         self.outputs: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.inputs: list[GradientEdge] = []
         self.run: Backward | None = None
+        self.place = 0
+        self.axis = 0
         self._versions = {key: version(p) for key, p in params.items()} if rule.reads_parameters else {}
         tensors: list[Tensor] = []
         self._plan = map_tensors(lambda t: _Slot(tensors, t), saved)
@@ -76,7 +80,7 @@ class Tap:
         self.inputs = [get_gradient_edge(t) for t in inputs if t.requires_grad]
         for index, output in enumerate(outputs):
             edge = get_gradient_edge(output)
-            edge.node.metadata.setdefault(KEY, {})[edge.output_nr] = (self, index)
+            metadata(edge.node).setdefault(KEY, {})[edge.output_nr] = (self, index)
             self.outputs.append((output.shape, output.dtype, output.device))
             output.register_hook(_Arrival(self, index))
 
@@ -116,18 +120,53 @@ class Tap:
                 )
 
     def batch_axis(self, n: int) -> int:
-        """The axis of the inputs and outputs that holds the examples."""
-        features = self.rule.feature_axes(self.module)
-        shapes = [self._plan[name].shape for name in self.rule.batched]
-        fits = [a for a in _candidates(shapes[0], features) if all(len(s) > a and s[a] == n for s in shapes)]
-        if not fits:
+        """The axis of the inputs and outputs that holds the examples.
+
+        Returns:
+            The axis.
+
+        Raises:
+            BatchAxisError: If there is none, or it cannot be told from another of the same size.
+        """
+        fits = self._axes_of_size(n)
+        places = self.record.places()
+        seen = places.by_call.get(self.name, [])
+        place = seen[self.place] if len(seen) > self.place else None
+        if place is not None and place.shared:
             raise BatchAxisError(
-                f"`{self.name}` ({type(self.module).__name__}) was called with an input of shape {list(shapes[0])}, "
-                f"in which no axis that can hold the examples has size N = {n}, the size of axis "
-                f"{self.record.batch_dim} of the inputs of `{self.record.root_name}`. Expand inputs that are shared "
-                f"by all examples ([1, T] to [N, T]), and do not fold other axes into the batch."
+                f"{self._called()} gives an output of shape {list(self.outputs[0][0])} whatever the number of "
+                f"examples: one result is shared by all of them. Expand its input to the batch ([T] or [1, T] to "
+                f"[N, T])."
             )
-        return self.record.batch_dim if self.record.batch_dim in fits else fits[0]
+        if place is not None and place.axis in fits:
+            return place.axis
+        if not fits or place is not None:
+            raise BatchAxisError(
+                f"{self._called()} has an output of shape {list(self.outputs[0][0])}, in which no axis that can hold "
+                f"the examples is one of N = {n}, the size of axis {self.record.batch_dim} of the inputs of "
+                f"`{self.record.root_name}`. Do not fold other axes into the batch, and keep the examples on one axis."
+            )
+        if len(fits) > 1 and n > 1:
+            raise BatchAxisError(
+                f"{self._called()} has an output of shape {list(self.outputs[0][0])}, in which several axes have size "
+                f"N = {n}, and `{self.record.root_name}` cannot be run on fewer examples to tell them apart. Use a "
+                f"number of examples that no other axis has."
+            )
+        return fits[0]
+
+    def _called(self) -> str:
+        return f"`{self.name}` ({type(self.module).__name__})"
+
+    def _axes_of_size(self, n: int) -> list[int]:
+        """Axes that may hold n examples, in all batched inputs, or for a rule without such in the outputs."""
+        shapes = [self._plan[name].shape for name in self.rule.batched] or [self.outputs[0][0]]
+        axes: Iterable[int]
+        if self.rule.own_axes:
+            axes = self.rule.output_axes(self.module, self.outputs)[:1]
+        else:
+            features = self.rule.feature_axes(self.module)
+            axes = range(min(1, len(shapes[0]))) if features is None else range(len(shapes[0]) - features)
+        return [a for a in axes if all(len(s) > a and s[a] == n for s in shapes)]
 
 
 class _Slot:
@@ -140,14 +179,10 @@ class _Slot:
         tensors.append(tensor)
 
 
-def _candidates(shape: torch.Size, features: int | None) -> range:
-    return range(min(1, len(shape))) if features is None else range(len(shape) - features)
-
-
 class _Arrival:
     """The tensor hook on an output: hands the gradient to the backward that wants it, if there is one."""
 
-    __slots__ = ("tap", "index")
+    __slots__ = ("index", "tap")
 
     def __init__(self, tap: Tap, index: int) -> None:
         self.tap, self.index = tap, index

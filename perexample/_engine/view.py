@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..terms import Term, combine
 from ..rule import at_least_float32
+from ..terms import Term, combine
 
 
 class ParameterView:
@@ -80,5 +80,3 @@ class ParameterView:
         """Inner products of the examples' gradients, ``[N, N]``."""
         term = self.term
         return self.zeros(self.n, self.n) if term is None else term.batch_dot() * self._scale**2
-
-

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import reentrant_checkpoint
+from .._private import metadata, reentrant_checkpoint
 from ..errors import LossError
 from .tap import KEY, Tap
 
@@ -39,7 +39,7 @@ def walk(roots: Iterable[Tensor]) -> Walk:
     stack = [(root.grad_fn, root.output_nr) for root in roots if root.grad_fn is not None]
     while stack:
         node, number = stack.pop()
-        tapped = node.metadata.get(KEY)
+        tapped = metadata(node).get(KEY)
         mark = (node, number) if tapped else node
         if mark in seen:
             continue

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ..rule import Call, Rule, only_parameters, register_rule
 from ..terms import _BLOCK, Dense, Outer, Term, mended, squared_norms
 
-_WEIGHT_GRADIENT = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
+_WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -63,8 +64,9 @@ class Windows(Term):
         for axis in range(2, 2 + dims):
             reach = (self.shape[axis] - 1) * self.dilation[axis - 2] + 1
             windows = windows.unfold(axis, reach, self.stride[axis - 2])
-        taps = tuple(slice(None, None, step) for step in self.dilation)
-        windows = windows[(...,) + taps].unflatten(1, (groups, -1))  # [N, groups, C_in/groups, *L, *K]
+        for axis, step in enumerate(self.dilation, start=2 + dims):
+            windows = windows[(slice(None),) * axis + (slice(None, None, step),)]
+        windows = windows.unflatten(1, (groups, -1))  # [N, groups, C_in/groups, *L, *K]
         order = (0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         positions, outputs, entries = self._sizes
         x = windows.permute(order).reshape(n, groups, positions, entries)
@@ -125,7 +127,7 @@ def _pad(x: Tensor, sides: list[tuple[int, int]], mode: str) -> Tensor:
 
 @register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvRule(Rule):
-    """``y = conv(pad(x), W) + b``: the weight's gradient correlates input windows with g; bias sums g over positions."""
+    """``y = conv(pad(x), W) + b``: the weight's gradient correlates input windows with g, the bias's sums g."""
 
     reads_parameters = False
 

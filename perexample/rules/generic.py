@@ -50,23 +50,20 @@ class GenericRule(Rule):
     """
 
     batched = ()
-    generic = True
+    own_axes = True
 
     def axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
         """The axis that holds the examples in each input tensor, if that axis has N entries."""
         return [0] * len(tensors)
 
-    def output_axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
-        """The same for each output tensor."""
-        return [0] * len(tensors)
-
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the forward, to see afterwards what the forward has changed."""
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        buffers = dict(module.named_buffers())
         return {
             "rng": _random_state(tensors),
             "inputs": [(t, version(t)) for t in tensors],
-            "buffers": [(name, b, version(b)) for name, b in module.named_buffers()],
+            "buffers": [(name, buffers[name], version(buffers[name])) for name in buffers],
         }
 
     def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
@@ -109,7 +106,7 @@ class GenericRule(Rule):
             in_axes = [axis if flag else None for axis, flag in zip(axes, choice, strict=True)]
             try:
                 gradients, prints = self._example_by_example(call, tensors, in_axes, upstream)
-            except _Unrepeatable:
+            except _UnrepeatableError:
                 continue
             if _same(prints, call.saved["prints"], upstream):
                 return gradients
@@ -128,7 +125,7 @@ class GenericRule(Rule):
 
         def one(inputs: tuple[Tensor, ...], gs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], list[Tensor]]:
             whole = [t if a is None else t.unsqueeze(a) for t, a in zip(inputs, in_axes, strict=True)]
-            outputs, pull = vjp(lambda p: run(p, whole), params)
+            outputs, pull = vjp(lambda p: run(p, whole), params)[:2]
             cotangents = [g.unsqueeze(a).to(o.dtype) for g, a, o in zip(gs, out_axes, outputs, strict=True)]
             prints = [_fingerprint(o, a).squeeze(0) for o, a in zip(outputs, out_axes, strict=True)]
             return pull(tuple(cotangents))[0], prints
@@ -150,7 +147,7 @@ class GenericRule(Rule):
         try:
             rows = [one(*row(n)) for n in range(call.n)]
         except Exception as error:
-            raise _Unrepeatable(call, error) from error
+            raise _UnrepeatableError(call, error) from error
         gradients = {name: torch.stack([r[0][name] for r in rows]) for name in call.params}
         return gradients, [torch.stack(prints) for prints in zip(*(r[1] for r in rows), strict=True)]
 
@@ -197,7 +194,7 @@ class GenericRule(Rule):
         return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
 
 
-class _Unrepeatable(UnsupportedModuleError):
+class _UnrepeatableError(UnsupportedModuleError):
     """The forward of one example fails."""
 
     def __init__(self, call: Call, error: Exception) -> None:
@@ -273,9 +270,9 @@ class RecurrentRule(GenericRule):
         """The sequence first, then the states."""
         return [self._axis(module)] + [1] * (len(tensors) - 1)
 
-    def output_axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
+    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
         """The same."""
-        return [self._axis(module)] + [1] * (len(tensors) - 1)
+        return [self._axis(module)] + [1] * (len(outputs) - 1)
 
     def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """As for any module, but packed sequences have no axis of examples."""

@@ -12,7 +12,7 @@ from ..terms import Dense, Term
 
 @register_rule(nn.PReLU)
 class PReLURule(Rule):
-    """``y = max(0, x) + a min(0, x)``: slope ``sum g min(0, x)`` over all positions, per channel if there are several."""
+    """``y = max(0, x) + a min(0, x)``: slope ``sum g min(0, x)``, per channel if there are several slopes."""
 
     reads_parameters = False
 
