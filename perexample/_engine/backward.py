@@ -24,7 +24,7 @@ from ..errors import (
     UnsupportedModuleError,
 )
 from ..extension import Extension
-from ..rule import at_least_float32
+from ..rule import Call, at_least_float32
 from .record import ROOTS, Enter, forget_forwards, quiet
 from .tap import Tap
 from .view import ParameterView
@@ -234,15 +234,15 @@ class Backward:
         gradients = self.arrived.pop(tap)
         if self.n and gradients:
             device = next(iter(gradients.values())).device.type
+            call = tap.call(self.n)  # before quiet(): a checkpoint runs its forward again here, taps and all
             with torch.no_grad(), quiet(), torch.autocast(device, enabled=False):
-                self._add_terms(tap, gradients)
+                self._add_terms(tap, call, gradients)
         for key in {id(p) for p in tap.params.values()}:
             self.pending[key] -= 1
             if not self.pending[key]:
                 self._compute(self.views[key])
 
-    def _add_terms(self, tap: Tap, gradients: dict[int, Tensor]) -> None:
-        call = tap.call(self.n)
+    def _add_terms(self, tap: Tap, call: Call, gradients: dict[int, Tensor]) -> None:
         g: Any = _upstream(tap, gradients)
         if not tap.rule.own_axes:
             axis = tap.axis
@@ -369,7 +369,7 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
     if not found.taps:
         return UncoveredParameterError(
             f"{where} ({kind}) reaches the loss, but no call of an extended module does: the forward ran before "
-            f"extend(), or the loss (a penalty on weights?) does not depend on the batch. Run the forward again."
+            f"extend() or under torch.compile, or the loss (a penalty on weights?) does not depend on the batch. Run the forward again."
         )
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss outside of any module call that has a rule: used as a bare parameter, by "

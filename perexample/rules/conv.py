@@ -66,7 +66,7 @@ class Windows(Term):
             windows = windows.unfold(axis, reach, self.stride[axis - 2])
         for axis, step in enumerate(self.dilation, start=2 + dims):
             windows = windows[(slice(None),) * axis + (slice(None, None, step),)]
-        windows = windows.unflatten(1, (groups, -1))  # [N, groups, C_in/groups, *L, *K]
+        windows = windows.unflatten(1, (groups, self.shape[1]))  # [N, groups, C_in/groups, *L, *K]
         order = (0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         positions, outputs, entries = self._sizes
         x = windows.permute(order).reshape(n, groups, positions, entries)

@@ -52,14 +52,14 @@ class GenericRule(Rule):
     batched = ()
     own_axes = True
 
-    def axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
-        """The axis that holds the examples in each input tensor, if that axis has N entries."""
+    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
+        """The axis that holds the examples in each input tensor, if it has N entries; ``None`` if there is none."""
         return [0] * len(tensors)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the forward, to see afterwards what the forward has changed."""
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
-        buffers = dict(module.named_buffers())
+        buffers = {name: b for name, b in module.named_buffers() if b is not None}
         return {
             "rng": _random_state(tensors),
             "inputs": [(t, version(t)) for t in tensors],
@@ -99,8 +99,8 @@ class GenericRule(Rule):
     def _repeated(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
         """Example by example; where the roles of same-sized inputs are in doubt, the fingerprint decides."""
         tensors = [*tensors_in(call.saved["args"]), *tensors_in(call.saved["kwargs"])]
-        axes = self.axes(call.module, tensors)
-        batched = [t.dim() > a and t.shape[a] == call.n for t, a in zip(tensors, axes, strict=True)]
+        axes = self.axes(call, tensors)
+        batched = [_holds(t, a, call.n) for t, a in zip(tensors, axes, strict=True)]
         first = [flag and i == batched.index(True) for i, flag in enumerate(batched)]
         for choice in [batched, first] if first != batched else [batched]:
             in_axes = [axis if flag else None for axis, flag in zip(axes, choice, strict=True)]
@@ -112,8 +112,8 @@ class GenericRule(Rule):
                 return gradients
         raise CrossExampleError(
             f"`{call.name}` ({type(call.module).__name__}) gives other outputs on one example than on the batch of "
-            f"{call.n}: it mixes examples, or its inputs do not hold the examples on axis "
-            f"{sorted(set(axes))[0] if axes else 0}. Remove the mixing, or register a rule for it (@register_rule)."
+            f"{call.n}: it mixes examples, or its inputs do not hold the examples on axis {axes[0] if axes else 0}. "
+            f"Remove the mixing, or register a rule for it (@register_rule)."
         )
 
     def _example_by_example(
@@ -133,7 +133,8 @@ class GenericRule(Rule):
         arguments = (tuple(tensors), tuple(upstream))
         dims = (tuple(in_axes), tuple(out_axes))
         try:
-            return vmap(one, in_dims=dims, randomness="error")(*arguments)
+            with torch.enable_grad():  # without, attention in evaluation mode takes a path that has no derivative
+                return vmap(one, in_dims=dims, randomness="error")(*arguments)
         except Exception:  # noqa: BLE001 - vmap lacks rules for some operations and refuses others; the loop is exact
             return self._loop(call, one, arguments, dims)
 
@@ -145,7 +146,8 @@ class GenericRule(Rule):
             ]
 
         try:
-            rows = [one(*row(n)) for n in range(call.n)]
+            with torch.enable_grad():
+                rows = [one(*row(n)) for n in range(call.n)]
         except Exception as error:
             raise _UnrepeatableError(call, error) from error
         gradients = {name: torch.stack([r[0][name] for r in rows]) for name in call.params}
@@ -183,9 +185,11 @@ class GenericRule(Rule):
         leaves = [t for t in inputs if t.requires_grad]
         wanted = [*params.values(), *leaves]
         grads = torch.autograd.grad(outputs, wanted, masked, retain_graph=True, allow_unused=True)
-        in_axes = [a for t, a in zip(inputs, self.axes(call.module, inputs), strict=True) if t.requires_grad]
+        in_axes = [a for t, a in zip(inputs, self.axes(call, inputs), strict=True) if t.requires_grad]
         for grad, axis in zip(grads[len(params) :], in_axes, strict=True):
-            if grad is not None and grad.shape[axis] == call.n and not torch.equal(grad, _only(grad, axis, n)):
+            if grad is None or axis is None or not _holds(grad, axis, call.n):
+                continue
+            if not torch.equal(grad, _only(grad, axis, n)):
                 raise CrossExampleError(
                     f"`{call.name}` ({type(call.module).__name__}) mixes examples: the output of one depends on the "
                     f"input of another. Remove the mixing, or register a rule for it (@register_rule)."
@@ -217,6 +221,11 @@ class _Repeat:
         state = params | {name: buffer.clone() for name, buffer in self.call.module.named_buffers()}
         output = list(tensors_in(functional_call(self.call.module, state, args, kwargs)))
         return tuple(output[i] for i in self.call.saved["chosen"])
+
+
+def _holds(t: Tensor, axis: int | None, n: int) -> bool:
+    """Whether the axis can be that of n examples."""
+    return axis is not None and t.dim() > axis and t.shape[axis] == n
 
 
 def _only(g: Tensor, axis: int, n: int) -> Tensor:
@@ -266,9 +275,9 @@ class RecurrentRule(GenericRule):
     def _axis(self, module: Any) -> int:
         return 0 if module.batch_first else 1
 
-    def axes(self, module: Any, tensors: Sequence[Tensor]) -> list[int]:
+    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
         """The sequence first, then the states."""
-        return [self._axis(module)] + [1] * (len(tensors) - 1)
+        return [self._axis(call.module)] + [1] * (len(tensors) - 1)
 
     def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
         """The same."""
@@ -279,3 +288,24 @@ class RecurrentRule(GenericRule):
         if isinstance((*args, *kwargs.values())[0], nn.utils.rnn.PackedSequence):
             return {"problem": "was called with a packed sequence, which has no axis of examples; pass it padded"}
         return super().capture(module, args, kwargs, output)
+
+
+@register_rule(nn.MultiheadAttention)
+class AttentionRule(GenericRule):
+    """Attention with all of its projections, in either layout; masks ``[L, S]`` are shared by the examples."""
+
+    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
+        """Queries, keys and values as ``batch_first`` says, the padding mask on axis 0."""
+        named = dict(zip(_ATTENTION_ARGUMENTS, call.saved["args"], strict=False)) | call.saved["kwargs"]
+        known = dict.fromkeys(("query", "key", "value"), self._axis(call.module)) | {"key_padding_mask": 0}
+        return [known.get(name) for name, value in named.items() if isinstance(value, Tensor)]
+
+    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
+        """The output as the queries, the weights on axis 0."""
+        return [self._axis(module), 0][: len(outputs)]
+
+    def _axis(self, module: Any) -> int:
+        return 0 if module.batch_first else 1
+
+
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")

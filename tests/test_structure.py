@@ -1,0 +1,96 @@
+"""The shape of the package: who imports whom, what is public, what the docs and the README show."""
+
+import ast
+import doctest
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import perexample
+import perexample.extensions
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted(p for folder in ("perexample", "extensions") for p in (ROOT / folder).rglob("*.py"))
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+    package = ["perexample", *(["extensions"] if path.parts[-2] == "extensions" else path.parent.relative_to(ROOT / "perexample").parts)]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.add(".".join([*base, *([node.module] if node.module else [])]))
+    return {name for name in found if name.startswith("perexample")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    imports, relative = _imports(path), path.relative_to(ROOT)
+    if relative.parts[0] == "extensions":
+        assert not any("_engine" in name or ".rules" in name or "optim" in name for name in imports)
+    elif relative.parts[1] == "rules":
+        assert not any("_engine" in name or "extension" in name for name in imports)
+    elif relative.parts[1] == "_engine":
+        assert not any(name.startswith("perexample.extensions") for name in imports)
+    else:
+        assert not any(name.startswith("perexample.extensions") for name in imports)
+
+
+def test_the_engine_knows_no_particular_rule_but_the_generic_one():
+    for path in (ROOT / "perexample" / "_engine").glob("*.py"):
+        assert {name for name in _imports(path) if ".rules" in name} <= {"perexample.rules.generic"}, path
+
+
+def test_core_needs_torch_and_einops_only():
+    allowed = {"torch", "einops", "perexample"} | set(sys.stdlib_module_names)
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            else:
+                continue
+            assert {name.partition(".")[0] for name in names} <= allowed, (path, names)
+
+
+@pytest.mark.parametrize("package", [perexample, perexample.extensions])
+def test_every_public_name_exists_has_a_docstring_and_is_in_the_docs(package):
+    api = (ROOT / "docs" / "api.rst").read_text()
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
+        assert re.search(rf"\b{name}\b", api), f"{name} is missing in docs/api.rst"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_in_docstrings(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("perexample", *parts) if parts[0] == "extensions" else parts
+    module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
+    torch.manual_seed(0)
+    known = dict(perexample.rule._REGISTRY)
+    try:
+        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    finally:
+        perexample.rule._REGISTRY.clear()
+        perexample.rule._REGISTRY.update(known)
+    assert not result.failed
+
+
+def test_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    setup = "import torch\nfrom torch import nn\n"
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", setup + block], check=True, cwd=ROOT, timeout=300)
+
+
+def test_the_folder_extensions_cannot_be_imported_by_itself():
+    run = subprocess.run([sys.executable, "-c", "import extensions"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode
+    assert run.stderr.strip().splitlines()[-1].startswith("ImportError: Import perexample.extensions instead")
