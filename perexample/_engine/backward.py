@@ -85,6 +85,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
                 "perex is open already in this thread; contexts do not nest. Give all extensions to one: "
                 "perex(BatchGrad(), ClippedGrad(1.0))."
             )
+        forget_forwards()
         super().__enter__()
         _ACTIVE.context = self
         return self
@@ -369,7 +370,8 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
     if not found.taps:
         return UncoveredParameterError(
             f"{where} ({kind}) reaches the loss, but no call of an extended module does: the forward ran before "
-            f"extend() or under torch.compile, or the loss (a penalty on weights?) does not depend on the batch. Run the forward again."
+            f"extend() or under torch.compile, or the loss (a penalty on weights?) does not depend on the batch. Run "
+            f"the forward again."
         )
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss outside of any module call that has a rule: used as a bare parameter, by "

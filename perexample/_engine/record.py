@@ -22,7 +22,31 @@ from ..rules.generic import GenericRule, graded
 from .probe import Places, explore, places_of, tensors_of
 from .tap import Tap
 
-ROOTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every extended model that is alive
+
+class _Roots:
+    """Every extended model that is alive; safe to read while another thread extends one."""
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, model: nn.Module) -> None:
+        """Note a model."""
+        if model not in self._models:
+            with self._lock:
+                self._models.add(model)
+
+    def discard(self, model: nn.Module) -> None:
+        """Forget a model."""
+        with self._lock:
+            self._models.discard(model)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        with self._lock:
+            return iter(list(self._models))
+
+
+ROOTS = _Roots()
 _GENERIC = GenericRule()
 
 

@@ -20,7 +20,7 @@ from torch.func import functional_call, vjp, vmap
 from .._private import version
 from .._tree import map_tensors, tensors_in
 from ..errors import CrossExampleError, UnsupportedModuleError
-from ..rule import Call, Rule, register_rule
+from ..rule import Call, Rule
 
 
 def graded(output: Any) -> list[Tensor]:
@@ -59,7 +59,7 @@ class GenericRule(Rule):
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the forward, to see afterwards what the forward has changed."""
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
-        buffers = {name: b for name, b in module.named_buffers() if b is not None}
+        buffers: dict[str, Any] = dict(module.named_buffers())
         return {
             "rng": _random_state(tensors),
             "inputs": [(t, version(t)) for t in tensors],
@@ -266,46 +266,3 @@ def _same(prints: Sequence[Tensor], originals: Sequence[Tensor], upstream: Seque
         if not (close | ~old.isfinite().all(1)).all():
             return False
     return True
-
-
-@register_rule(nn.RNN, nn.LSTM, nn.GRU)
-class RecurrentRule(GenericRule):
-    """Recurrent layers in either layout; the states hold the examples on axis 1."""
-
-    def _axis(self, module: Any) -> int:
-        return 0 if module.batch_first else 1
-
-    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
-        """The sequence first, then the states."""
-        return [self._axis(call.module)] + [1] * (len(tensors) - 1)
-
-    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
-        """The same."""
-        return [self._axis(module)] + [1] * (len(outputs) - 1)
-
-    def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
-        """As for any module, but packed sequences have no axis of examples."""
-        if isinstance((*args, *kwargs.values())[0], nn.utils.rnn.PackedSequence):
-            return {"problem": "was called with a packed sequence, which has no axis of examples; pass it padded"}
-        return super().capture(module, args, kwargs, output)
-
-
-@register_rule(nn.MultiheadAttention)
-class AttentionRule(GenericRule):
-    """Attention with all of its projections, in either layout; masks ``[L, S]`` are shared by the examples."""
-
-    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
-        """Queries, keys and values as ``batch_first`` says, the padding mask on axis 0."""
-        named = dict(zip(_ATTENTION_ARGUMENTS, call.saved["args"], strict=False)) | call.saved["kwargs"]
-        known = dict.fromkeys(("query", "key", "value"), self._axis(call.module)) | {"key_padding_mask": 0}
-        return [known.get(name) for name, value in named.items() if isinstance(value, Tensor)]
-
-    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
-        """The output as the queries, the weights on axis 0."""
-        return [self._axis(module), 0][: len(outputs)]
-
-    def _axis(self, module: Any) -> int:
-        return 0 if module.batch_first else 1
-
-
-_ATTENTION_ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")

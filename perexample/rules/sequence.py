@@ -1,0 +1,53 @@
+"""Rules for recurrent and attention layers: the generic one, told where these layers hold the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..rule import Call, register_rule
+from .generic import GenericRule
+
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+
+
+@register_rule(nn.RNN, nn.LSTM, nn.GRU)
+class RecurrentRule(GenericRule):
+    """Recurrent layers in either layout; the states hold the examples on axis 1."""
+
+    def _axis(self, module: Any) -> int:
+        return 0 if module.batch_first else 1
+
+    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
+        """The sequence first, then the states."""
+        return [self._axis(call.module), *[1] * (len(tensors) - 1)]
+
+    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
+        """The same."""
+        return [self._axis(module), *[1] * (len(outputs) - 1)]
+
+    def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """As for any module, but packed sequences have no axis of examples."""
+        if isinstance((*args, *kwargs.values())[0], nn.utils.rnn.PackedSequence):
+            return {"problem": "was called with a packed sequence, which has no axis of examples; pass it padded"}
+        return super().capture(module, args, kwargs, output)
+
+
+@register_rule(nn.MultiheadAttention)
+class AttentionRule(GenericRule):
+    """Attention with all of its projections, in either layout; masks ``[L, S]`` are shared by the examples."""
+
+    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
+        """Queries, keys and values as ``batch_first`` says, the padding mask on axis 0."""
+        named = dict(zip(_ATTENTION_ARGUMENTS, call.saved["args"], strict=False)) | call.saved["kwargs"]
+        known = dict.fromkeys(("query", "key", "value"), self._axis(call.module)) | {"key_padding_mask": 0}
+        return [known.get(name) for name, value in named.items() if isinstance(value, Tensor)]
+
+    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
+        """The output as the queries, the weights on axis 0."""
+        return [self._axis(module), 0][: len(outputs)]
+
+    def _axis(self, module: Any) -> int:
+        return 0 if module.batch_first else 1
