@@ -1,7 +1,7 @@
 """Per-example gradients, norms and clipped sums during ``loss.backward()``, and private training on top."""
 
 from . import rules as rules  # registers the rules
-from ._engine.backward import perex
+from ._engine.context import perex
 from .check import CheckReport, check
 from .errors import (
     BatchAxisError,

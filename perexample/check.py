@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._engine.backward import perex
+from ._engine.context import perex
 from ._table import table
 from ._tree import map_tensors, tensors_in
 from .errors import CheckFailedError, ConfigurationError, CrossExampleError

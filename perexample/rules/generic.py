@@ -78,9 +78,9 @@ class GenericRule(Rule):
         """What the forward changed: ``problem`` if it can therefore not be repeated, ``rng`` if it drew numbers."""
         if any(version(t) != old for t, old in before["inputs"]):
             return {"problem": "changes its input in place; write x * y instead of x.mul_(y)"}
-        now = dict(module.named_buffers())
+        now: dict[str, Any] = dict(module.named_buffers())
         for name, buffer, old in before["buffers"]:
-            if now.get(name) is not buffer or version(buffer) != old:
+            if version(buffer) != old or now.get(name) is not buffer:
                 return {"problem": f"changes its buffer `{name}` in the forward, past all gradients"}
         state = _random_state([t for t, _ in before["inputs"]])
         drew = any(not torch.equal(a, b) for a, b in zip(before["rng"], state, strict=True))

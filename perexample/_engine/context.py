@@ -1,0 +1,168 @@
+"""The context that takes over ``backward``."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._private import loss_reduction_of
+from ..errors import ConfigurationError, ExtensionError, LossError
+from ..extension import Extension
+from .backward import Backward
+from .record import forget_forwards
+from .walk import walk
+
+_ACTIVE = threading.local()
+
+
+class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like torch.no_grad
+    """Context in which ``loss.backward()`` also computes per-example quantities.
+
+    The forward may run inside or outside of it; it may stay open over many backwards. It holds for one thread.
+
+    Args:
+        extensions: What to compute, each saved in the parameters' attribute named by its ``field``.
+        loss_reduction: How the loss joins the examples: ``"mean"``, or ``"sum"``. Quantities are always those of each
+            example's OWN loss. (``"sum"`` on a mean loss gives quantities of ``loss_n / N``, as BackPACK does.)
+        grad: Whether ``p.grad`` is computed too. ``False`` saves its cost; nothing unclipped is then left behind.
+        loss_scale: A factor on the loss that is to be divided out again: a number, or a ``GradScaler``.
+
+    Raises:
+        ExtensionError: If an extension is no instance of `Extension`, two share a field, or contexts are nested.
+        ConfigurationError: If another argument has no meaning.
+
+    Example:
+        >>> from perexample import extend, perex
+        >>> from perexample.extensions import BatchGrad, BatchL2Grad
+        >>> model = extend(nn.Linear(3, 2))
+        >>> with perex(BatchGrad(), BatchL2Grad()):
+        ...     model(torch.ones(5, 3)).square().sum(1).mean().backward()
+        >>> model.weight.grad_batch.shape, model.weight.batch_l2.shape
+        (torch.Size([5, 2, 3]), torch.Size([5]))
+    """
+
+    def __init__(
+        self, *extensions: Extension, loss_reduction: str = "mean", grad: bool = True, loss_scale: Any = 1.0
+    ) -> None:
+        """Check the arguments; nothing else happens before ``with``."""
+        super().__init__()
+        _check_extensions(extensions)
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
+        self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, bool(grad)
+        self._loss_scale = loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss, now."""
+        scale = self._loss_scale.get_scale() if hasattr(self._loss_scale, "get_scale") else self._loss_scale
+        if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+            raise ConfigurationError(f"loss_scale must be a positive number or a GradScaler, not {scale!r}.")
+        return float(scale)
+
+    def __enter__(self) -> perex:
+        """Take over ``backward`` in this thread."""
+        if getattr(_ACTIVE, "context", None) is not None:
+            raise ExtensionError(
+                "perex is open already in this thread; contexts do not nest. Give all extensions to one: "
+                "perex(BatchGrad(), ClippedGrad(1.0))."
+            )
+        forget_forwards()
+        super().__enter__()
+        _ACTIVE.context = self
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        """Give ``backward`` back."""
+        _ACTIVE.context = None
+        super().__exit__(*exc)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Let everything pass but ``backward``."""
+        if func is torch.Tensor.backward:
+            return self._backward(*args, **(kwargs or {}))
+        if func is torch.autograd.backward:
+            return self._autograd_backward(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _autograd_backward(
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if len(losses) != 1:
+            raise LossError(f"backward of {len(losses)} losses at once: add them up and call backward on the sum.")
+        grads = grad_tensors if grad_tensors is not None else grad_variables
+        gradient = grads[0] if isinstance(grads, Sequence) else grads
+        self._backward(losses[0], gradient, retain_graph, create_graph, inputs)
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        _check_loss(loss, gradient, inputs, self.loss_reduction)
+        forget_forwards()
+        found = walk([loss])
+        run = Backward(self, found)
+        keep = create_graph if retain_graph is None else retain_graph
+        run.execute(lambda inputs: torch.autograd.backward(loss, None, keep, create_graph, inputs=inputs), bool(keep))
+
+
+def _check_extensions(extensions: Sequence[Any]) -> None:
+    if not extensions:
+        raise ExtensionError("perex needs at least one extension: perex(BatchGrad()).")
+    for extension in extensions:
+        if isinstance(extension, type):
+            raise ExtensionError(
+                f"perex got the class {extension.__name__}; pass an instance: {extension.__name__}(...)."
+            )
+        if not isinstance(extension, Extension):
+            raise ExtensionError(f"perex got {extension!r}, which is not an instance of perexample.Extension.")
+        name = getattr(extension, "field", None)
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.Parameter, name):
+            raise ExtensionError(
+                f"{type(extension).__name__}.field is {name!r}; it must be an attribute name that parameters do not "
+                f"have."
+            )
+    fields = [extension.field for extension in extensions]
+    for name in set(fields):
+        if fields.count(name) > 1:
+            raise ExtensionError(f"Two extensions write the field `{name}`; use one of them, or two contexts in turn.")
+
+
+def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> None:
+    if loss.numel() != 1:
+        raise LossError(
+            f"backward was called on a tensor of shape {list(loss.shape)}; per-example gradients need a scalar loss. "
+            f"Use losses.mean() (or losses.sum() with perex(..., loss_reduction='sum'))."
+        )
+    if gradient is not None:
+        raise LossError("backward(gradient=...) would scale the examples' losses; multiply the loss, or leave it out.")
+    if inputs is not None:
+        raise LossError("backward(inputs=...) would leave out parameters; freeze them with requires_grad_(False).")
+    if loss.grad_fn is None:
+        raise LossError(
+            "The loss has no graph: it does not depend on the batch through any trainable parameter. "
+            "Was the forward run under torch.no_grad(), or is everything frozen?"
+        )
+    actual = loss_reduction_of(loss.grad_fn)
+    if actual == "sum" and reduction == "mean":
+        raise LossError(
+            f"The loss ({loss.grad_fn.name()}) sums over its elements, but perex was told loss_reduction='mean'; "
+            f"pass loss_reduction='sum', or use a mean."
+        )

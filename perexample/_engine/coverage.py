@@ -1,0 +1,112 @@
+"""What must hold before a backward starts: every trainable parameter is answered for, and N is known."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .._private import has_hook
+from ..errors import (
+    BatchAxisError,
+    LossError,
+    PerExampleError,
+    StaleGradientError,
+    UncoveredParameterError,
+    UnsupportedModuleError,
+)
+from .record import ROOTS, Enter
+from .walk import Walk
+
+
+def parameter_names(found: Walk) -> dict[int, tuple[nn.Parameter, str]]:
+    """All parameters of the models that take part, by identity, with their names."""
+    used = {id(p) for tap in found.taps for p in tap.params.values()}
+    models = [dict(model.named_parameters()) for model in ROOTS]
+    models.sort(key=len, reverse=True)  # of a model and a part of it, both extended, the model names the parameters
+    names: dict[int, tuple[nn.Parameter, str]] = {}
+    for model in models:
+        if any(id(p) in used for p in model.values()):
+            for name, p in model.items():
+                names.setdefault(id(p), (p, name))
+    for tap in found.taps:
+        for name, p in tap.params.items():
+            if id(p) not in names:
+                raise StaleGradientError(
+                    f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
+                    f"the forward. Replace parameters before the forward, and call extend(model) for new modules."
+                )
+            if not p.requires_grad:
+                raise StaleGradientError(
+                    f"Parameter `{names[id(p)][1]}` was frozen between forward and backward; freeze it before."
+                )
+    return names
+
+
+def check_coverage(found: Walk, names: dict[int, tuple[nn.Parameter, str]]) -> None:
+    """Errors for what the walk has found that no tap answers for."""
+    for tap in found.taps:
+        if tap.record.refused:
+            name, reason = tap.record.refused[0]
+            raise UnsupportedModuleError(f"`{name}` {reason}.")
+        if tap.released:
+            raise LossError(
+                "The graph of this loss was used by an earlier backward and is gone; run the forward again, or pass "
+                "backward(retain_graph=True) the first time."
+            )
+    if found.uncovered:
+        p = next(iter(found.uncovered.values()))
+        raise _uncovered(p, found)
+    if not found.taps:
+        raise LossError(
+            "The loss does not depend on the batch through any extended model: no call of a module with trainable "
+            "parameters lies between. Call extend(model) before the forward."
+        )
+
+
+def _uncovered(p: nn.Parameter, found: Walk) -> PerExampleError:
+    for model in ROOTS:
+        for path, module in model.named_modules():
+            for name, own in module.named_parameters(recurse=False):
+                if own is p:
+                    return _uncovered_at(path, name, module, found)
+    return UncoveredParameterError(
+        f"The loss depends on a trainable parameter of shape {list(p.shape)} that belongs to no extended model; call "
+        f"extend() on the model it belongs to before the forward, or freeze it with requires_grad_(False)."
+    )
+
+
+def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerExampleError:
+    where = f"Parameter `{path}.{name}`" if path else f"Parameter `{name}`"
+    kind = type(module).__name__
+    if found.compiled:
+        return UncoveredParameterError(
+            f"{where} ({kind}) is used inside a compiled region, where no tap can lie; "
+            f"run the extended model without torch.compile."
+        )
+    if not has_hook(module, Enter):
+        return UncoveredParameterError(
+            f"{where} belongs to a {kind} that was put into the model after extend(); call extend(model) again, before "
+            f"the forward."
+        )
+    if not found.taps:
+        return UncoveredParameterError(
+            f"{where} ({kind}) reaches the loss, but no call of an extended module does: the forward ran before "
+            f"extend() or under torch.compile, or the loss (a penalty on weights?) does not depend on the batch. Run "
+            f"the forward again."
+        )
+    return UncoveredParameterError(
+        f"{where} ({kind}) reaches the loss outside of any module call that has a rule: used as a bare parameter, by "
+        f"another module, or in a penalty. Move its use into a module of its own, register the generic rule for the "
+        f"module that uses it (register_rule({kind})(GenericRule)), add penalties in the optimizer (weight_decay), "
+        f"or freeze it with requires_grad_(False)."
+    )
+
+
+def number_of_examples(found: Walk) -> int:
+    sizes = {tap.record: tap.record.n for tap in found.taps}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"`{record.root_name}` with {n}" for record, n in sizes.items())
+        raise BatchAxisError(
+            f"The loss joins forwards of different numbers of examples: {listed}. Call the model once for all, or "
+            f"with the same number of examples, example n in row n."
+        )
+    return next(iter(sizes.values()))
