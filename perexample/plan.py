@@ -55,10 +55,10 @@ def plan(model: nn.Module) -> Plan:
 
     Example:
         >>> print(plan(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.PReLU())))
-        module | class  | rule       | trainable                    | note
-        -------+--------+------------+------------------------------+-----
-        0      | Linear | LinearRule | weight [3, 4], bias [3]      |
-        2      | PReLU  | PReLURule  | weight [1]                   |
+        module | class  | rule       | trainable               | note
+        -------+--------+------------+-------------------------+-----
+        0      | Linear | LinearRule | weight [3, 4], bias [3] |
+        2      | PReLU  | PReLURule  | weight [1]              |
     """
     rows, inside = Plan(), ""
     for path, module in model.named_modules():

@@ -8,18 +8,21 @@ import re
 import subprocess
 import sys
 
+import perexample.extensions
 import pytest
 import torch
 
 import perexample
-import perexample.extensions
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(p for folder in ("perexample", "extensions") for p in (ROOT / folder).rglob("*.py"))
 
 
 def _imports(path: pathlib.Path) -> set[str]:
-    package = ["perexample", *(["extensions"] if path.parts[-2] == "extensions" else path.parent.relative_to(ROOT / "perexample").parts)]
+    package = [
+        "perexample",
+        *(["extensions"] if path.parts[-2] == "extensions" else path.parent.relative_to(ROOT / "perexample").parts),
+    ]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

@@ -96,12 +96,12 @@ class Windows(Term):
 
     def magnitude(self) -> Tensor:
         """``sum_l |g_n[l]| |window_n[l]|``; the windows' norms are a convolution of the squares with ones."""
-        x, g = (t.unflatten(1, (self.groups, -1)).double() for t in (self.x, self.g))
+        x, g = (t.unflatten(1, (self.groups, -1)) for t in (self.x, self.g))
         squares = x.square().sum(2)  # [N, groups, *S]
         ones = squares.new_ones(self.groups, 1, *self.shape[2:])
         convolve = _CONVOLUTION[self.g.dim() - 2]
         windows = convolve(squares, ones, stride=self.stride, dilation=self.dilation, groups=self.groups)
-        return (windows.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1)
+        return (windows.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One native weight gradient for the whole batch, of ``w_n g_n``."""

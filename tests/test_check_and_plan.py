@@ -1,0 +1,214 @@
+"""`check` finds what is wrong and passes what is right; `plan` names the rule of every module."""
+
+import pytest
+import torch
+from torch import nn
+
+from perexample import (
+    BatchAxisError,
+    CheckFailedError,
+    ConfigurationError,
+    CrossExampleError,
+    GenericRule,
+    Rule,
+    check,
+    extend,
+    plan,
+    register_rule,
+    rule,
+)
+
+
+@pytest.fixture
+def registry():
+    """Rules registered in a test are gone after it."""
+    known = dict(rule._REGISTRY)
+    yield
+    rule._REGISTRY.clear()
+    rule._REGISTRY.update(known)
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+class BatchMean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h - h.mean(0)
+
+
+def batch(n=4):
+    torch.manual_seed(0)
+    return torch.randn(n, 3), torch.randn(n, 2)
+
+
+def test_a_right_model_passes_and_is_left_alone():
+    model = nn.Sequential(Gain(), nn.Linear(3, 2))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = check(model, nn.MSELoss(), *batch())
+    assert report.ok
+    assert max(row.error for row in report.rows) < 1e-12
+    assert "all right" in str(report)
+    assert "0.gain" in str(report)
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in model.named_parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_wrong_rule_fails_by_name(registry):
+    @register_rule(Gain)
+    class Wrong(Rule):
+        def grad_batch(self, call, g):
+            return {"gain": 2 * g * call.x}
+
+    with pytest.raises(CheckFailedError, match=r"at `0\.gain`") as failure:
+        check(nn.Sequential(Gain(), nn.Linear(3, 2)), nn.MSELoss(), *batch())
+    assert [row.parameter for row in failure.value.report.wrong] == ["0.gain"]
+
+
+@pytest.mark.parametrize("quantity", ["batch_l2", "weighted_sum"])
+def test_a_wrong_fast_path_fails(registry, quantity):
+    class Wrong(Rule):
+        def grad_batch(self, call, g):
+            return {"gain": g * call.x}
+
+        def batch_l2(self, call, g):
+            return {"gain": (g * call.x).square().sum(1) * (1 + (quantity == "batch_l2"))}
+
+        def weighted_sum(self, call, g, w):
+            return {"gain": torch.einsum("n,ni->i", w, g * call.x) * (1 + (quantity == "weighted_sum"))}
+
+    register_rule(Gain)(Wrong)
+    report = check(Gain(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3), raises=False)
+    assert not report.ok
+    (row,) = report.rows
+    assert row.norm > 0.1 or quantity != "batch_l2"
+    assert row.weighted_sum > 0.1 or quantity != "weighted_sum"
+
+
+def test_a_batch_mean_is_caught():
+    with pytest.raises(CrossExampleError, match=r"`linear\.weight`"):
+        check(BatchMean(), nn.MSELoss(), *batch())
+    report = check(BatchMean(), nn.MSELoss(), *batch(), raises=False)
+    assert "linear.weight" in [row.parameter for row in report.mixed]
+    assert "FAIL" in str(report)
+
+
+def test_a_contrastive_loss_is_caught():
+    def contrastive(out):
+        return nn.functional.cross_entropy(out @ out.T, torch.arange(len(out)))
+
+    with pytest.raises(CrossExampleError):
+        check(nn.Linear(3, 2), contrastive, batch()[0])
+
+
+def test_sum_losses_dropout_and_nested_inputs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.drop = nn.Linear(3, 2), nn.Dropout(0.5)
+
+        def forward(self, inputs):
+            return self.drop(self.linear(inputs["x"]))
+
+    x, y = batch()
+    report = check(Net(), nn.MSELoss(reduction="sum"), {"x": x}, y, loss_reduction="sum")
+    assert report.ok
+    assert "dropout" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: check(nn.Linear(3, 2), nn.MSELoss(), *batch(1)), "two or more examples"),
+        (lambda: check(nn.Linear(3, 2), nn.MSELoss(), batch(3)[0], batch(4)[1]), "two or more examples"),
+        (lambda: check(Noisy(), nn.MSELoss(), *batch()), "random numbers"),
+    ],
+)
+def test_what_cannot_be_checked(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+class Noisy(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x))
+
+
+def test_plan_lists_rules_frozen_generic_and_bare():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(3))
+            self.inner = nn.Linear(3, 3)
+
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    rows = {row.path: row for row in plan(nn.Sequential(nn.Conv1d(1, 2, 3), Gain(), frozen, Bare(), nn.BatchNorm1d(3)))}
+    assert rows["0"].rule == "ConvRule"
+    assert rows["0"].parameters == {"weight": (2, 1, 3), "bias": (2,)}
+    assert rows["1"].rule == "GenericRule"
+    assert "repeated" in rows["1"].note
+    assert rows["2"].rule == "frozen"
+    assert rows["3"].rule == "none"
+    assert rows["3.inner"].rule == "LinearRule"
+    assert rows["4"].rule == "refused"
+    assert "whole batch" in rows["4"].note
+
+
+def test_plan_takes_a_registered_container_as_one(registry):
+    class Block(nn.Sequential):
+        pass
+
+    register_rule(Block)(GenericRule)
+    rows = plan(nn.Sequential(Block(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)), nn.Linear(2, 1)))
+    assert [(row.path, row.rule) for row in rows] == [("0", "GenericRule"), ("1", "LinearRule")]
+    assert list(rows[0].parameters) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_plan_prints_the_same_for_an_extended_model():
+    model = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
+    before = str(plan(model))
+    assert str(plan(extend(model))) == before
+
+
+class Positions(nn.Module):
+    """Tokens plus positions, the latter looked up once for all examples or once per example."""
+
+    def __init__(self, expanded, time_major):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(11, 4), nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.mix = nn.Linear(4, 4)
+        self.expanded, self.time_major = expanded, time_major
+
+    def forward(self, ids):
+        where = torch.arange(ids.shape[1])
+        x = self.tokens(ids) + self.positions(where.expand(ids.shape) if self.expanded else where)
+        x = self.mix(x.transpose(0, 1)).transpose(0, 1) if self.time_major else self.mix(x)
+        return self.head(torch.tanh(x)).mean(1)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("n", [2, 5, 7])  # 7 examples of 7 positions: sizes alone cannot tell the axes apart
+def test_the_axis_of_the_examples_is_found_where_sizes_are_equal(n, time_major):
+    torch.manual_seed(0)
+    ids, target = torch.randint(0, 11, (n, 7)), torch.randn(n, 3)
+    assert check(Positions(expanded=True, time_major=time_major), nn.MSELoss(), ids, target).ok
+
+
+@pytest.mark.parametrize("n", [5, 7])
+def test_one_table_for_all_examples_is_an_error_where_sizes_are_equal_too(n):
+    ids, target = torch.randint(0, 11, (n, 7)), torch.randn(n, 3)
+    with pytest.raises(BatchAxisError, match=r"`positions`.*shared"):
+        check(Positions(expanded=False, time_major=False), nn.MSELoss(), ids, target)
