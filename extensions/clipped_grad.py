@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,21 @@ class _Entry:
     name: str
     sum: weakref.ref[Tensor]
     used: bool = False
+
+    def alive(self) -> bool:
+        """Whether the parameter and its sum still exist."""
+        return self.param() is not None and self.sum() is not None
+
+
+@dataclass
+class _Staged:
+    """What a backward has found, to be remembered if it succeeds."""
+
+    bounds: dict[str, float]
+    norms: Tensor | None = None
+    group_norms: dict[str, Tensor] = field(default_factory=dict)
+    nonfinite: int = 0
+    entries: dict[int, _Entry] = field(default_factory=dict)
 
 
 class ClippedGrad(Extension):
@@ -98,6 +113,7 @@ class ClippedGrad(Extension):
             {"all": self.max_norm} if groups == "all" and isinstance(self.max_norm, float) else None
         )
         self._entries: dict[int, _Entry] = {}
+        self._staged = _Staged({})
         self._warned = False
 
     def sensitivity(self) -> float:
@@ -126,13 +142,24 @@ class ClippedGrad(Extension):
                 delattr(p, self.field)
 
     def start(self, views: Sequence[ParameterView]) -> None:
-        """Find the groups; new ones may only come where no sum is under way."""
-        groups = {view.name: self._group(view.name) for view in views}
-        bounds = {group: self._bound(group) for group in sorted(set(groups.values()))}
-        under_way = any(not entry.used for entry in self._entries.values())
-        if under_way and self._bounds is not None:
-            bounds = self._bounds | bounds
-        self._bounds = bounds
+        """Find the groups; while sums are under way the parameters must stay the same."""
+        bounds = {group: self._bound(group) for group in sorted({self._group(view.name) for view in views})}
+        under_way = {key: entry for key, entry in self._entries.items() if not entry.used and entry.alive()}
+        if under_way:
+            self._same_parameters(under_way, views)
+            bounds = (self._bounds or {}) | bounds
+        self._staged = _Staged(bounds)
+
+    def _same_parameters(self, under_way: Mapping[int, _Entry], views: Sequence[ParameterView]) -> None:
+        """One example may add C to each set of parameters that is clipped by itself, so sets are not mixed."""
+        names = {id(view.param): view.name for view in views}
+        for key in under_way.keys() ^ names.keys():
+            name = under_way[key].name if key in under_way else names[key]
+            raise StaleGradientError(
+                f"ClippedGrad is adding up over several backwards, and parameter `{name}` takes part in some of them "
+                f"only, so that the sensitivity is not known. Use one ClippedGrad for each model, and freeze or "
+                f"unfreeze after a step or zero_grad."
+            )
 
     def compute(self, view: ParameterView) -> None:
         """Norms while the gradients are at hand; the view keeps them for `finish`."""
@@ -146,16 +173,26 @@ class ClippedGrad(Extension):
             members.setdefault(self._group(view.name), []).append(view)
         squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
         total = torch.stack(list(squares.values())).sum(0)
-        self.norms = total.sqrt()
-        self.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         finite = torch.isfinite(total)
-        self._report(int((~finite).sum()))
+        staged = self._staged
+        staged.norms, staged.nonfinite = total.sqrt(), int((~finite).sum())
+        staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         results = {}
         for group, vs in members.items():
-            weights = self._weights(self.group_norms[group], finite, self._bound(group))
+            weights = self._weights(staged.group_norms[group], finite, self._bound(group))
             for view in vs:
-                results[view.name] = self._accumulated(view, view.weighted_sum(weights.to(view.param.device)))
+                value = self._accumulated(view.param, view.weighted_sum(weights.to(view.param.device)))
+                staged.entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
+                results[view.name] = value
         return results
+
+    def commit(self) -> None:
+        """Remember norms and sums."""
+        staged = self._staged
+        self.norms, self.group_norms, self.nonfinite = staged.norms, staged.group_norms, staged.nonfinite
+        self._bounds = staged.bounds
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.alive()} | staged.entries
+        self._warn()
 
     def _weights(self, norms: Tensor, finite: Tensor, bound: float) -> Tensor:
         """Clip factors; exactly 0 for an example that is not finite, whatever the clip function says."""
@@ -163,24 +200,22 @@ class ClippedGrad(Extension):
         usable = finite & torch.isfinite(factors)
         return torch.where(usable, factors, torch.zeros_like(factors))
 
-    def _report(self, nonfinite: int) -> None:
-        self.nonfinite = nonfinite
-        if nonfinite and not self._warned:
+    def _warn(self) -> None:
+        if self.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{nonfinite} example(s) had a NaN or infinite gradient and contributed exactly zero to the clipped "
-                f"sums; ClippedGrad.nonfinite counts them in every backward, this warning comes once.",
+                f"{self.nonfinite} example(s) had a NaN or infinite gradient and contributed exactly zero to the "
+                f"clipped sums; ClippedGrad.nonfinite counts them in every backward, this warning comes once.",
                 NonFiniteExampleWarning,
                 stacklevel=2,
             )
 
-    def _accumulated(self, view: ParameterView, value: Tensor) -> Tensor:
+    def _accumulated(self, p: nn.Parameter, value: Tensor) -> Tensor:
         """Add to the sum under way; start a new one after a step, or where the field is not ours any more."""
-        entry = self._entries.get(id(view.param))
-        before: Tensor | None = getattr(view.param, self.field, None)
+        entry = self._entries.get(id(p))
+        before: Tensor | None = getattr(p, self.field, None)
         if entry is not None and not entry.used and before is not None and entry.sum() is before:
-            value = value + before
-        self._entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
+            return value + before
         return value
 
     def _group(self, name: str) -> str:

@@ -44,5 +44,8 @@ class Extension:
         """Called after the backward; fields by parameter name, beside those that `compute` returned."""
         return {}
 
+    def commit(self) -> None:
+        """Called when all fields are written: the place to change what the extension itself remembers."""
+
 
 __all__ = ["Extension", "ParameterView"]

@@ -51,6 +51,7 @@ class Backward:
         for tap in found.taps:
             for key in {id(p) for p in tap.params.values()}:
                 self.pending[key] += 1
+        self.unreached = [key for key, taps in self.pending.items() if not taps]
         self.results: dict[str, dict[int, Tensor]] = {extension.field: {} for extension in context.extensions}
         self.joint = any(extension.joint for extension in context.extensions)
 
@@ -64,8 +65,7 @@ class Backward:
         inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
         try:
             backward(inputs)
-            with torch.no_grad(), quiet():
-                self._finish(views)
+            self._finish(views)
         finally:
             for tap in self.found.taps:
                 tap.run = None
@@ -120,14 +120,16 @@ class Backward:
     def _finish(self, views: list[ParameterView]) -> None:
         for tap in list(self.arrived):
             self._complete(tap)
-        for key, view in self.views.items():
-            if not any(id(p) == key for tap in self.found.taps for p in tap.params.values()):
-                self._compute(view)
+        for key in self.unreached:
+            self._compute(self.views[key])
         by_name = {view.name: view for view in views}
-        for extension in self.context.extensions:
-            for name, result in extension.finish(views).items():
-                self.results[extension.field][id(by_name[name].param)] = result
+        with torch.no_grad(), quiet():
+            for extension in self.context.extensions:
+                for name, result in extension.finish(views).items():
+                    self.results[extension.field][id(by_name[name].param)] = result
         self._write()
+        for extension in self.context.extensions:
+            extension.commit()
 
     def _write(self) -> None:
         for field, results in self.results.items():
