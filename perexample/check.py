@@ -47,7 +47,7 @@ class CheckRow:
         return max(self.gradient, self.norm, self.weighted_sum)
 
 
-@dataclass
+@dataclass(repr=False)
 class CheckReport:
     """What `check` found; prints as a table.
 
@@ -89,6 +89,8 @@ class CheckReport:
         ]  # fmt: skip
         verdict = f"{'all right' if self.ok else 'NOT right'}: relative errors in float64, tolerance {self.tolerance:g}"
         return "\n".join([table(header, rows), verdict, *self.notes])
+
+    __repr__ = __str__
 
 
 class _Quantities(Extension):

@@ -39,6 +39,8 @@ class Plan(list[PlanRow]):
         rows = [(row.path or "(model)", row.module, row.rule, _parameters(row), row.note) for row in self]
         return table(("module", "class", "rule", "trainable", "note"), rows)
 
+    __repr__ = __str__
+
 
 def _parameters(row: PlanRow) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in row.parameters.items())

@@ -63,15 +63,25 @@ class Term:
         """Sum of the norms of the pieces that are added up, ``[N]``, float64; at least the norm itself."""
         return self.batch_l2().sqrt()
 
+    def magnitude_bound(self) -> Tensor:
+        """An upper bound of `magnitude` that costs little, ``[N]``, float64."""
+        return self.magnitude()
 
-def squared_norms(dense: Tensor) -> Tensor:
-    """Squared norm of each row of ``[N, ...]``, in float64, also where a float32 square would over- or underflow."""
-    flat = dense.reshape(dense.shape[0], -1) if dense.numel() else dense.new_zeros(dense.shape[0], 1)
-    norms = torch.linalg.vector_norm(flat, dim=1).double()
+
+def norms_of(flat: Tensor) -> Tensor:
+    """Norms along the last axis in float64, also where a float32 square would over- or underflow."""
+    if flat.shape[-1] == 0:
+        return flat.new_zeros(flat.shape[:-1], dtype=torch.float64)
+    norms = torch.linalg.vector_norm(flat, dim=-1).double()
     doubtful = ~((norms > 1e-17) & (norms < 1e18))
     if flat.dtype != torch.float64 and doubtful.any():
-        norms[doubtful] = torch.linalg.vector_norm(flat[doubtful].double(), dim=1)
-    return norms.square()
+        norms[doubtful] = torch.linalg.vector_norm(flat[doubtful].double(), dim=-1)
+    return norms
+
+
+def squared_norms(dense: Tensor) -> Tensor:
+    """Squared norm of each row of ``[N, ...]``, in float64."""
+    return norms_of(dense.reshape(dense.shape[0], -1) if dense.numel() else dense.new_zeros(dense.shape[0], 1)).square()
 
 
 def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> Tensor:
@@ -84,8 +94,11 @@ def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> 
     Returns:
         The squared norms, ``[N]``, float64.
     """
-    magnitude = term.magnitude().square()
-    doubtful = ~(magnitude <= min(4 * max(pieces, 8), limit) * l2)
+    limit = min(4 * max(pieces, 8), limit)
+    doubtful = ~(term.magnitude_bound().square() <= limit * l2)
+    if doubtful.any():
+        some = term.select(doubtful)
+        doubtful[doubtful.clone()] = ~(some.magnitude().square() <= limit * l2[doubtful])
     if doubtful.any():
         chosen = term.select(doubtful).double()
         parts = [squared_norms(chosen.select(one).dense()) for one in _blocks(chosen)]
@@ -160,21 +173,24 @@ class Outer(Term):
 
     def magnitude(self) -> Tensor:
         """``sum_t |g_nt| |x_nt|``."""
-        norms = torch.linalg.vector_norm(self.g, dim=-1).double() * torch.linalg.vector_norm(self.x, dim=-1).double()
-        return norms.sum((1, 2))
+        return (norms_of(self.g) * norms_of(self.x)).sum((1, 2))
+
+    def magnitude_bound(self) -> Tensor:
+        """``|g_n| |x_n|``, by Cauchy and Schwarz."""
+        return norms_of(self.g.flatten(1)) * norms_of(self.x.flatten(1))
 
     def batch_l2(self) -> Tensor:
         """Squared norms, by Gram matrices or by the gradients, mended where float32 cancelled."""
         groups, o, i = self.sizes
         positions = self.g.shape[2]
         if positions == 1:
-            return (_squares(self.g) * _squares(self.x)).sum((1, 2))
+            return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2))
         # |error| <= (O + I + 2) eps magnitude^2, the last sum being in float64: below 2% of the squared norm it is
         # trusted, and one eps of the magnitude is added so that the norm errs, if at all, upwards.
         eps = torch.finfo(self.g.dtype).eps / 2
         limit = 0.02 / ((o + i + 2) * eps)
         if self._dense is None and 2 * positions * (o + i) < o * i and positions < limit:
-            l2 = gram_norms(self.g, self.x) + eps * self.magnitude().square()
+            l2 = gram_norms(self.g, self.x) + eps * self.magnitude_bound().square()
             return mended(self, l2, positions, limit)
         return mended(self, self._norms_of_gradients(groups * o * i <= groups * positions * (o + i)), positions)
 
@@ -202,11 +218,6 @@ class Outer(Term):
             return super().batch_dot()
         g, x = self.g.squeeze(2).transpose(0, 1), self.x.squeeze(2).transpose(0, 1)
         return ((g @ g.mT) * (x @ x.mT)).sum(0)
-
-
-def _squares(factor: Tensor) -> Tensor:
-    """Squared norms along the last axis, in float64, free of float32 overflow for any usable value."""
-    return torch.linalg.vector_norm(factor, dim=-1, dtype=torch.float64).square()
 
 
 def gram_norms(g: Tensor, x: Tensor) -> Tensor:
@@ -316,6 +327,10 @@ class Sum(Term):
     def magnitude(self) -> Tensor:
         """Sum of the magnitudes of the parts."""
         return torch.stack([part.magnitude() for part in self.parts]).sum(0)
+
+    def magnitude_bound(self) -> Tensor:
+        """Sum of the bounds of the parts."""
+        return torch.stack([part.magnitude_bound() for part in self.parts]).sum(0)
 
     def batch_l2(self) -> Tensor:
         """Squared norms; a tied embedding and output layer through their cross term, anything else by `dense`."""

@@ -73,8 +73,8 @@ class ParameterView:
             return self.zeros(*self.param.shape)
         if not used.all():
             term, w = term.select(used), w[used]
-        zeros = self.zeros(*self.param.shape)
-        return term.weighted_sum((w * self._scale).to(zeros.device, zeros.dtype)).to(zeros.dtype)
+        like = self.zeros(0)
+        return term.weighted_sum((w * self._scale).to(like.device, like.dtype)).to(like.dtype)
 
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""

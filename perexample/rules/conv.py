@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Size, Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ..rule import Call, Rule, only_parameters, register_rule
-from ..terms import _BLOCK, Dense, Outer, Term, mended, squared_norms
+from ..terms import _BLOCK, Dense, Outer, Term, mended, norms_of, squared_norms
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -39,6 +40,7 @@ class Windows(Term):
         """Keep the factors; nothing is unfolded yet."""
         self.x, self.g, self.n, self.shape = x, g, x.shape[0], shape
         self.stride, self.dilation, self.groups = stride, dilation, groups
+        self._dense: Tensor | None = None
 
     def _like(self, x: Tensor, g: Tensor) -> Windows:
         return Windows(x, g, self.shape, self.stride, self.dilation, self.groups)
@@ -79,20 +81,28 @@ class Windows(Term):
         return gradient(x, list(self.shape), g, stride=self.stride, dilation=self.dilation, groups=self.groups)
 
     def dense(self) -> Tensor:
-        """The gradients: a native call per example where windows are many and large, one batched product elsewhere."""
-        positions, outputs, entries = self._sizes
-        if self.n == 0 or positions < 64 or outputs * entries < 1024:
+        """The gradients: a native call per example where unfolding would copy much, one batched product elsewhere."""
+        if self._dense is not None:
+            return self._dense
+        if not self._unfolding_copies_much():
             return self.unfolded().dense()
         return torch.stack([self._native(x[None], g[None]) for x, g in zip(self.x, self.g, strict=True)])
 
     def batch_l2(self) -> Tensor:
         """Squared norms, by the Gram matrices of the windows where these are few, else by the gradients."""
         positions, outputs, entries = self._sizes
-        if 2 * positions * (outputs + entries) < outputs * entries:
+        if self.shape.numel() <= self.x[0].numel() + self.g[0].numel():
+            self._dense = self.dense()  # no larger than what it is made of: kept for the weighted sum
+            return mended(self, squared_norms(self._dense), positions)
+        if 2 * positions * (outputs + entries) < outputs * entries or not self._unfolding_copies_much():
             return self.unfolded().batch_l2()
         block = max(1, _BLOCK // max(1, self.shape.numel()))
         parts = [self._like(self.x[i : i + block], self.g[i : i + block]) for i in range(0, self.n, block)]
         return mended(self, torch.cat([squared_norms(part.dense()) for part in parts]), positions)
+
+    def _unfolding_copies_much(self) -> bool:
+        positions, _, entries = self._sizes
+        return positions * entries > 150_000  # where one call per example became faster, on CPU
 
     def magnitude(self) -> Tensor:
         """``sum_l |g_n[l]| |window_n[l]|``; the windows' norms are a convolution of the squares with ones."""
@@ -103,8 +113,15 @@ class Windows(Term):
         windows = convolve(squares, ones, stride=self.stride, dilation=self.dilation, groups=self.groups)
         return (windows.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
 
+    def magnitude_bound(self) -> Tensor:
+        """``sqrt(entries of the kernel) |x_n| |g_n|``: no value of x is in more windows than the kernel has entries."""
+        entries = self.shape[2:].numel()
+        return math.sqrt(entries) * norms_of(self.x.flatten(1)) * norms_of(self.g.flatten(1))
+
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One native weight gradient for the whole batch, of ``w_n g_n``."""
+        if self._dense is not None:
+            return super().weighted_sum(w)
         return self._native(self.x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)))
 
 
