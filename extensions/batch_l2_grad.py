@@ -25,7 +25,7 @@ class BatchL2Grad(Extension):
         >>> layer = extend(torch.nn.Linear(3, 2))
         >>> with perex(BatchL2Grad()):
         ...     layer(torch.ones(5, 3)).sum(1).mean().backward()
-        >>> layer.weight.batch_l2
+        >>> layer.weight.batch_l2.round()
         tensor([6., 6., 6., 6., 6.])
     """
 

@@ -87,6 +87,10 @@ def _refuse(path: str, module: Any) -> None:
             f"`{path}` ({kind}) copies or reduces gradients itself; call extend(model.module)."
         )
     for name, p in module.named_parameters(recurse=False):
+        if p.is_complex():
+            raise UnsupportedModuleError(
+                f"`{path}` ({kind}) has a complex parameter (`{name}`); only real ones are supported."
+            )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModuleError(
                 f"`{path}` ({kind}) has no shape yet (`{name}`); run one forward before extend()."

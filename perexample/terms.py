@@ -293,13 +293,14 @@ class Rows(Term):
 
     def inner(self, other: Outer) -> Tensor:
         """``<G_n, G'_n>`` with an `Outer` of the same table, as of a tied output layer, ``[N]``, float64."""
-        scores = torch.einsum("me,mse->ms", self.rows, other.x[self.example, 0])
-        chosen = other.g[self.example, 0].gather(2, self._columns(other)).squeeze(2)
-        return self._per_example((scores * chosen).sum(1, dtype=torch.float64), self.example)
-
-    def _columns(self, other: Outer) -> Tensor:
-        """The table row of each entry, repeated over the positions of the other term, for ``gather``."""
-        return self.ids.view(-1, 1, 1).expand(-1, other.g.shape[2], 1)
+        left, right = other.g[:, 0], other.x[:, 0]  # [N, S, V] and [N, S, E]
+        block = max(1, _BLOCK // max(1, right[0].numel()))
+        sums = []
+        for start in range(0, self.ids.shape[0], block):
+            part = slice(start, start + block)
+            scores = torch.einsum("me,mse->ms", self.rows[part], right[self.example[part]])
+            sums.append((scores * left[self.example[part], :, self.ids[part]]).sum(1, dtype=torch.float64))
+        return self._per_example(torch.cat(sums) if sums else left.new_zeros(0, dtype=torch.float64), self.example)
 
 
 class Sum(Term):
@@ -343,7 +344,10 @@ class Sum(Term):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """Sum of the weighted sums of the parts."""
-        return torch.stack([part.weighted_sum(w) for part in self.parts]).sum(0)
+        total = self.parts[0].weighted_sum(w)
+        for part in self.parts[1:]:
+            total = total + part.weighted_sum(w)
+        return total
 
 
 def combine(terms: Sequence[Term]) -> Term:
