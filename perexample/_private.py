@@ -53,6 +53,14 @@ def loss_reduction_of(node: object) -> str | None:
     return _REDUCTION.get(getattr(node, "_saved_reduction", -1))
 
 
+def mean_is_over(node: object) -> tuple[float, int] | None:
+    """What a mean cross-entropy divided by and its number of targets, where the node remembers them."""
+    total, target = getattr(node, "_saved_total_weight", None), getattr(node, "_saved_target", None)
+    if loss_reduction_of(node) != "mean" or total is None or target is None:
+        return None
+    return float(total), target.numel()
+
+
 _HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
