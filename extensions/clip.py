@@ -67,7 +67,7 @@ class Global(Clip):
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
         """Factors for these norms."""
         threshold = bound if self.threshold is None else self.threshold
-        return torch.where(norms <= threshold, bound / threshold, 0.0)
+        return (norms <= threshold).to(norms) * (bound / threshold)
 
 
 class _Custom(Clip):
@@ -77,24 +77,40 @@ class _Custom(Clip):
         self.function = function
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
-        factors = self._apply(norms)
-        half = len(norms) // 2
-        if half and not torch.equal(torch.cat([self._apply(norms[:half]), self._apply(norms[half:])]), factors):
-            raise CrossExampleError(
-                "ClippedGrad(clip=...): the function gives other factors for a part of the norms than for all; each "
-                "factor must depend on the norm of its own example only, or the sensitivity is unknown."
-            )
-        return factors.clamp(min=0.0).minimum(bound / norms)
-
-    def _apply(self, norms: Tensor) -> Tensor:
         factors = self.function(norms)
-        if not isinstance(factors, Tensor) or factors.shape != norms.shape:
-            got = list(factors.shape) if isinstance(factors, Tensor) else type(factors).__name__
-            raise ConfigurationError(
-                f"ClippedGrad(clip=...): the function returned {got} for norms of shape {list(norms.shape)}; it must "
-                f"return a tensor with one factor for each norm."
+        half = len(norms) // 2
+        parts = [self.function(norms[:half]), self.function(norms[half:])] if half else [factors]
+        if not _equal(parts, factors) or not _equal([_rolled(self.function(norms.roll(1)))], factors):
+            raise CrossExampleError(
+                "ClippedGrad(clip=...): the function gives other factors for a part of the norms, or in another order, "
+                "than for all; each factor must depend on the norm of its own example only, or the sensitivity is "
+                "unknown."
             )
-        return factors.to(norms)
+        return factors
+
+
+def _rolled(factors: Tensor) -> Tensor:
+    return factors.roll(-1) if isinstance(factors, Tensor) else factors
+
+
+def _equal(parts: list[Tensor], whole: Tensor) -> bool:
+    """Whether parts join to a whole, if they are tensors at all; their kind is checked elsewhere."""
+    return not all(isinstance(t, Tensor) for t in (*parts, whole)) or torch.equal(
+        torch.cat(parts).nan_to_num(), whole.nan_to_num()
+    )
+
+
+def bounded(clip: Clip, norms: Tensor, bound: float) -> Tensor:
+    """Factors of any clip function, held to ``0 <= factor <= C / norm``; what is not finite becomes 0."""
+    factors = clip(norms, bound)
+    if not isinstance(factors, Tensor) or factors.shape != norms.shape:
+        got = list(factors.shape) if isinstance(factors, Tensor) else type(factors).__name__
+        raise ConfigurationError(
+            f"ClippedGrad(clip=...): the function returned {got} for norms of shape {list(norms.shape)}; it must "
+            f"return a tensor with one factor for each norm."
+        )
+    factors = factors.to(norms).clamp(min=0.0).minimum(bound / norms)
+    return torch.where(torch.isfinite(factors), factors, torch.zeros_like(factors))
 
 
 _BY_NAME = {"flat": Flat, "automatic": Automatic, "global": Global}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView
 
-from .clip import Clip, _positive, make_clip
+from .clip import Clip, _positive, bounded, make_clip
 
 
 @dataclass
@@ -196,9 +196,8 @@ class ClippedGrad(Extension):
 
     def _weights(self, norms: Tensor, finite: Tensor, bound: float) -> Tensor:
         """Clip factors; exactly 0 for an example that is not finite, whatever the clip function says."""
-        factors = self.clip(torch.where(finite, norms, torch.ones_like(norms)), bound)
-        usable = finite & torch.isfinite(factors)
-        return torch.where(usable, factors, torch.zeros_like(factors))
+        factors = bounded(self.clip, torch.where(finite, norms, torch.ones_like(norms)), bound)
+        return torch.where(finite, factors, torch.zeros_like(factors))
 
     def _warn(self) -> None:
         if self.nonfinite and not self._warned:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ._engine.backward import FIELDS
 from ._engine.probe import forget_places
 from ._engine.record import ROOTS, Enter, Exit
 from ._private import remove_hooks
@@ -66,6 +67,9 @@ def unextend(model: M) -> M:
     """
     for module in model.modules():
         remove_hooks(module, (Enter, Exit))
+    for p in model.parameters():
+        for name in FIELDS & vars(p).keys():
+            delattr(p, name)
     forget_places(model)
     ROOTS.discard(model)
     return model

@@ -145,7 +145,8 @@ def privatize(
         raise ConfigurationError(
             f"{kind} cannot be private: it needs a closure or sparse gradients; use SGD, Adam, AdamW or RMSprop."
         )
-    if not all(callable(getattr(clipping, name, None)) for name in ("sensitivity", "consume", "zero_grad")):
+    parts = ("sensitivity", "consume", "zero_grad")
+    if isinstance(clipping, type) or not all(callable(getattr(clipping, name, None)) for name in parts):
         raise ConfigurationError(f"clipping must be an instance of ClippedGrad, not {clipping!r}.")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ConfigurationError(f"generator must be a torch.Generator or None, not {generator!r}.")
@@ -155,9 +156,11 @@ def privatize(
     for name, value in settings.items():
         optimizer.defaults[name] = _check_setting(name, value)
         for group in optimizer.param_groups:
-            group[name] = value
+            group.setdefault(name, value)
+        _shared_setting(optimizer, name)
     optimizer.register_step_pre_hook(_Privatizer(clipping, generator))
     _clear_sums_too(optimizer, clipping)
+    _refuse_copies(optimizer)
     return optimizer
 
 
@@ -170,6 +173,19 @@ def _clear_sums_too(optimizer: torch.optim.Optimizer, clipping: Clipping) -> Non
         clipping.zero_grad([p for group in optimizer.param_groups for p in group["params"]])
 
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _refuse_copies(optimizer: torch.optim.Optimizer) -> None:
+    """A pickled or copied optimizer loses its hooks, and would step without clipping and noise."""
+    kind = type(optimizer).__name__
+
+    def refuse(*_: Any) -> Any:
+        raise StaleGradientError(
+            f"A private {kind} cannot be pickled or copied, since the copy would step without clipping and noise. Make "
+            f"a new one, and load optimizer.state_dict() into it."
+        )
+
+    optimizer.__deepcopy__ = optimizer.__reduce_ex__ = refuse  # type: ignore[attr-defined, method-assign]
 
 
 class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
@@ -241,12 +257,3 @@ class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
             expected_batch_size=expected_batch_size,
             generator=generator,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load a state; refuse to come back from a pickle or copy, which would hold no noise."""
-        if "defaults" in state:
-            raise StaleGradientError(
-                "A DP_SGD cannot be pickled or copied, since the copy would step without clipping and noise. Make a "
-                "new one, and load optimizer.state_dict() into it."
-            )
-        super().__setstate__(state)

@@ -147,24 +147,47 @@ class _RuleTerm(Term):
         return Dense(self.dense()).double()
 
 
+def checked_terms(rule: Rule, call: Call, terms: Any) -> dict[str, Term]:
+    """What `Rule.terms` returned, after checking names and kinds."""
+    _check_names(rule, call, terms, "terms")
+    for name, term in terms.items():
+        if not isinstance(term, Term) or (term.n, tuple(term.shape)) != (call.n, tuple(call.params[name].shape)):
+            got = f"a Term of [{term.n}, {list(term.shape)}]" if isinstance(term, Term) else type(term).__name__
+            raise RuleContractError(
+                f"{_where(rule, call, 'terms')} returned {got} for `{name}`; it must be a Term (perexample.terms) of "
+                f"N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
+            )
+    return terms
+
+
 def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
     """One entry of what a rule returned, after checking names and shape."""
-    where = f"`{type(rule).__name__}.{kind}` for `{call.name}` ({type(call.module).__name__})"
-    if not isinstance(result, Mapping):
-        raise RuleContractError(f"{where} returned {type(result).__name__}; return a dict {{parameter name: tensor}}.")
-    if set(result) != set(call.params):
-        raise RuleContractError(
-            f"{where} returned the names {sorted(map(str, result))}, but the parameters that need a gradient are "
-            f"{sorted(call.params)} (`call.params`); return exactly these."
-        )
+    _check_names(rule, call, result, kind)
     value = result[name]
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise RuleContractError(
-            f"{where} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
+            f"{_where(rule, call, kind)} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
             f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
         )
     return value
+
+
+def _where(rule: Rule, call: Call, kind: str) -> str:
+    return f"`{type(rule).__name__}.{kind}` for `{call.name}` ({type(call.module).__name__})"
+
+
+def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
+    if not isinstance(result, Mapping):
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned {type(result).__name__}; return a dict with one entry for each "
+            f"parameter name."
+        )
+    if set(result) != set(call.params):
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned the names {sorted(map(str, result))}, but the parameters that need a "
+            f"gradient are {sorted(call.params)} (`call.params`); return exactly these."
+        )
 
 
 _REGISTRY: dict[type[nn.Module], Rule] = {}
@@ -197,6 +220,13 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
         ...     def grad_batch(self, call, g):
         ...         return {"gain": (g * call.x).reshape(call.n, -1, 3).sum(1)}
     """
+    if not module_classes:
+        raise ConfigurationError("register_rule needs at least one module class: @register_rule(MyModule).")
+    for cls in module_classes:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise ConfigurationError(
+                f"register_rule takes classes of torch.nn.Module; {cls!r} is not one: @register_rule(MyModule)."
+            )
 
     def decorate(rule_class: R) -> R:
         if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
@@ -204,18 +234,14 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
                 f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
             )
         for cls in module_classes:
-            if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-                raise ConfigurationError(f"register_rule takes classes of torch.nn.Module; {cls!r} is not one.")
             if cls in _REGISTRY and not overwrite:
                 raise ConfigurationError(
                     f"{cls.__name__} has the rule {type(_REGISTRY[cls]).__name__} already; pass overwrite=True to "
                     f"replace it."
                 )
-            _REGISTRY[cls] = rule_class()
+        _REGISTRY.update((cls, rule_class()) for cls in module_classes)
         return rule_class
 
-    if not module_classes:
-        raise ConfigurationError("register_rule needs at least one module class: @register_rule(MyModule).")
     return decorate
 
 

@@ -33,6 +33,7 @@ class Term:
 
     n: int
     shape: Size
+    doubtful: Tensor | None = None  # examples whose norm was recomputed; their sum must be computed so too
 
     def dense(self) -> Tensor:
         """The gradients themselves, ``[N, *shape]``."""
@@ -87,19 +88,21 @@ def squared_norms(dense: Tensor) -> Tensor:
 def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> Tensor:
     """Replace norms that cancellation may have spoiled by ones computed in float64.
 
-    Rounding errors are proportional to the sum of the norms of the pieces. For pieces that do not conspire, its
-    square is about ``pieces`` times the squared norm; where it is far more, or more than the proven ``limit``, digits
-    may be missing.
+    The term remembers these examples as ``doubtful``. Rounding errors are proportional to the sum of the norms of the
+    pieces. For pieces that do not conspire, its square is about ``pieces`` times the squared norm; where it is far
+    more, or more than the proven ``limit``, digits may be missing.
 
     Returns:
         The squared norms, ``[N]``, float64.
     """
     limit = min(4 * max(pieces, 8), limit)
-    doubtful = ~(term.magnitude_bound().square() <= limit * l2)
+    doubtful = ~(term.magnitude_bound().square() <= limit * l2) | ~torch.isfinite(l2)
     if doubtful.any():
         some = term.select(doubtful)
-        doubtful[doubtful.clone()] = ~(some.magnitude().square() <= limit * l2[doubtful])
+        enough = some.magnitude().square() <= limit * l2[doubtful]
+        doubtful[doubtful.clone()] = ~enough | ~torch.isfinite(l2[doubtful])
     if doubtful.any():
+        term.doubtful = doubtful
         chosen = term.select(doubtful).double()
         parts = [squared_norms(chosen.select(one).dense()) for one in _blocks(chosen)]
         l2 = l2.masked_scatter(doubtful, torch.cat(parts))

@@ -4,11 +4,11 @@ import importlib.util
 import pathlib
 
 import torch
-from perexample.extensions import BatchGrad, ClippedGrad
 from torch import nn
 
 import perexample
 from perexample import DP_SGD, extend, perex
+from perexample.extensions import BatchGrad, ClippedGrad
 
 assert "site-packages" in perexample.__file__, perexample.__file__
 assert importlib.util.find_spec("extensions") is None, "the folder extensions must not be a package of its own"

@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 
-import perexample.extensions
 import pytest
 import torch
 
 import perexample
+import perexample.extensions
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(p for folder in ("perexample", "extensions") for p in (ROOT / folder).rglob("*.py"))

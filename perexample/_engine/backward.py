@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import RuleContractError
 from ..extension import Extension
-from ..rule import Call, at_least_float32
+from ..rule import Call, at_least_float32, checked_terms
 from .coverage import check_coverage, number_of_examples, parameter_names
 from .record import quiet
 from .tap import Tap
 from .view import ParameterView
 from .walk import Walk
+
+FIELDS: set[str] = set()  # every field that was ever written, for `unextend`
 
 
 class Context(Protocol):
@@ -84,9 +86,8 @@ class Backward:
     def _complete(self, tap: Tap) -> None:
         gradients = self.arrived.pop(tap)
         if self.n and gradients:
-            device = next(iter(gradients.values())).device.type
-            call = tap.call(self.n)  # before quiet(): a checkpoint runs its forward again here, taps and all
-            with torch.no_grad(), quiet(), torch.autocast(device, enabled=False):
+            call = tap.call(self.n)  # before _plain(): a checkpoint runs its forward again here, taps and all
+            with self._plain():
                 self._add_terms(tap, call, gradients)
         for key in {id(p) for p in tap.params.values()}:
             self.pending[key] -= 1
@@ -99,17 +100,20 @@ class Backward:
             axis = tap.axis
             g = g.movedim(axis, 0)
             call.saved |= {name: call.saved[name].movedim(axis, 0) for name in tap.rule.batched}
-        terms = tap.rule.terms(call, g)
-        if set(terms) != set(call.params):
-            raise RuleContractError(
-                f"`{type(tap.rule).__name__}.terms` for `{call.name}` returned the names {sorted(terms)}, but the "
-                f"parameters that need a gradient are {sorted(call.params)} (`call.params`)."
-            )
-        for name, term in terms.items():
+        for name, term in checked_terms(tap.rule, call, tap.rule.terms(call, g)).items():
             self.views[id(tap.params[name])].add(term)
 
+    def _plain(self) -> AbstractContextManager:
+        """Rules and extensions compute without gradients, taps or lower precision."""
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(quiet())
+        for kind in {view.param.device.type for view in self.views.values()}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+
     def _compute(self, view: ParameterView) -> None:
-        with torch.no_grad(), quiet():
+        with self._plain():
             for extension in self.context.extensions:
                 result = extension.compute(view)
                 if result is not None:
@@ -123,7 +127,7 @@ class Backward:
         for key in self.unreached:
             self._compute(self.views[key])
         by_name = {view.name: view for view in views}
-        with torch.no_grad(), quiet():
+        with self._plain():
             for extension in self.context.extensions:
                 for name, result in extension.finish(views).items():
                     self.results[extension.field][id(by_name[name].param)] = result
@@ -132,6 +136,7 @@ class Backward:
             extension.commit()
 
     def _write(self) -> None:
+        FIELDS.update(self.results)
         for field, results in self.results.items():
             for p, _ in self.names.values():
                 if id(p) in results:

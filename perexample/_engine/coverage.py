@@ -96,7 +96,7 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss outside of any module call that has a rule: used as a bare parameter, by "
         f"another module, or in a penalty. Move its use into a module of its own, register the generic rule for the "
-        f"module that uses it (register_rule({kind})(GenericRule)), add penalties in the optimizer (weight_decay), "
+        f"class that uses it (register_rule(ThatClass)(GenericRule)), add penalties in the optimizer (weight_decay), "
         f"or freeze it with requires_grad_(False)."
     )
 

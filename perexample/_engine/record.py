@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
 from .._private import inside_functorch, own_parameters
-from .._tree import tensors_in
+from .._tree import map_tensors, tensors_in
 from ..errors import BatchAxisError
 from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
@@ -229,36 +229,43 @@ class Enter:
 class Exit:
     """Forward hook: closes the frame and leaves the tap; runs after a failed forward too."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Leave a tap if a rule answers for this module and its output carries gradients."""
         frames = _STATE.frames
         if _STATE.quiet or not any(frame.module is module for frame in frames):
-            return
+            return None
         while (frame := frames.pop()).module is not module:
             pass  # frames of calls that ended without their hook
         if _STATE.observed is not None:
             _STATE.observed[frame.name] = tensors_of(output)
-            return
+            return None
         if frame.rule is not None and output is not None:
-            _leave_tap(frame, args, kwargs, output)
+            output = _leave_tap(frame, args, kwargs, output)
         if not frames:
             frame.record.finish(output)
+        return output
 
 
-def _leave_tap(frame: _Frame, args: tuple, kwargs: dict, output: Any) -> None:
+def _leave_tap(frame: _Frame, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Tap the outputs; returns the output to go on with."""
     module, rule, record = frame.module, frame.rule, frame.record
     assert rule is not None
     inputs = list(tensors_in((args, kwargs)))
     outputs = [t for t in graded(output) if t.grad_fn is not None and not _is_input(t, inputs)]
     if not outputs or len(outputs) != len(graded(output)):
-        return
+        return output
     saved = rule.capture(module, args, kwargs, output)
     if isinstance(rule, GenericRule):
         saved |= rule.after(module, frame.before)
+    if len(outputs) > 1:
+        # One output may be computed from another inside the module. Views part what arrives from outside from that.
+        output = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, output)
+        outputs = graded(output)
     record.shapes[frame.name] = tensors_of(output)
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved)
     tap.place = next(i for i, t in enumerate(tensors_in(output)) if t is outputs[0])
     tap.attach(outputs, inputs)
+    return output
 
 
 def _is_input(output: Tensor, inputs: list[Tensor]) -> bool:

@@ -71,10 +71,19 @@ class ParameterView:
         used = w != 0
         if term is None or not used.any():
             return self.zeros(*self.param.shape)
-        if not used.all():
-            term, w = term.select(used), w[used]
-        like = self.zeros(0)
-        return term.weighted_sum((w * self._scale).to(like.device, like.dtype)).to(like.dtype)
+        like, w = self.zeros(0), w.to(self.param.device) * self._scale
+        doubtful = torch.zeros_like(used) if term.doubtful is None else used & term.doubtful.to(used.device)
+        # Where a norm needed float64, so does the sum: the rounding errors of float32 could exceed the bound.
+        total = self._sum(term, used & ~doubtful, w.to(like.dtype))
+        if doubtful.any():
+            total = total + term.select(doubtful).double().weighted_sum(w[doubtful].double())
+        return total.to(like.dtype)
+
+    def _sum(self, term: Term, rows: Tensor, w: Tensor) -> Tensor:
+        """The weighted sum over some of the term's examples."""
+        if not rows.any():
+            return self.zeros(*self.param.shape)
+        return term.weighted_sum(w) if rows.all() else term.select(rows).weighted_sum(w[rows])
 
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""

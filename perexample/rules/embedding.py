@@ -10,6 +10,8 @@ from torch import Size, Tensor, nn
 from ..rule import Call, Rule, only_parameters, register_rule
 from ..terms import Rows, Term, squared_norms
 
+_MAXIMUM = 2  # how torch.embedding_bag names the mode
+
 
 class _TableRule(Rule):
     """What both kinds of table refuse."""
@@ -95,10 +97,9 @@ class EmbeddingBagRule(_TableRule):
         """The forward's own choice of the maximal row per feature, asked of torch again."""
         starts = torch.searchsorted(bag, torch.arange(call.n, device=ids.device))
         padding_idx = call.module.padding_idx
-        _, _, _, chosen = torch.embedding_bag(
-            call.params["weight"].detach(), ids, starts, False, 2, False, None, False,
-            -1 if padding_idx is None else padding_idx,
-        )  # fmt: skip
+        options = {} if padding_idx is None else {"padding_idx": padding_idx}
+        table = call.params["weight"].detach()
+        _, _, _, chosen = torch.embedding_bag(table, ids, starts, False, _MAXIMUM, include_last_offset=False, **options)
         kept = torch.zeros(call.n, dtype=torch.bool, device=ids.device)
         kept[bag if padding_idx is None else bag[ids != padding_idx]] = True
         return _Entries(chosen.reshape(g.shape).clamp_min(0), g * kept.unsqueeze(1), call.params["weight"].shape)
