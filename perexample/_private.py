@@ -29,6 +29,17 @@ def metadata(node: Node) -> dict[str, Any]:
     return cast("dict[str, Any]", node.metadata)
 
 
+def whole_base(tensor: Tensor) -> Tensor:
+    """The tensor that this one shows entirely and in order, if it is a view; else the tensor itself.
+
+    A view that is written to gets a new place in the graph, its base keeps its own.
+    """
+    base = tensor._base
+    if base is None or base.grad_fn is None or base.numel() != tensor.numel():
+        return tensor
+    return base if base.is_contiguous() and tensor.is_contiguous() else tensor
+
+
 def has_hook(module: nn.Module, kind: type) -> bool:
     """Whether a forward pre-hook of this kind is registered."""
     return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())

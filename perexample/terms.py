@@ -57,7 +57,7 @@ class Term:
 
     def batch_dot(self) -> Tensor:
         """Inner products ``<G_n, G_m>``, ``[N, N]``."""
-        flat = self.dense().flatten(1) if self.n else self.dense().reshape(0, 1)
+        flat = self.dense().reshape(self.n, self.shape.numel())
         return flat @ flat.T
 
     def magnitude(self) -> Tensor:

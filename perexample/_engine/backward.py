@@ -79,7 +79,7 @@ class Backward:
         """Take the gradient of a tap's output; when all live outputs are there, ask the rule."""
         gradients = self.arrived[tap]
         if g is not None:
-            gradients[index] = g.detach()
+            gradients[index] = g.detach().reshape(tap.outputs[index][0])
         if len(gradients) == len(self.found.taps[tap]):
             self._complete(tap)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._private import metadata, version
+from .._private import metadata, version, whole_base
 from .._tree import map_tensors
 from ..errors import BatchAxisError, StaleGradientError
 from ..rule import Call, Rule, at_least_float32
@@ -79,10 +79,12 @@ class Tap:
         """Hook the outputs and mark their graph nodes; remember where the inputs hang."""
         self.inputs = [get_gradient_edge(t) for t in inputs if t.requires_grad]
         for index, output in enumerate(outputs):
-            edge = get_gradient_edge(output)
+            # A linear layer may return a view of its product; what is written into it in place rewrites the view only.
+            source = output if len(outputs) > 1 else _own_base(output, inputs)
+            edge = get_gradient_edge(source)
             metadata(edge.node).setdefault(KEY, {})[edge.output_nr] = (self, index)
             self.outputs.append((output.shape, output.dtype, output.device))
-            output.register_hook(_Arrival(self, index))
+            source.register_hook(_Arrival(self, index))
 
     @property
     def released(self) -> bool:
@@ -167,6 +169,12 @@ class Tap:
             features = self.rule.feature_axes(self.module)
             axes = range(min(1, len(shapes[0]))) if features is None else range(len(shapes[0]) - features)
         return [a for a in axes if all(len(s) > a and s[a] == n for s in shapes)]
+
+
+def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:
+    """The tensor of which an output is a view, if the call made it."""
+    base = whole_base(output)
+    return output if any(base is whole_base(t) or base is t for t in inputs) else base
 
 
 class _Slot:

@@ -97,9 +97,9 @@ class EmbeddingBagRule(_TableRule):
         """The forward's own choice of the maximal row per feature, asked of torch again."""
         starts = torch.searchsorted(bag, torch.arange(call.n, device=ids.device))
         padding_idx = call.module.padding_idx
-        options = {} if padding_idx is None else {"padding_idx": padding_idx}
-        table = call.params["weight"].detach()
-        _, _, _, chosen = torch.embedding_bag(table, ids, starts, False, _MAXIMUM, include_last_offset=False, **options)
+        # All by position: torch has the padding index in a second form of this function only.
+        options = (False, _MAXIMUM, False, None, False, *([] if padding_idx is None else [padding_idx]))
+        _, _, _, chosen = torch.embedding_bag(call.params["weight"].detach(), ids, starts, *options)
         kept = torch.zeros(call.n, dtype=torch.bool, device=ids.device)
         kept[bag if padding_idx is None else bag[ids != padding_idx]] = True
         return _Entries(chosen.reshape(g.shape).clamp_min(0), g * kept.unsqueeze(1), call.params["weight"].shape)

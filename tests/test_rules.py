@@ -1,0 +1,136 @@
+"""Every rule in every option against one `torch.autograd.grad` per example, for every quantity at once."""
+
+import cases
+import pytest
+import reference
+import torch
+
+from perexample import Extension, extend, perex, registered_rules
+from perexample.extensions import (
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    SumGradSquared,
+    Variance,
+)
+from perexample.terms import Dense, Term, combine
+
+TOLERANCE = 1e-10
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+]
+
+
+def ids(case):
+    return case.id
+
+
+def wanted(gradients, case, bound):
+    """All quantities from the reference gradients, by field and parameter."""
+    return {
+        "grad_batch": gradients,
+        "batch_l2": {name: reference.batch_l2(g) for name, g in gradients.items()},
+        "sum_grad_squared": {name: reference.sum_grad_squared(g) for name, g in gradients.items()},
+        "variance": {name: reference.variance(g) for name, g in gradients.items()},
+        "batch_dot": {name: reference.batch_dot(g) for name, g in gradients.items()},
+        "clipped_sum": reference.clipped_sum(gradients, case.n, bound),
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", cases.CASES, ids=ids)
+def test_all_quantities(case, reduction):
+    model, inputs = case.build()
+    gradients = case.reference(model, inputs)
+    bound = reference.bound_near_median(gradients, case.n)
+    extend(model, batch_dim=case.batch_dim)
+    extensions = [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), BatchDotGrad(), ClippedGrad(bound)]
+    for grad in (False, True):
+        model.zero_grad()
+        extensions[-1].zero_grad()
+        with perex(*extensions, loss_reduction=reduction, grad=grad):
+            case.loss(model, inputs, reduction).backward()
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for field, by_name in wanted(gradients, case, bound).items():
+            for name, p in named.items():
+                reference.assert_close_report(getattr(p, field), by_name[name], TOLERANCE, f"{field} of {name}")
+        for p in named.values():
+            if not grad:
+                assert p.grad is None, "grad=False leaves nothing behind"
+    norms = reference.joint_norms(gradients, case.n)
+    reference.assert_close_report(extensions[-1].norms, norms, TOLERANCE, "norms")
+    same_as_a_plain_backward(case, named, reduction)
+
+
+def same_as_a_plain_backward(case, named, reduction):
+    """``p.grad`` next to the extensions is what torch computes without them."""
+    plain, inputs = case.build()
+    case.loss(plain, inputs, reduction).backward()
+    for name, p in plain.named_parameters():
+        if not p.requires_grad or not case.n:
+            continue
+        if p.grad is None:
+            assert named[name].grad is None
+        else:
+            torch.testing.assert_close(named[name].grad.to_dense(), p.grad.to_dense(), rtol=1e-12, atol=1e-12)
+
+
+class CompareTerms(Extension):
+    """Compares what terms override with what `Term` derives from their gradients, in every form and selection."""
+
+    field = "compared"
+    joint = True
+
+    def finish(self, views):
+        for view in views:
+            terms = list(view._terms)
+            for term in [*terms, *([combine(terms)] if len(terms) > 1 else [])]:
+                self.compare(term, view.name)
+        return {}
+
+    def compare(self, term, name):
+        w = torch.linspace(-1, 2, term.n, dtype=torch.float64)
+        rows = torch.arange(term.n) % 2 == 0
+        plain = Dense(term.dense().clone())
+        same_term(term, plain, w, name)
+        same_term(term.select(rows), plain.select(rows), w[rows], f"{name}, selected")
+        same_term(term.double(), plain, w, f"{name}, double")
+        assert (term.magnitude() >= (1 - 1e-9) * plain.batch_l2().sqrt()).all()
+        assert (term.magnitude_bound() >= (1 - 1e-9) * term.magnitude()).all()
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.n], ids=ids)
+def test_fast_paths_are_the_defaults(case):
+    model, inputs = case.build()
+    extend(model, batch_dim=case.batch_dim)
+    with perex(CompareTerms(), loss_reduction="sum", grad=False):
+        case.loss(model, inputs, "sum").backward()
+
+
+def same_term(term: Term, plain: Dense, w, what):
+    assert isinstance(term, Term)
+    assert term.n == plain.n
+    reference.assert_close_report(term.dense(), plain.dense(), TOLERANCE, f"dense of {what}")
+    reference.assert_close_report(term.batch_l2(), plain.batch_l2(), TOLERANCE, f"batch_l2 of {what}")
+    for _ in range(2):  # before and after the norms: gradients formed for them may be reused
+        found = term.weighted_sum(w)
+        scale = (w.abs() * plain.batch_l2().sqrt()).sum().item()
+        assert (found - plain.weighted_sum(w)).abs().max() <= TOLERANCE * max(scale, 1e-12), f"weighted_sum of {what}"
+    reference.assert_close_report(term.batch_dot(), plain.batch_dot(), TOLERANCE, f"batch_dot of {what}")
+
+
+def test_there_are_at_least_300_module_configurations():
+    assert len(cases.MODULE_CASES) >= 300
+    assert len({case.id for case in cases.CASES}) == len(cases.CASES)
+
+
+def test_every_rule_has_a_case():
+    covered = set()
+    for case in cases.MODULE_CASES:
+        covered |= {case.covers} | {type(module) for module in case.build(0)[0].modules()}
+    missing = {cls.__name__ for cls in registered_rules() if cls.__module__.startswith("torch")} - {
+        cls.__name__ for cls in covered if cls is not None
+    }
+    assert not missing, f"no case in tests/cases.py for {sorted(missing)}"
