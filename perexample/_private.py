@@ -33,6 +33,9 @@ def whole_base(tensor: Tensor) -> Tensor:
     """The tensor that this one shows entirely and in order, if it is a view; else the tensor itself.
 
     A view that is written to gets a new place in the graph, its base keeps its own.
+
+    Returns:
+        The base, or the tensor.
     """
     base = tensor._base
     if base is None or base.grad_fn is None or base.numel() != tensor.numel():
