@@ -1,0 +1,54 @@
+"""Configuration of the documentation."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "gallery" / "training")]
+
+import draw_architecture
+import perexample
+import support_table
+
+project = "perexample"
+copyright = "2026, the perexample authors"
+version = release = perexample.__version__
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "perexample"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {"sidebar_hide_name": False}
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+default_role = "code"
+napoleon_custom_sections = ["Guarantees", "Cost", ("Returns", "params_style")]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+# The gallery's helpers are in a folder beside its pages.
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[1], os.environ.get("PYTHONPATH", "")])
+sphinx_gallery_conf = {
+    "examples_dirs": "../gallery",
+    "gallery_dirs": "auto_gallery",
+    "ignore_pattern": r"training",
+    "filename_pattern": r"/plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "download_all_examples": False,
+    "show_memory": False,
+    "remove_config_comments": True,
+    "matplotlib_animations": False,
+}
+
+draw_architecture.main(Path(__file__).parent / "_static" / "architecture.svg")
+support_table.main(Path(__file__).parent / "generated" / "support.inc")
