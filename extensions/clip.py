@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -133,6 +134,6 @@ def make_clip(clip: str | Clip | Callable[[Tensor], Tensor]) -> Clip:
 
 
 def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
         raise ConfigurationError(f"{name} must be a finite number greater than 0, not {value!r}.")
     return float(value)

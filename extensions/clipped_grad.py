@@ -147,7 +147,8 @@ class ClippedGrad(Extension):
         under_way = {key: entry for key, entry in self._entries.items() if not entry.used and entry.alive()}
         if under_way:
             self._same_parameters(under_way, views)
-            bounds = (self._bounds or {}) | bounds
+            for group, bound in (self._bounds or {}).items():
+                bounds[group] = max(bound, bounds.get(group, 0.0))
         self._staged = _Staged(bounds)
 
     def _same_parameters(self, under_way: Mapping[int, _Entry], views: Sequence[ParameterView]) -> None:

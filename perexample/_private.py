@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -43,6 +46,43 @@ def whole_base(tensor: Tensor) -> Tensor:
     return base if base.is_contiguous() and tensor.is_contiguous() else tensor
 
 
+def run_first(module: nn.Module, kind: type) -> None:
+    """Bring the forward hook of this kind before those that were registered in front of it later."""
+    hooks = cast("OrderedDict[int, Any]", module._forward_hooks)
+    if hooks and not isinstance(next(iter(hooks.values())), kind):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            hooks.move_to_end(key, last=False)
+
+
+def gradient_hooks(tensor: Tensor) -> dict | None:
+    """The tensor's gradient hooks, which run in their order and may change the gradient."""
+    return tensor._backward_hooks
+
+
+@contextmanager
+def kept_state(module: nn.Module) -> Iterator[None]:
+    """Put back all attributes of a module and its parts, as a repeated forward may set some."""
+    kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in kept:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+
+
+@contextmanager
+def without_forward_hooks(module: nn.Module) -> Iterator[None]:
+    """Silence a module's own forward hooks, which see real calls only."""
+    hooks, module._forward_hooks = module._forward_hooks, OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_hooks = hooks
+
+
 def has_hook(module: nn.Module, kind: type) -> bool:
     """Whether a forward pre-hook of this kind is registered."""
     return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
@@ -69,7 +109,10 @@ def loss_reduction_of(node: object) -> str | None:
 
 def mean_is_over(node: object) -> tuple[float, int] | None:
     """What a mean cross-entropy divided by and its number of targets, where the node remembers them."""
-    total, target = getattr(node, "_saved_total_weight", None), getattr(node, "_saved_target", None)
+    try:
+        total, target = getattr(node, "_saved_total_weight", None), getattr(node, "_saved_target", None)
+    except RuntimeError:  # the graph is freed
+        return None
     if loss_reduction_of(node) != "mean" or total is None or target is None:
         return None
     return float(total), target.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -83,7 +84,7 @@ def _shared_setting(optimizer: torch.optim.Optimizer, name: str) -> float:
 
 def _check_setting(name: str, value: Any) -> float:
     least = 0 if name == "noise_multiplier" else math.ulp(0.0)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < least:
         raise ConfigurationError(
             f"{name} must be a finite number {'>= 0' if least == 0 else '> 0'}, not {value!r}; it is public and must "

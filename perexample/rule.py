@@ -276,10 +276,13 @@ def rule_for(module: nn.Module) -> Rule | None:
     return None
 
 
+_HARMLESS = {"__init__", "__repr__", "__setstate__", "__dir__", "extra_repr", "reset_parameters"}
+
+
 def _same_forward(cls: type, base: type) -> bool:
-    names = [name for name in vars(base) if name == "forward" or name.startswith("_conv") or name == "_output_padding"]
-    names = names if "forward" in names else [*names, "forward"]
-    return all(getattr(cls, name) is getattr(base, name) for name in names)
+    """Whether a subclass leaves all functions of its base alone that could take part in its forward."""
+    names = {name for name, value in vars(base).items() if callable(value)} - _HARMLESS
+    return all(getattr(cls, name) is getattr(base, name) for name in names | {"forward", "__getattr__"})
 
 
 def only_parameters(module: nn.Module, *names: str) -> bool:

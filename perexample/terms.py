@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Size, Tensor
 
+_SHORT = 1024  # float32 squares added up at once: long sums drift
 _BLOCK = 2**24  # elements formed at once where a norm alone is wanted
 
 
@@ -73,11 +74,24 @@ def norms_of(flat: Tensor) -> Tensor:
     """Norms along the last axis in float64, also where a float32 square would over- or underflow."""
     if flat.shape[-1] == 0:
         return flat.new_zeros(flat.shape[:-1], dtype=torch.float64)
-    norms = torch.linalg.vector_norm(flat, dim=-1).double()
+    norms = _blockwise(flat)
     doubtful = ~((norms > 1e-17) & (norms < 1e18))
     if flat.dtype != torch.float64 and doubtful.any():
         norms[doubtful] = torch.linalg.vector_norm(flat[doubtful].double(), dim=-1)
     return norms
+
+
+def _blockwise(flat: Tensor) -> Tensor:
+    """Norms along the last axis: in blocks in the tensor's dtype, whose sums stay short, then in float64."""
+    size = flat.shape[-1]
+    whole = size - size % _SHORT
+    if whole <= _SHORT or flat.dtype == torch.float64:
+        return torch.linalg.vector_norm(flat, dim=-1).double()
+    blocks = flat[..., :whole].unflatten(-1, (-1, _SHORT))
+    norms = torch.linalg.vector_norm(torch.linalg.vector_norm(blocks, dim=-1).double(), dim=-1)
+    if whole == size:
+        return norms
+    return torch.hypot(norms, torch.linalg.vector_norm(flat[..., whole:], dim=-1).double())
 
 
 def squared_norms(dense: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..extension import Extension
 from ..rule import Call, at_least_float32, checked_terms
-from .coverage import check_coverage, number_of_examples, parameter_names
+from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
 from .record import quiet
 from .tap import Tap
 from .view import ParameterView
@@ -42,6 +42,8 @@ class Backward:
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
         if self.n:
+            if context.loss_reduction == "mean":
+                check_divisors(found, self.n)
             for tap in found.taps:
                 tap.axis = tap.batch_axis(self.n)
         scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
@@ -64,6 +66,7 @@ class Backward:
             extension.start(views)
         for tap in self.found.taps:
             tap.run = self
+            tap.hook_last()
         inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
         try:
             backward(inputs)

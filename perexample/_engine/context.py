@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._private import loss_reduction_of, mean_is_over
+from .._private import loss_reduction_of
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from .backward import Backward
@@ -165,11 +165,4 @@ def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> Non
         raise LossError(
             f"The loss ({loss.grad_fn.name()}) sums over its elements, but perex was told loss_reduction='mean'; "
             f"pass loss_reduction='sum', or use a mean."
-        )
-    over = mean_is_over(loss.grad_fn)
-    if over is not None and over[1] and over[0] != over[1]:
-        raise LossError(
-            f"The loss ({loss.grad_fn.name()}) is a mean with the divisor {over[0]:g} over {over[1]} targets (ignored "
-            f"targets or class weights), which all examples share, so none has a loss of its own. Use "
-            f"reduction='none', average over each example's own targets, then take the mean."
         )

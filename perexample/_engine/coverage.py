@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .._private import has_hook
+from .._private import gradient_hooks, has_hook, mean_is_over
 from ..errors import (
     BatchAxisError,
     LossError,
@@ -25,7 +25,10 @@ def parameter_names(found: Walk) -> dict[int, tuple[nn.Parameter, str]]:
     names: dict[int, tuple[nn.Parameter, str]] = {}
     for model in models:
         if any(id(p) in used for p in model.values()):
+            taken = {name for _, name in names.values()}
             for name, p in model.items():
+                while name in taken:
+                    name += "'"  # a parameter of another model with the same name
                 names.setdefault(id(p), (p, name))
     for tap in found.taps:
         for name, p in tap.params.items():
@@ -33,6 +36,11 @@ def parameter_names(found: Walk) -> dict[int, tuple[nn.Parameter, str]]:
                 raise StaleGradientError(
                     f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
                     f"the forward. Replace parameters before the forward, and call extend(model) for new modules."
+                )
+            if gradient_hooks(p):
+                raise UnsupportedModuleError(
+                    f"Parameter `{names[id(p)][1]}` has a gradient hook (register_hook), which would change its "
+                    f"gradient but not those of the examples; remove the hook, or freeze the parameter."
                 )
             if not p.requires_grad:
                 raise StaleGradientError(
@@ -99,6 +107,18 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
         f"class that uses it (register_rule(ThatClass)(GenericRule)), add penalties in the optimizer (weight_decay), "
         f"or freeze it with requires_grad_(False)."
     )
+
+
+def check_divisors(found: Walk, n: int) -> None:
+    """Refuse means whose divisor depends on which targets the other examples have."""
+    for node in found.losses:
+        over = mean_is_over(node)
+        if over is not None and over[1] >= n and over[0] != over[1]:
+            raise LossError(
+                f"The loss ({node.name()}) is a mean with the divisor {over[0]:g} over {over[1]} targets (ignored "
+                f"targets or class weights), which all examples share, so none has a loss of its own. Use "
+                f"reduction='none', average over each example's own targets, then take the mean."
+            )
 
 
 def number_of_examples(found: Walk) -> int:

@@ -8,6 +8,7 @@ the examples, without gradients, and compares the shape of every tapped output w
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,12 @@ class Places:
         return self.failed or call in self.by_call
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Places] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Places]] = weakref.WeakKeyDictionary()
 
 
-def places_of(module: nn.Module) -> Places:
-    """What is known of the calls inside an outermost forward of this module."""
-    return _KNOWN.setdefault(module, Places())
+def places_of(record: Record) -> Places:
+    """What is known of the calls inside such an outermost forward."""
+    return _KNOWN.setdefault(record.module, {}).setdefault(record.signature, Places())
 
 
 def forget_places(model: nn.Module) -> None:
@@ -68,7 +69,7 @@ def explore(record: Record, n: int, run: Any) -> None:
         n: Its number of examples, at least 1.
         run: Repeats the forward on given arguments and returns the shapes of the outputs of every call.
     """
-    places = places_of(record.module)
+    places = places_of(record)
     count = 2 if n != 2 else 3
     for only_first in (False, True):
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
-from .._private import inside_functorch, own_parameters
+from .._private import inside_functorch, kept_state, own_parameters, run_first
 from .._tree import map_tensors, tensors_in
 from ..errors import BatchAxisError
 from ..rule import Rule, refusal, rule_for
@@ -65,8 +66,12 @@ class Record:
     def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
         """Note the sizes of the inputs along the batch axis."""
         self.module, self.root_name, self.batch_dim = module, name or type(module).__name__, batch_dim
-        self.input_sizes = self._sizes((args, kwargs))
-        self.output_sizes: list[int] = []
+        tensors = list(tensors_in((args, kwargs)))
+        self.input_sizes, self.output_sizes = self._sizes(tensors), list[int]()
+        self.output_axes: set[int] = set()
+        self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
+        self.flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point()
+        self.signature = _signature((args, kwargs), module.training, batch_dim)
         self.refused: list[tuple[str, str]] = []
         self.shapes: dict[str, list[torch.Size]] = {}
         self.arguments: tuple[tuple, dict] | None = (args, kwargs)
@@ -78,13 +83,14 @@ class Record:
     def finish(self, output: Any) -> None:
         """Note the sizes of the outputs too; let go of the inputs if they are not needed any more."""
         self.output_sizes = self._sizes(output)
-        places = places_of(self.module)
+        self.output_axes = {size for t in tensors_in(output) for size in t.shape}
+        places = places_of(self)
         if all(places.known(call) for call in self.shapes):
             self.arguments = None
 
     def places(self) -> Places:
         """Where each tapped call holds the examples; runs the forward once more if that is not known yet."""
-        places = places_of(self.module)
+        places = places_of(self)
         if self.arguments is not None and not all(places.known(call) for call in self.shapes):
             explore(self, self.n, self._again)
         self.arguments = None
@@ -94,7 +100,7 @@ class Record:
         devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
         buffers = [(b, b.clone()) for b in self.module.buffers()]
         shapes: dict[str, list[torch.Size]] = {}
-        with torch.no_grad(), torch.random.fork_rng(devices), observing(shapes):
+        with torch.no_grad(), torch.random.fork_rng(devices), observing(shapes), kept_state(self.module):
             try:
                 self.module(*args, **kwargs)
             finally:
@@ -105,25 +111,48 @@ class Record:
 
     @property
     def n(self) -> int:
-        """Number of examples: the size that the inputs share, or share with the outputs."""
-        sizes = set(self.input_sizes)
-        if len(sizes) > 1:
-            sizes &= set(self.output_sizes)
-        if len(sizes) > 1 and self.input_sizes[0] in sizes:
-            sizes = {self.input_sizes[0]}
-        if len(sizes) != 1:
-            raise BatchAxisError(
-                f"The number of examples in the call of `{self.root_name}` cannot be told: its input tensors have "
-                f"the sizes {self.input_sizes} along axis {self.batch_dim}. Pass the data as tensors with the "
-                f"examples on that axis, or name another axis with extend(model, batch_dim=...)."
-            )
-        return sizes.pop()
+        """Number of examples: the size that the inputs share along the batch axis.
+
+        Where they differ, that of the first input, if the output has an axis of this size too. A flat list of ids comes
+        with offsets; then the output alone tells.
+
+        Raises:
+            BatchAxisError: If there is no such size, or it is in doubt.
+        """
+        sizes, outputs = set(self.input_sizes), set(self.output_sizes)
+        if len(sizes) == 1 and (not self.listed or not outputs or sizes & outputs):
+            return self.input_sizes[0]
+        if len(sizes) > 1 and self.flat_ids and len(outputs) == 1:
+            return self.output_sizes[0]
+        if len(sizes) > 1 and not self.listed and self.input_sizes[0] in self.output_axes:
+            return self.input_sizes[0]
+        raise BatchAxisError(
+            f"The number of examples in the call of `{self.root_name}` cannot be told: its input tensors have the "
+            f"sizes {self.input_sizes} along axis {self.batch_dim}, its outputs {self.output_sizes}. Pass the data as "
+            f"tensors with the examples on that axis, the data first, or name another axis with "
+            f"extend(model, batch_dim=...)."
+        )
 
     def call_name(self, module: nn.Module, name: str) -> str:
         """The module's path, with a number from its second call on."""
         count = self.calls[id(module)] = self.calls.get(id(module), 0) + 1
         name = name or type(module).__name__
         return name if count == 1 else f"{name}#{count}"
+
+
+def _signature(arguments: Any, training: bool, batch_dim: int) -> Any:
+    """What may decide how a forward arranges its axes: ranks of tensors, switches, names, the mode."""
+
+    def part(tree: Any) -> Any:
+        if isinstance(tree, Mapping):
+            return tuple((str(key), part(value)) for key, value in tree.items())
+        if isinstance(tree, (tuple, list)):
+            return tuple(part(value) for value in tree)
+        if isinstance(tree, Tensor):
+            return tree.dim()
+        return tree if isinstance(tree, (bool, str)) else type(tree)
+
+    return part(arguments), training, batch_dim
 
 
 @dataclass
@@ -199,10 +228,14 @@ class Enter:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what is called, and whether a tap is to be left."""
-        observed = _STATE.observed is not None
-        if _STATE.quiet or torch.compiler.is_compiling() or not (observed or torch.is_grad_enabled()):
+        observed, frames = _STATE.observed is not None, _STATE.frames
+        silent = not observed and not torch.is_grad_enabled()
+        if _STATE.quiet or torch.compiler.is_compiling() or (silent and not frames):
             return
-        frames = _STATE.frames
+        if silent:
+            frames.append(_Frame(module, frames[-1].record, self.name, inside=True))
+            return
+        run_first(module, Exit)
         if frames:
             record, inside = frames[-1].record, frames[-1].inside or frames[-1].rule is not None
         else:
@@ -254,6 +287,7 @@ def _leave_tap(frame: _Frame, args: tuple, kwargs: dict, output: Any) -> Any:
     outputs = [t for t in graded(output) if t.grad_fn is not None and not _is_input(t, inputs)]
     if not outputs or len(outputs) != len(graded(output)):
         return output
+    args, kwargs = _bound(module, args, kwargs)
     saved = rule.capture(module, args, kwargs, output)
     if isinstance(rule, GenericRule):
         saved |= rule.after(module, frame.before)
@@ -266,6 +300,17 @@ def _leave_tap(frame: _Frame, args: tuple, kwargs: dict, output: Any) -> Any:
     tap.place = next(i for i, t in enumerate(tensors_in(output)) if t is outputs[0])
     tap.attach(outputs, inputs)
     return output
+
+
+def _bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments in the order in which ``forward`` names them, however they were passed."""
+    if not kwargs:
+        return args, kwargs
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return args, kwargs
+    return bound.args, bound.kwargs
 
 
 def _is_input(output: Tensor, inputs: list[Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._private import metadata, version, whole_base
+from .._private import gradient_hooks, metadata, version, whole_base
 from .._tree import map_tensors
 from ..errors import BatchAxisError, StaleGradientError
 from ..rule import Call, Rule, at_least_float32
@@ -67,6 +68,7 @@ class Tap:
         self.name, self.rule, self.module, self.params, self.record = name, rule, module, dict(params), record
         self.outputs: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.inputs: list[GradientEdge] = []
+        self._hooks: list[tuple[weakref.ref[Any], int]] = []
         self.run: Backward | None = None
         self.place = 0
         self.axis = 0
@@ -84,7 +86,15 @@ class Tap:
             edge = get_gradient_edge(source)
             metadata(edge.node).setdefault(KEY, {})[edge.output_nr] = (self, index)
             self.outputs.append((output.shape, output.dtype, output.device))
-            source.register_hook(_Arrival(self, index))
+            handle = source.register_hook(_Arrival(self, index))
+            self._hooks.append((weakref.ref(gradient_hooks(source)), handle.id))
+
+    def hook_last(self) -> None:
+        """Let the hooks that were put on the outputs after this tap change the gradient first."""
+        for reference, key in self._hooks:
+            hooks = reference()
+            if hooks is not None and key in hooks:
+                hooks[key] = hooks.pop(key)
 
     @property
     def released(self) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..rule import at_least_float32
 from ..terms import Term, combine
 
+_TINY = 1e-30  # a weight below this loses digits in float32
+
 
 class ParameterView:
     """Per-example gradient of one parameter: of each example's own loss, over every use of the parameter.
@@ -73,6 +75,7 @@ class ParameterView:
             return self.zeros(*self.param.shape)
         like, w = self.zeros(0), w.to(self.param.device) * self._scale
         doubtful = torch.zeros_like(used) if term.doubtful is None else used & term.doubtful.to(used.device)
+        doubtful |= used & (w.abs() < _TINY)
         # Where a norm needed float64, so does the sum: the rounding errors of float32 could exceed the bound.
         total = self._sum(term, used & ~doubtful, w.to(like.dtype))
         if doubtful.any():

@@ -22,6 +22,7 @@ class Walk:
         edges: The graph edges at which the gradients of live taps arrive.
         uncovered: Trainable parameters reached otherwise than through a tap of their own.
         leaves: Other leaves that need a gradient, such as an input.
+        losses: Nodes of cross-entropy losses outside of all taps.
         compiled: Whether a compiled region was met, inside of which no taps can lie.
     """
 
@@ -29,6 +30,7 @@ class Walk:
     edges: list[GradientEdge] = field(default_factory=list)
     uncovered: dict[int, nn.Parameter] = field(default_factory=dict)
     leaves: dict[int, Tensor] = field(default_factory=dict)
+    losses: list[Node] = field(default_factory=list)
     compiled: bool = False
 
 
@@ -50,6 +52,8 @@ def walk(roots: Iterable[Tensor]) -> Walk:
             stack.extend((edge.node, edge.output_nr) for edge in tap.inputs)
             continue
         _note(found, node)
+        if node.name().startswith("NllLoss"):
+            found.losses.append(node)
         stack.extend((after, index) for after, index in node.next_functions if after is not None)
     return found
 
