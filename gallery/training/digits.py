@@ -32,7 +32,7 @@ TEST_SIZE = 297
 
 @dataclass(frozen=True)
 class Digits:
-    """Images in [0, 1] of 28x28 pixels and their labels; the split is the same in every run."""
+    """Images in [0, 2] of 28x28 pixels and their labels; the split is the same in every run."""
 
     x: Tensor
     y: Tensor
@@ -43,7 +43,7 @@ class Digits:
 def load_data() -> Digits:
     """The bundled digits, scaled up from 8x8 to the 28x28 pixels that the network is made for."""
     pixels, labels = load_digits(return_X_y=True)
-    small = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    small = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8
     images = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
     y = torch.tensor(labels)
     train, test = train_test_split(torch.arange(len(y)), test_size=TEST_SIZE, random_state=0, stratify=labels)
@@ -202,10 +202,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     real, whole = _positive(float), _positive(int)
     parser.add_argument("--epsilon", type=real, default=3.0, help="privacy budget; smaller is more private")
     parser.add_argument("--delta", type=real, default=1e-4, help="its second part; well below 1 / number of images")
-    parser.add_argument("--epochs", type=real, default=40.0, help="passes over the data, on average")
-    parser.add_argument("--batch-size", type=whole, default=250, help="expected number of images in a step")
-    parser.add_argument("--lr", type=real, default=0.25, help="learning rate")
-    parser.add_argument("--momentum", type=float, default=0.5, help="of the optimizer")
+    parser.add_argument("--epochs", type=real, default=50.0, help="passes over the data, on average")
+    parser.add_argument("--batch-size", type=whole, default=750, help="expected number of images in a step")
+    parser.add_argument("--lr", type=real, default=1.0, help="learning rate")
+    parser.add_argument("--momentum", type=float, default=0.0, help="of the optimizer")
     parser.add_argument("--max-norm", type=real, default=1.0, help="C, to which each image's gradient is clipped")
     parser.add_argument("--model", choices=("cnn", "mlp", "linear"), default="cnn", help="network")
     parser.add_argument("--seed", type=int, default=0, help="of weights and sampling; the noise has none")

@@ -9,7 +9,7 @@ another example's input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from .._private import version
+from .._private import kept_state, version, without_forward_hooks
 from .._tree import map_tensors, tensors_in
 from ..errors import CrossExampleError, UnsupportedModuleError
-from ..rule import Call, Rule
+from ..rule import Call, Rule, at_least_float32
 
 
 def graded(output: Any) -> list[Tensor]:
@@ -72,7 +72,12 @@ class GenericRule(Rule):
         axes = self.output_axes(module, outputs)
         prints = [_fingerprint(t, axis) for t, axis in zip(outputs, axes, strict=True)]
         chosen = [i for i, t in enumerate(tensors_in(output)) if t.requires_grad]
-        return {"args": args, "kwargs": kwargs, "prints": prints, "chosen": chosen}
+        kind = outputs[0].device.type
+        autocast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": _autocast_dtype(kind)}
+        dtypes = [t.dtype for t in outputs]
+        return {
+            "args": args, "kwargs": kwargs, "prints": prints, "chosen": chosen, "dtypes": dtypes, "autocast": autocast,
+        }  # fmt: skip
 
     def after(self, module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
         """What the forward changed: ``problem`` if it can therefore not be repeated, ``rng`` if it drew numbers."""
@@ -102,67 +107,85 @@ class GenericRule(Rule):
         axes = self.axes(call, tensors)
         batched = [_holds(t, a, call.n) for t, a in zip(tensors, axes, strict=True)]
         first = [flag and i == batched.index(True) for i, flag in enumerate(batched)]
+        whole = self._whole(call, tensors, upstream)
+        problems = []
         for choice in [batched, first] if first != batched else [batched]:
             in_axes = [axis if flag else None for axis, flag in zip(axes, choice, strict=True)]
             try:
                 gradients, prints = self._example_by_example(call, tensors, in_axes, upstream)
-            except _UnrepeatableError:
+            except Exception as error:  # noqa: BLE001 - whatever a module raises on one example goes into the message
+                problems.append(f"a single example fails ({error})")
                 continue
-            if _same(prints, call.saved["prints"], upstream):
+            if not _same(prints, call.saved["prints"], call.saved["dtypes"]):
+                problems.append("the outputs differ")
+            elif not _adds_up(gradients, whole, call.saved["dtypes"]):
+                problems.append("the gradients do not add up to that of the batch")
+            else:
                 return gradients
         raise CrossExampleError(
-            f"`{call.name}` ({type(call.module).__name__}) gives other outputs on one example than on the batch of "
-            f"{call.n}: it mixes examples, or its inputs do not hold the examples on axis {axes[0] if axes else 0}. "
-            f"Remove the mixing, or register a rule for it (@register_rule)."
+            f"`{call.name}` ({type(call.module).__name__}) gives something else on one example than on the batch of "
+            f"{call.n}: {problems[0]}. It mixes examples, or its hooks change its data, or the examples are not on axis "
+            f"{axes[0] if axes else 0}. Remove the mixing, or register a rule for it (@register_rule)."
         )
+
+    def _whole(self, call: Call, tensors: list[Tensor], upstream: list[Tensor]) -> dict[str, Tensor]:
+        """Gradient of the whole batch, which those of the examples must add up to."""
+        params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
+        with torch.enable_grad():
+            outputs = _Repeat(call)(params, tensors)
+        return _pull(outputs, upstream, params)
 
     def _example_by_example(
         self, call: Call, tensors: list[Tensor], in_axes: list[int | None], upstream: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         out_axes = self.output_axes(call.module, upstream)
-        params = {name: p.detach() for name, p in call.params.items()}
+        params = {name: p.detach() for name, p in at_least(call.params).items()}
         run = _Repeat(call)
 
         def one(inputs: tuple[Tensor, ...], gs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], list[Tensor]]:
-            whole = [t if a is None else t.unsqueeze(a) for t, a in zip(inputs, in_axes, strict=True)]
-            outputs, pull = vjp(lambda p: run(p, whole), params)[:2]
-            cotangents = [g.unsqueeze(a).to(o.dtype) for g, a, o in zip(gs, out_axes, outputs, strict=True)]
+            outputs, pull = vjp(lambda p: run(p, _with_axes(inputs, in_axes)), params)[:2]
+            cotangents = [g.to(o.dtype) for g, o in zip(_with_axes(gs, out_axes), outputs, strict=True)]
             prints = [_fingerprint(o, a).squeeze(0) for o, a in zip(outputs, out_axes, strict=True)]
             return pull(tuple(cotangents))[0], prints
 
-        arguments = (tuple(tensors), tuple(upstream))
         dims = (tuple(in_axes), tuple(out_axes))
         try:
             with torch.enable_grad():  # without, attention in evaluation mode takes a path that has no derivative
-                return vmap(one, in_dims=dims, randomness="error")(*arguments)
+                return vmap(one, in_dims=dims, randomness="error")(tuple(tensors), tuple(upstream))
         except Exception:  # noqa: BLE001 - vmap lacks rules for some operations and refuses others; the loop is exact
-            return self._loop(call, one, arguments, dims)
+            return self._loop(call, run, tensors, in_axes, upstream, out_axes)
 
-    def _loop(self, call: Call, one: Any, arguments: Any, dims: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
-        def row(n: int) -> Any:
-            pairs = zip(arguments, dims, strict=True)
-            return [
-                tuple(t if a is None else t.select(a, n) for t, a in zip(ts, axes, strict=True)) for ts, axes in pairs
-            ]
-
-        try:
+    def _loop(
+        self,
+        call: Call,
+        run: _Repeat,
+        tensors: list[Tensor],
+        in_axes: list[int | None],
+        upstream: list[Tensor],
+        out_axes: list[int],
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """One ordinary backward for each example."""
+        params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
+        rows, prints = [], []
+        for n in range(call.n):
+            inputs = [t if a is None else t.narrow(a, n, 1) for t, a in zip(tensors, in_axes, strict=True)]
             with torch.enable_grad():
-                rows = [one(*row(n)) for n in range(call.n)]
-        except Exception as error:
-            raise _UnrepeatableError(call, error) from error
-        gradients = {name: torch.stack([r[0][name] for r in rows]) for name in call.params}
-        return gradients, [torch.stack(prints) for prints in zip(*(r[1] for r in rows), strict=True)]
+                outputs = run(params, inputs)
+            rows.append(_pull(outputs, [g.narrow(a, n, 1) for g, a in zip(upstream, out_axes, strict=True)], params))
+            prints.append([_fingerprint(o, a).squeeze(0) for o, a in zip(outputs, out_axes, strict=True)])
+        gradients = {name: torch.stack([row[name] for row in rows]) for name in call.params}
+        return gradients, [torch.stack(column) for column in zip(*prints, strict=True)]
 
     def _masked(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
         """The whole batch again from the saved random state, pulled back with all but one example masked."""
         tensors = [*tensors_in(call.saved["args"]), *tensors_in(call.saved["kwargs"])]
         inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
-        params = {name: p.detach().requires_grad_() for name, p in call.params.items()}
+        params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
         with torch.enable_grad(), _restored(call.saved["rng"], tensors):
             outputs = _Repeat(call)(params, inputs)
         out_axes = self.output_axes(call.module, upstream)
         prints = [_fingerprint(o, a) for o, a in zip(outputs, out_axes, strict=True)]
-        if not _same(prints, call.saved["prints"], upstream):
+        if not _same(prints, call.saved["prints"], call.saved["dtypes"]):
             raise UnsupportedModuleError(
                 f"`{call.name}` ({type(call.module).__name__}) draws random numbers that cannot be drawn again, so its "
                 f"forward cannot be repeated. Register a rule for it (@register_rule)."
@@ -198,16 +221,6 @@ class GenericRule(Rule):
         return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
 
 
-class _UnrepeatableError(UnsupportedModuleError):
-    """The forward of one example fails."""
-
-    def __init__(self, call: Call, error: Exception) -> None:
-        super().__init__(
-            f"`{call.name}` ({type(call.module).__name__}) runs on the batch but fails on a single example: {error} "
-            f"Register a rule for it (@register_rule), or let it accept a batch of one."
-        )
-
-
 class _Repeat:
     """The module's forward as a function of its trainable parameters and its input tensors."""
 
@@ -215,12 +228,47 @@ class _Repeat:
         self.call = call
 
     def __call__(self, params: dict[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        remaining = iter(tensors)
+        remaining, module = iter(tensors), self.call.module
         args, kwargs = map_tensors(lambda _: next(remaining), (self.call.saved["args"], self.call.saved["kwargs"]))
         # Buffers are handed over as copies: a second forward must leave the module as it was.
-        state = params | {name: buffer.clone() for name, buffer in self.call.module.named_buffers()}
-        output = list(tensors_in(functional_call(self.call.module, state, args, kwargs)))
+        frozen = at_least({name: p.detach() for name, p in module.named_parameters()})
+        state = frozen | params | {name: buffer.clone() for name, buffer in module.named_buffers()}
+        with kept_state(module), without_forward_hooks(module), torch.autocast(**self.call.saved["autocast"]):
+            output = list(tensors_in(functional_call(module, state, args, kwargs)))
         return tuple(output[i] for i in self.call.saved["chosen"])
+
+
+def at_least(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in at least float32."""
+    return {name: at_least_float32(t) for name, t in named.items()}
+
+
+def _autocast_dtype(kind: str) -> torch.dtype:
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.bfloat16
+
+
+def _with_axes(tensors: Sequence[Tensor], axes: Sequence[int | None]) -> list[Tensor]:
+    """One example each, as a batch of one."""
+    return [t if a is None else t.unsqueeze(a) for t, a in zip(tensors, axes, strict=True)]
+
+
+def _pull(outputs: Sequence[Tensor], upstream: Sequence[Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the parameters, zeros for those that the outputs do not depend on."""
+    cotangents = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(params.values()), cotangents, allow_unused=True)
+    pairs = zip(params.items(), grads, strict=True)
+    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+
+
+def _adds_up(gradients: dict[str, Tensor], whole: dict[str, Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the examples' gradients add up to that of the batch; rows that are not finite cannot be compared."""
+    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    for name, rows in gradients.items():
+        total, scale = rows.sum(0), rows.abs().sum(0).amax() if rows.numel() else rows.new_zeros(())
+        difference = (total - whole[name]).abs().amax() if total.numel() else total.new_zeros(())
+        if difference > tolerance * scale + 1e-300 and torch.isfinite(rows).all():
+            return False
+    return True
 
 
 def _holds(t: Tensor, axis: int | None, n: int) -> bool:
@@ -256,12 +304,12 @@ def _fingerprint(output: Tensor, axis: int) -> Tensor:
     return torch.stack([flat @ projection, flat.abs().sum(1)], 1)
 
 
-def _same(prints: Sequence[Tensor], originals: Sequence[Tensor], upstream: Sequence[Tensor]) -> bool:
+def _same(prints: Sequence[Tensor], originals: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether repeated outputs are those of the forward, up to the rounding of their dtype."""
-    for new, old, g in zip(prints, originals, upstream, strict=True):
+    for new, old, dtype in zip(prints, originals, dtypes, strict=True):
         if new.shape != old.shape:
             return False
-        tolerance = torch.finfo(g.dtype).eps ** 0.5 * old[:, 1]
+        tolerance = torch.finfo(dtype).eps ** 0.5 * old[:, 1]
         close = (new - old).abs().amax(1) <= tolerance + 1e-300
         if not (close | ~old.isfinite().all(1)).all():
             return False
