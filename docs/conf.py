@@ -7,8 +7,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "gallery" / "training")]
 
 import draw_architecture
-import perexample
 import support_table
+
+import perexample
 
 project = "perexample"
 copyright = "2026, the perexample authors"

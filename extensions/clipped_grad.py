@@ -36,6 +36,8 @@ class _Staged:
     """What a backward has found, to be remembered if it succeeds."""
 
     bounds: dict[str, float]
+    continued: bool = False
+    forwards: frozenset[object] = frozenset()
     norms: Tensor | None = None
     group_norms: dict[str, Tensor] = field(default_factory=dict)
     nonfinite: int = 0
@@ -113,11 +115,16 @@ class ClippedGrad(Extension):
             {"all": self.max_norm} if groups == "all" and isinstance(self.max_norm, float) else None
         )
         self._entries: dict[int, _Entry] = {}
+        self._forwards: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._repeats = 1  # most backwards through one forward since the sum began
         self._staged = _Staged({})
         self._warned = False
 
     def sensitivity(self) -> float:
         """Bound on what one example adds to all clipped sums together: ``sqrt(sum over groups of C_g^2)``.
+
+        Several backwards through one forward, of a retained graph, add an example's gradient several times, and the
+        bound grows with their number; forwards that are added up are taken to be of different examples.
 
         Returns:
             The bound, in the unit of ``max_norm``.
@@ -130,7 +137,7 @@ class ClippedGrad(Extension):
                 f"The sensitivity of ClippedGrad(groups={self.groups!r}) depends on the model's groups, which are "
                 f"known after the first backward; run one before you ask."
             )
-        return math.sqrt(sum(bound**2 for bound in self._bounds.values()))
+        return self._repeats * math.sqrt(sum(bound**2 for bound in self._bounds.values()))
 
     def zero_grad(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Forget the sums so far, of these parameters or of all."""
@@ -140,6 +147,8 @@ class ClippedGrad(Extension):
             p = None if entry is None else entry.param()
             if p is not None and hasattr(p, self.field):
                 delattr(p, self.field)
+        if not self._entries:
+            self._repeats = 1
 
     def start(self, views: Sequence[ParameterView]) -> None:
         """Find the groups; while sums are under way the parameters must stay the same."""
@@ -149,7 +158,7 @@ class ClippedGrad(Extension):
             self._same_parameters(under_way, views)
             for group, bound in (self._bounds or {}).items():
                 bounds[group] = max(bound, bounds.get(group, 0.0))
-        self._staged = _Staged(bounds)
+        self._staged = _Staged(bounds, bool(under_way), views[0].forwards if views else frozenset())
 
     def _same_parameters(self, under_way: Mapping[int, _Entry], views: Sequence[ParameterView]) -> None:
         """One example may add C to each set of parameters that is clipped by itself, so sets are not mixed."""
@@ -192,7 +201,14 @@ class ClippedGrad(Extension):
         staged = self._staged
         self.norms, self.group_norms, self.nonfinite = staged.norms, staged.group_norms, staged.nonfinite
         self._bounds = staged.bounds
+        if not staged.continued:
+            self._forwards.clear()
+            self._repeats = 1
+        for forward in staged.forwards:
+            self._forwards[forward] = self._forwards.get(forward, 0) + 1
+            self._repeats = max(self._repeats, self._forwards[forward])
         self._entries = {key: entry for key, entry in self._entries.items() if entry.alive()} | staged.entries
+        self._staged = _Staged({})
         self._warn()
 
     def _weights(self, norms: Tensor, finite: Tensor, bound: float) -> Tensor:

@@ -309,6 +309,9 @@ def test_retain_graph(grad):
             assert_same(fields(model, "grad_batch"), wanted)
             sums = naive.clipped(wanted, 0.5)
             assert_same(fields(model, "clipped_sum"), {name: count * s for name, s in sums.items()})
+            assert clipping.sensitivity() == count * 0.5, "each example is in the sum several times"
+    clipping.zero_grad()
+    assert clipping.sensitivity() == 0.5
 
 
 def test_plain_backward_first_and_perex_after():

@@ -47,9 +47,9 @@ class Backward:
             for tap in found.taps:
                 tap.axis = tap.batch_axis(self.n)
         scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
-        self.views = {
-            id(p): ParameterView(name, p, self.n, scale) for p, name in self.names.values() if p.requires_grad
-        }
+        forwards = frozenset(tap.record for tap in found.taps)
+        trainable = [(p, name) for p, name in self.names.values() if p.requires_grad]
+        self.views = {id(p): ParameterView(name, p, self.n, scale, forwards) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         self.pending = dict.fromkeys(self.views, 0)
         for tap in found.taps:

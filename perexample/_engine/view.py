@@ -18,11 +18,14 @@ class ParameterView:
         name: Name of the parameter in the extended model.
         param: The parameter.
         n: Number of examples N.
+        forwards: Tokens of the forwards that the loss depends on, the same for all views of a backward.
     """
 
-    def __init__(self, name: str, param: nn.Parameter, n: int, scale: float) -> None:
+    def __init__(
+        self, name: str, param: nn.Parameter, n: int, scale: float = 1.0, forwards: frozenset[object] = frozenset()
+    ) -> None:
         """A parameter that nothing has reached yet: its gradients are zero."""
-        self.name, self.param, self.n = name, param, n
+        self.name, self.param, self.n, self.forwards = name, param, n, forwards
         self._scale = scale
         self._terms: list[Term] = []
         self._combined: Term | None = None

@@ -124,8 +124,8 @@ class GenericRule(Rule):
                 return gradients
         raise CrossExampleError(
             f"`{call.name}` ({type(call.module).__name__}) gives something else on one example than on the batch of "
-            f"{call.n}: {problems[0]}. It mixes examples, or its hooks change its data, or the examples are not on axis "
-            f"{axes[0] if axes else 0}. Remove the mixing, or register a rule for it (@register_rule)."
+            f"{call.n}: {problems[0]}. It mixes examples, or its hooks change its data, or the examples are not on "
+            f"axis {axes[0] if axes else 0}. Remove the mixing, or register a rule for it (@register_rule)."
         )
 
     def _whole(self, call: Call, tensors: list[Tensor], upstream: list[Tensor]) -> dict[str, Tensor]:
