@@ -44,7 +44,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_gallery",
     "ignore_pattern": r"training",
     "filename_pattern": r"/plot_",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery_order.PageOrder",
     "download_all_examples": False,
     "show_memory": False,
     "remove_config_comments": True,

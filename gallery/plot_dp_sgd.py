@@ -8,6 +8,9 @@ clipped gradients are added up, and Gaussian noise in proportion to C hides what
 """
 
 # %%
+# The network is the small CNN of BackPACK's example of DP-SGD, with tanh in the place of ReLU; the 8x8 pixels are scaled
+# up to the 28x28 that it is made for.
+#
 # The parts
 # ---------
 #
@@ -16,9 +19,17 @@ clipped gradients are added up, and Gaussian noise in proportion to C hides what
 
 import matplotlib.pyplot as plt
 import torch
-from digits import accuracy, epsilon_spent, load_data, make_model, noise_multiplier_for, parse_arguments, train_private
+from digits import (
+    accuracy,
+    epsilon_spent,
+    load_data,
+    make_model,
+    noise_multiplier_for,
+    parse_arguments,
+    train_private,
+)
 
-options = parse_arguments([])
+options = parse_arguments(["--lr", "1"])
 data = load_data()
 rate = options.batch_size / len(data.x)
 steps = round(options.epochs / rate)
@@ -42,7 +53,7 @@ print(f"{steps} steps, sample rate {rate:.3f}, noise multiplier {sigma:.3f}")
 # * The sum is divided by the *expected* batch size, a public number. The size of the batch that was drawn is itself
 #   private, and an empty batch still makes a step, of noise alone.
 
-model = make_model("cnn", seed=0)
+model = make_model("cnn28", seed=0)
 history = train_private(
     model,
     data,
@@ -67,7 +78,7 @@ assert accuracy(model, data.x_test, data.y_test) > 0.85
 # release them.
 
 every = range(0, steps + 1, max(1, steps // 12))
-spent = [epsilon_spent(sigma, rate, step, options.delta, interval=1e-3) for step in every]
+spent = [epsilon_spent(sigma, rate, t, options.delta, interval=1e-3) for t in every]
 
 figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")
 axes[0, 0].plot(history.loss)
@@ -76,11 +87,13 @@ axes[0, 1].plot(history.accuracy, color="tab:green")
 axes[0, 1].set(xlabel="step", ylabel="test accuracy", ylim=(0, 1))
 axes[1, 0].plot(every, spent, marker="o", color="tab:purple")
 axes[1, 0].axhline(options.epsilon, color="gray", linestyle=":")
-axes[1, 0].set(xlabel="step", ylabel=f"epsilon spent (delta {options.delta:g})", ylim=(0, None))
+label = f"epsilon spent (delta {options.delta:g})"
+axes[1, 0].set(xlabel="step", ylabel=label, ylim=(0, None))
 early, late = torch.cat(history.norms[:10]), torch.cat(history.norms[-10:])
-top = float(torch.cat([early, late]).quantile(0.99))
-bins = torch.linspace(0, top, 40).tolist()
-axes[1, 1].hist([early.clamp(max=top), late.clamp(max=top)], bins=bins, label=["first 10 steps", "last 10 steps"])
+bins = torch.linspace(0, float(early.quantile(0.99)), 40).tolist()
+axes[1, 1].hist(early, bins=bins, alpha=0.7, label="first 10 steps")
+axes[1, 1].hist(late, bins=bins, alpha=0.7, label="last 10 steps")
+axes[1, 1].set_yscale("log")
 axes[1, 1].axvline(options.max_norm, color="tab:red", label="C")
 axes[1, 1].set(xlabel="norm of an image's gradient", ylabel="images")
 axes[1, 1].legend()

@@ -1,0 +1,16 @@
+"""Order of the gallery's pages: as one learns, then by name."""
+
+from sphinx_gallery.sorting import FunctionSortKey
+
+FIRST = ["plot_first_steps.py", "plot_dp_sgd.py", "plot_new_rule.py", "plot_new_extension.py"]
+
+
+def _position(name: str) -> tuple[int, str]:
+    return (FIRST.index(name) if name in FIRST else len(FIRST), name)
+
+
+class PageOrder(FunctionSortKey):
+    """Sort key that sphinx-gallery makes for each folder."""
+
+    def __init__(self, src_dir: str) -> None:
+        super().__init__(_position)
