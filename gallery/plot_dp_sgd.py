@@ -8,8 +8,8 @@ clipped gradients are added up, and Gaussian noise in proportion to C hides what
 """
 
 # %%
-# The network is the small CNN of BackPACK's example of DP-SGD, with tanh in the place of ReLU; the 8x8 pixels are scaled
-# up to the 28x28 that it is made for.
+# The network is the small CNN of BackPACK's example of DP-SGD, with tanh in the place of ReLU; the 8x8 pixels are
+# scaled up to the 28x28 that it is made for.
 #
 # The parts
 # ---------

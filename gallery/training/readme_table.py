@@ -26,7 +26,8 @@ def table(results: list[dict[str, float]], options: object) -> str:
         f"| not private | {span('plain_accuracy', '.1%')} | none | {span('plain_seconds', '.1f')} |",
         "",
         f"Mean (least to most); written by `python gallery/training/readme_table.py` with torch "
-        f"{torch.__version__.partition('+')[0]}, Python {platform.python_version()}, {torch.get_num_threads()} CPU cores.",
+        f"{torch.__version__.partition('+')[0]}, Python {platform.python_version()} and {torch.get_num_threads()} "
+        f"CPU cores.",
     ]
     return "\n".join(lines)
 
