@@ -33,7 +33,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 default_role = "code"
-napoleon_custom_sections = ["Guarantees", "Cost", ("Returns", "params_style")]
+napoleon_custom_sections = ["Guarantees", "Cost"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
