@@ -18,8 +18,7 @@ import torch
 from einops import rearrange
 from torch import Size, Tensor
 
-_SHORT = 1024  # float32 squares added up at once: long sums drift
-_BLOCK = 2**24  # elements formed at once where a norm alone is wanted
+from ._norms import BLOCK, gram_norms, norms_of, squared_norms
 
 
 class Term:
@@ -70,35 +69,6 @@ class Term:
         return self.magnitude()
 
 
-def norms_of(flat: Tensor) -> Tensor:
-    """Norms along the last axis in float64, also where a float32 square would over- or underflow."""
-    if flat.shape[-1] == 0:
-        return flat.new_zeros(flat.shape[:-1], dtype=torch.float64)
-    norms = _blockwise(flat)
-    doubtful = ~((norms > 1e-17) & (norms < 1e18))
-    if flat.dtype != torch.float64 and doubtful.any():
-        norms[doubtful] = torch.linalg.vector_norm(flat[doubtful].double(), dim=-1)
-    return norms
-
-
-def _blockwise(flat: Tensor) -> Tensor:
-    """Norms along the last axis: in blocks in the tensor's dtype, whose sums stay short, then in float64."""
-    size = flat.shape[-1]
-    whole = size - size % _SHORT
-    if whole <= _SHORT or flat.dtype == torch.float64:
-        return torch.linalg.vector_norm(flat, dim=-1).double()
-    blocks = flat[..., :whole].unflatten(-1, (-1, _SHORT))
-    norms = torch.linalg.vector_norm(torch.linalg.vector_norm(blocks, dim=-1).double(), dim=-1)
-    if whole == size:
-        return norms
-    return torch.hypot(norms, torch.linalg.vector_norm(flat[..., whole:], dim=-1).double())
-
-
-def squared_norms(dense: Tensor) -> Tensor:
-    """Squared norm of each row of ``[N, ...]``, in float64."""
-    return norms_of(dense.reshape(dense.shape[0], -1) if dense.numel() else dense.new_zeros(dense.shape[0], 1)).square()
-
-
 def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> Tensor:
     """Replace norms that cancellation may have spoiled by ones computed in float64.
 
@@ -125,7 +95,7 @@ def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> 
 
 def _blocks(term: Term) -> list[Tensor]:
     """Masks that cut the examples into blocks whose gradients are small enough to form."""
-    per_block = max(1, _BLOCK // max(1, term.shape.numel()))
+    per_block = max(1, BLOCK // max(1, term.shape.numel()))
     position = torch.arange(term.n)
     return [(position >= start) & (position < start + per_block) for start in range(0, term.n, per_block)]
 
@@ -237,17 +207,6 @@ class Outer(Term):
         return ((g @ g.mT) * (x @ x.mT)).sum(0)
 
 
-def gram_norms(g: Tensor, x: Tensor) -> Tensor:
-    """``sum_ts <g_t, g_s> <x_t, x_s>`` per example, the products in the factors' dtype, the sum in float64."""
-    n, groups, positions, _ = g.shape
-    block = max(1, _BLOCK // max(1, groups * positions * positions))
-    sums = []
-    for start in range(0, n, block):
-        a, b = g[start : start + block], x[start : start + block]
-        sums.append(((a @ a.mT) * (b @ b.mT)).sum((1, 2, 3), dtype=torch.float64))
-    return torch.cat(sums).clamp_min(0.0)
-
-
 class Rows(Term):
     """Gradients that touch few rows of a table: ``G_n = sum over m with example_m = n of e_{id_m} row_m^T``.
 
@@ -311,7 +270,7 @@ class Rows(Term):
     def inner(self, other: Outer) -> Tensor:
         """``<G_n, G'_n>`` with an `Outer` of the same table, as of a tied output layer, ``[N]``, float64."""
         left, right = other.g[:, 0], other.x[:, 0]  # [N, S, V] and [N, S, E]
-        block = max(1, _BLOCK // max(1, right[0].numel()))
+        block = max(1, BLOCK // max(1, right[0].numel()))
         sums = []
         for start in range(0, self.ids.shape[0], block):
             part = slice(start, start + block)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from .._norms import BLOCK, norms_of, squared_norms
 from ..rule import Call, Rule, only_parameters, register_rule
-from ..terms import _BLOCK, Dense, Outer, Term, mended, norms_of, squared_norms
+from ..terms import Dense, Outer, Term, mended
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -96,7 +97,7 @@ class Windows(Term):
             return mended(self, squared_norms(self._dense), positions)
         if 2 * positions * (outputs + entries) < outputs * entries or not self._unfolding_copies_much():
             return self.unfolded().batch_l2()
-        block = max(1, _BLOCK // max(1, self.shape.numel()))
+        block = max(1, BLOCK // max(1, self.shape.numel()))
         parts = [self._like(self.x[i : i + block], self.g[i : i + block]) for i in range(0, self.n, block)]
         return mended(self, torch.cat([squared_norms(part.dense()) for part in parts]), positions)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from .._norms import squared_norms
 from ..rule import Call, Rule, only_parameters, register_rule
-from ..terms import Rows, Term, squared_norms
+from ..terms import Rows, Term
 
 _MAXIMUM = 2  # how torch.embedding_bag names the mode
 
