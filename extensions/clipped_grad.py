@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
-from perexample.extension import Extension, ParameterView
+from perexample.extension import Extension, ParameterView, Weights
 
 from .clip import Clip, _positive, bounded, make_clip
 
@@ -189,9 +189,9 @@ class ClippedGrad(Extension):
         staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         results = {}
         for group, vs in members.items():
-            weights = self._weights(staged.group_norms[group], finite, self._bound(group))
+            weights = Weights(self._weights(staged.group_norms[group], finite, self._bound(group)))
             for view in vs:
-                value = self._accumulated(view.param, view.weighted_sum(weights.to(view.param.device)))
+                value = self._accumulated(view.param, view.weighted_sum(weights))
                 staged.entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
                 results[view.name] = value
         return results

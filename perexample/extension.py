@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ._engine.view import ParameterView
+from ._engine.view import ParameterView, Weights
 
 
 class Extension:
@@ -48,4 +48,4 @@ class Extension:
         """Called when all fields are written: the place to change what the extension itself remembers."""
 
 
-__all__ = ["Extension", "ParameterView"]
+__all__ = ["Extension", "ParameterView", "Weights"]

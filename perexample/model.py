@@ -12,7 +12,7 @@ from ._engine.probe import forget_places
 from ._engine.record import ROOTS, Enter, Exit
 from ._private import remove_hooks
 from .errors import ConfigurationError, UnsupportedModuleError
-from .rule import refusal
+from .rule import can_refuse, refusal
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +48,7 @@ def extend(model: M, *, batch_dim: int = 0) -> M:
         _refuse(path or type(module).__name__, module)
     for path, module in named:
         remove_hooks(module, (Enter, Exit))
-        if next(module.parameters(), None) is not None or next(module.children(), None) is None:
+        if next(module.parameters(), None) is not None or can_refuse(module):
             module.register_forward_pre_hook(Enter(path, batch_dim, module is model), with_kwargs=True)
             module.register_forward_hook(Exit(), prepend=True, with_kwargs=True, always_call=True)
     forget_places(model)

@@ -190,7 +190,29 @@ def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
         )
 
 
-_REGISTRY: dict[type[nn.Module], Rule] = {}
+class _Registry(dict[type[nn.Module], Rule]):
+    """Rules by module class; what was looked up is forgotten when they change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bases: dict[type, tuple[tuple[type[nn.Module], Rule], ...]] = {}
+
+    def __setitem__(self, cls: type[nn.Module], rule: Rule) -> None:
+        super().__setitem__(cls, rule)
+        self.bases.clear()
+
+    def __delitem__(self, cls: type[nn.Module]) -> None:
+        super().__delitem__(cls)
+        self.bases.clear()
+
+    def rules_of(self, cls: type[nn.Module]) -> tuple[tuple[type[nn.Module], Rule], ...]:
+        """The rules of a class and its bases, nearest first."""
+        if cls not in self.bases:
+            self.bases[cls] = tuple((base, self[base]) for base in cls.__mro__ if base in self)
+        return self.bases[cls]
+
+
+_REGISTRY = _Registry()
 R = TypeVar("R", bound=type[Rule])
 
 
@@ -239,7 +261,8 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
                     f"{cls.__name__} has the rule {type(_REGISTRY[cls]).__name__} already; pass overwrite=True to "
                     f"replace it."
                 )
-        _REGISTRY.update((cls, rule_class()) for cls in module_classes)
+        for cls in module_classes:
+            _REGISTRY[cls] = rule_class()
         return rule_class
 
     return decorate
@@ -252,10 +275,19 @@ def registered_rules() -> dict[type[nn.Module], Rule]:
 
 def refusal(module: nn.Module) -> str | None:
     """Why this module can have no per-example gradients now, asked of the rules of all its base classes."""
-    for cls in type(module).__mro__:
-        if cls in _REGISTRY and (reason := _REGISTRY[cls].refuse(module)):
+    for rule in _refusing_rules(type(module)):
+        if reason := rule.refuse(module):
             return reason
     return None
+
+
+def can_refuse(module: nn.Module) -> bool:
+    """Whether some rule would look at this module before it is used."""
+    return bool(_refusing_rules(type(module)))
+
+
+def _refusing_rules(cls: type[nn.Module]) -> list[Rule]:
+    return [rule for _, rule in _REGISTRY.rules_of(cls) if type(rule).refuse is not Rule.refuse]
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -269,10 +301,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     """
     if parametrize.is_parametrized(module) or overridden_forward(module):
         return None
-    for cls in type(module).__mro__:
-        rule = _REGISTRY.get(cls)
-        if rule is not None:
-            return rule if _same_forward(type(module), cls) and rule.covers(module) else None
+    for base, rule in _REGISTRY.rules_of(type(module)):
+        return rule if _same_forward(type(module), base) and rule.covers(module) else None
     return None
 
 

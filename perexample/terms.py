@@ -69,6 +69,11 @@ class Term:
         return self.magnitude()
 
 
+def keeps(gradient: int, factors: int) -> bool:
+    """Whether a gradient formed for its norm is kept for the weighted sum: if it takes little more than its factors."""
+    return gradient <= 2 * factors
+
+
 def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> Tensor:
     """Replace norms that cancellation may have spoiled by ones computed in float64.
 
@@ -152,10 +157,14 @@ class Outer(Term):
     def select(self, rows: Tensor) -> Term:
         """Some examples only."""
         rows = rows.to(self.g.device)
+        if self._dense is not None and self.doubtful is None:
+            return Dense(self._dense[rows])
         return Outer(self.g[rows], self.x[rows], self.shape)
 
-    def double(self) -> Outer:
+    def double(self) -> Term:
         """In float64."""
+        if self._dense is not None and self.doubtful is None:
+            return Dense(self._dense.double())
         return Outer(self.g.double(), self.x.double(), self.shape)
 
     def magnitude(self) -> Tensor:
@@ -168,7 +177,7 @@ class Outer(Term):
 
     def batch_l2(self) -> Tensor:
         """Squared norms, by Gram matrices or by the gradients, mended where float32 cancelled."""
-        groups, o, i = self.sizes
+        _, o, i = self.sizes
         positions = self.g.shape[2]
         if positions == 1:
             return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2))
@@ -179,7 +188,10 @@ class Outer(Term):
         if self._dense is None and 2 * positions * (o + i) < o * i and positions < limit:
             l2 = gram_norms(self.g, self.x) + eps * self.magnitude_bound().square()
             return mended(self, l2, positions, limit)
-        return mended(self, self._norms_of_gradients(groups * o * i <= groups * positions * (o + i)), positions)
+        l2 = mended(self, self._norms_of_gradients(keeps(o * i, positions * (o + i))), positions)
+        if self._dense is not None and self.doubtful is None:
+            self.g, self.x = (t.new_empty(self.n, t.shape[1], 0, t.shape[3]) for t in (self.g, self.x))
+        return l2
 
     def _norms_of_gradients(self, keep: bool) -> Tensor:
         """Form the gradients, all at once where they are kept for the weighted sum, else block by block."""

@@ -11,6 +11,30 @@ from ..terms import Term, combine
 _TINY = 1e-30  # a weight below this loses digits in float32
 
 
+class Weights:
+    """Weights ``[N]`` of a sum over examples, with what has to be known of them, found out once.
+
+    Attributes:
+        values: The weights.
+        used: Which are not zero.
+        all: Whether all are used.
+        none: Whether none is.
+        tiny: Which are too small for float32, ``None`` if none is.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """Look at the weights."""
+        self.values, self.used = values, values != 0
+        self.all, self.none = bool(self.used.all()), not bool(self.used.any())
+        tiny = self.used & (values.abs() < _TINY)
+        self.tiny = tiny if bool(tiny.any()) else None
+
+
+def _sum(term: Term, rows: Tensor | None, w: Tensor) -> Tensor:
+    """The weighted sum over some of the term's examples, or all."""
+    return term.weighted_sum(w) if rows is None else term.select(rows).weighted_sum(w[rows])
+
+
 class ParameterView:
     """Per-example gradient of one parameter: of each example's own loss, over every use of the parameter.
 
@@ -70,26 +94,35 @@ class ParameterView:
             self._l2 = self.zeros(self.n, dtype=torch.float64) if term is None else term.batch_l2() * self._scale**2
         return self._l2
 
-    def weighted_sum(self, w: Tensor) -> Tensor:
-        """``sum_n w_n g_n``, ``[*p.shape]``; an example of weight 0 contributes exactly 0, even if it is not finite."""
-        term = self.term
-        used = w != 0
-        if term is None or not used.any():
-            return self.zeros(*self.param.shape)
-        like, w = self.zeros(0), w.to(self.param.device) * self._scale
-        doubtful = torch.zeros_like(used) if term.doubtful is None else used & term.doubtful.to(used.device)
-        doubtful |= used & (w.abs() < _TINY)
-        # Where a norm needed float64, so does the sum: the rounding errors of float32 could exceed the bound.
-        total = self._sum(term, used & ~doubtful, w.to(like.dtype))
-        if doubtful.any():
-            total = total + term.select(doubtful).double().weighted_sum(w[doubtful].double())
-        return total.to(like.dtype)
+    def weighted_sum(self, w: Tensor | Weights) -> Tensor:
+        """``sum_n w_n g_n``, ``[*p.shape]``; an example of weight 0 contributes exactly 0, even if it is not finite.
 
-    def _sum(self, term: Term, rows: Tensor, w: Tensor) -> Tensor:
-        """The weighted sum over some of the term's examples."""
-        if not rows.any():
+        Args:
+            w: Weights ``[N]``, or `Weights` made of them once for many views.
+
+        Returns:
+            The sum, in at least float32.
+        """
+        term, w = self.term, w if isinstance(w, Weights) else Weights(w)
+        if term is None or w.none:
             return self.zeros(*self.param.shape)
-        return term.weighted_sum(w) if rows.all() else term.select(rows).weighted_sum(w[rows])
+        like, values = self.zeros(0), w.values.to(self.param.device) * self._scale
+        used = None if w.all else w.used.to(values.device)
+        # Where a norm needed float64, so does the sum: the rounding errors of float32 could exceed the bound. The same
+        # where a weight is too small for float32.
+        doubtful = term.doubtful
+        if w.tiny is not None:
+            doubtful = w.tiny if doubtful is None else doubtful | w.tiny.to(doubtful.device)
+        if doubtful is None:
+            return _sum(term, used, values.to(like.dtype)).to(like.dtype)
+        doubtful = doubtful.to(values.device) & (True if used is None else used)
+        rest = ~doubtful & (True if used is None else used)
+        total = self.zeros(*self.param.shape)
+        if rest.any():
+            total = total + _sum(term, rest, values.to(like.dtype))
+        if doubtful.any():
+            total = total + _sum(term.select(doubtful).double(), None, values[doubtful].double())
+        return total.to(like.dtype)
 
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""

@@ -17,7 +17,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .._norms import BLOCK, norms_of, squared_norms
 from ..rule import Call, Rule, only_parameters, register_rule
-from ..terms import Dense, Outer, Term, mended
+from ..terms import Dense, Outer, Term, keeps, mended
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -92,10 +92,12 @@ class Windows(Term):
     def batch_l2(self) -> Tensor:
         """Squared norms, by the Gram matrices of the windows where these are few, else by the gradients."""
         positions, outputs, entries = self._sizes
-        if self.shape.numel() <= self.x[0].numel() + self.g[0].numel():
-            self._dense = self.dense()  # no larger than what it is made of: kept for the weighted sum
+        if 2 * positions * (outputs + entries) < outputs * entries:
+            return self.unfolded().batch_l2()
+        if keeps(self.shape.numel(), self.x[0].numel() + self.g[0].numel()):
+            self._dense = self.dense()
             return mended(self, squared_norms(self._dense), positions)
-        if 2 * positions * (outputs + entries) < outputs * entries or not self._unfolding_copies_much():
+        if not self._unfolding_copies_much():
             return self.unfolded().batch_l2()
         block = max(1, BLOCK // max(1, self.shape.numel()))
         parts = [self._like(self.x[i : i + block], self.g[i : i + block]) for i in range(0, self.n, block)]
@@ -115,9 +117,10 @@ class Windows(Term):
         return (windows.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
 
     def magnitude_bound(self) -> Tensor:
-        """``sqrt(entries of the kernel) |x_n| |g_n|``: no value of x is in more windows than the kernel has entries."""
-        entries = self.shape[2:].numel()
-        return math.sqrt(entries) * norms_of(self.x.flatten(1)) * norms_of(self.g.flatten(1))
+        """``sqrt(m) |x_n| |g_n|``, where no value of x is in more than m windows."""
+        steps = zip(self.shape[2:], self.stride, self.dilation, strict=True)
+        windows = math.prod(-(-k // s) if d == 1 else k for k, s, d in steps)
+        return math.sqrt(windows) * norms_of(self.x.flatten(1)) * norms_of(self.g.flatten(1))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One native weight gradient for the whole batch, of ``w_n g_n``."""
