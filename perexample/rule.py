@@ -190,29 +190,7 @@ def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
         )
 
 
-class _Registry(dict[type[nn.Module], Rule]):
-    """Rules by module class; what was looked up is forgotten when they change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bases: dict[type, tuple[tuple[type[nn.Module], Rule], ...]] = {}
-
-    def __setitem__(self, cls: type[nn.Module], rule: Rule) -> None:
-        super().__setitem__(cls, rule)
-        self.bases.clear()
-
-    def __delitem__(self, cls: type[nn.Module]) -> None:
-        super().__delitem__(cls)
-        self.bases.clear()
-
-    def rules_of(self, cls: type[nn.Module]) -> tuple[tuple[type[nn.Module], Rule], ...]:
-        """The rules of a class and its bases, nearest first."""
-        if cls not in self.bases:
-            self.bases[cls] = tuple((base, self[base]) for base in cls.__mro__ if base in self)
-        return self.bases[cls]
-
-
-_REGISTRY = _Registry()
+_REGISTRY: dict[type[nn.Module], Rule] = {}
 R = TypeVar("R", bound=type[Rule])
 
 
@@ -286,8 +264,13 @@ def can_refuse(module: nn.Module) -> bool:
     return bool(_refusing_rules(type(module)))
 
 
+def _rules_of(cls: type) -> list[Rule]:
+    """The registered rules of a class and its bases, nearest first."""
+    return [_REGISTRY[base] for base in cls.__mro__ if base in _REGISTRY]
+
+
 def _refusing_rules(cls: type[nn.Module]) -> list[Rule]:
-    return [rule for _, rule in _REGISTRY.rules_of(cls) if type(rule).refuse is not Rule.refuse]
+    return [rule for rule in _rules_of(cls) if type(rule).refuse is not Rule.refuse]
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -301,8 +284,10 @@ def rule_for(module: nn.Module) -> Rule | None:
     """
     if parametrize.is_parametrized(module) or overridden_forward(module):
         return None
-    for base, rule in _REGISTRY.rules_of(type(module)):
-        return rule if _same_forward(type(module), base) and rule.covers(module) else None
+    for base in type(module).__mro__:
+        if base in _REGISTRY:
+            rule = _REGISTRY[base]
+            return rule if _same_forward(type(module), base) and rule.covers(module) else None
     return None
 
 
