@@ -157,14 +157,10 @@ class Outer(Term):
     def select(self, rows: Tensor) -> Term:
         """Some examples only."""
         rows = rows.to(self.g.device)
-        if self._dense is not None and self.doubtful is None:
-            return Dense(self._dense[rows])
         return Outer(self.g[rows], self.x[rows], self.shape)
 
-    def double(self) -> Term:
+    def double(self) -> Outer:
         """In float64."""
-        if self._dense is not None and self.doubtful is None:
-            return Dense(self._dense.double())
         return Outer(self.g.double(), self.x.double(), self.shape)
 
     def magnitude(self) -> Tensor:
@@ -188,10 +184,7 @@ class Outer(Term):
         if self._dense is None and 2 * positions * (o + i) < o * i and positions < limit:
             l2 = gram_norms(self.g, self.x) + eps * self.magnitude_bound().square()
             return mended(self, l2, positions, limit)
-        l2 = mended(self, self._norms_of_gradients(keeps(o * i, positions * (o + i))), positions)
-        if self._dense is not None and self.doubtful is None:
-            self.g, self.x = (t.new_empty(self.n, t.shape[1], 0, t.shape[3]) for t in (self.g, self.x))
-        return l2
+        return mended(self, self._norms_of_gradients(keeps(o * i, positions * (o + i))), positions)
 
     def _norms_of_gradients(self, keep: bool) -> Tensor:
         """Form the gradients, all at once where they are kept for the weighted sum, else block by block."""
