@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ def test_readme_example_runs():
     setup = "import torch\nfrom torch import nn\n"
     for block in blocks:
         subprocess.run([sys.executable, "-c", setup + block], check=True, cwd=ROOT, timeout=300)
+
+
+def test_the_first_page_of_the_docs_runs():
+    text = (ROOT / "docs" / "start.rst").read_text()
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    assert len(blocks) == 3
+    script = "\n".join(textwrap.dedent(block) for block in blocks)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
 
 
 def test_the_folder_extensions_cannot_be_imported_by_itself():
