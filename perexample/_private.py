@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,21 @@ def run_first(module: nn.Module, kind: type) -> None:
     if hooks and not isinstance(next(iter(hooks.values())), kind):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
             hooks.move_to_end(key, last=False)
+
+
+def global_forward_hooks() -> bool:
+    """Whether hooks on all modules are registered; they run before any module's own."""
+    return bool(torch.nn.modules.module._global_forward_hooks)
+
+
+def calls_under_way(module: nn.Module) -> int:
+    """How many calls of a module are on the Python stack."""
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 def gradient_hooks(tensor: Tensor) -> dict | None:

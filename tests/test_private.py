@@ -68,3 +68,47 @@ def test_losses_tell_their_reduction(loss, reduction):
     target = torch.tensor([0, 1, 2]) if loss in (nn.NLLLoss, nn.CrossEntropyLoss) else torch.rand(3, 4)
     node = loss(reduction=reduction)(x, target).grad_fn
     assert _private.loss_reduction_of(node) == reduction
+
+
+def test_calls_under_way_are_counted():
+    class Outer(nn.Module):
+        def forward(self, depth):
+            return self(depth - 1) if depth else _private.calls_under_way(self)
+
+    assert Outer()(2) == 3
+    assert _private.calls_under_way(Outer()) == 0
+
+
+def test_global_forward_hooks_are_noticed():
+    assert not _private.global_forward_hooks()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert _private.global_forward_hooks()
+    handle.remove()
+
+
+def test_gradient_hooks_are_listed_in_their_order():
+    x = torch.ones(1, requires_grad=True)
+    first, second = (x.register_hook(lambda g, k=k: g * k) for k in (2, 3))
+    hooks = _private.gradient_hooks(x)
+    assert list(hooks) == [first.id, second.id]
+    hooks[first.id] = hooks.pop(first.id)
+    order = []
+    x.register_hook(lambda g: order.append(float(g)))
+    (x * 1).backward()
+    assert order == [6.0]
+
+
+def test_the_whole_base_of_a_view():
+    base = torch.ones(2, 3, requires_grad=True) * 2
+    assert _private.whole_base(base.view(3, 2)) is base
+    assert _private.whole_base(base) is base
+    part = base[:1]
+    assert _private.whole_base(part) is part
+
+
+def test_state_of_a_module_is_put_back():
+    module = nn.Linear(1, 1)
+    with _private.kept_state(module):
+        module.added, module.in_features = 1, 5
+    assert not hasattr(module, "added")
+    assert module.in_features == 1

@@ -338,3 +338,43 @@ def test_a_second_backward_names_the_remedy():
         loss.backward()
         with pytest.raises(LossError, match="retain_graph=True"):
             loss.backward()
+
+
+def test_a_global_forward_hook_is_refused():
+    model = extend(nn.Linear(4, 3))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 2)
+    try:
+        loss = square(model, torch.randn(5, 4))
+    finally:
+        handle.remove()
+    with perex(BatchGrad()), pytest.raises(UnsupportedModuleError, match=r"`Linear` .*global forward hook.*remove"):
+        loss.backward()
+    with perex(BatchGrad()):
+        square(model, torch.randn(5, 4)).backward()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_forward_after_an_interrupt(inside):
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.interrupt = nn.Linear(4, 3), True
+
+        def forward(self, x):
+            y = self.linear(x)
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return y
+
+    model, context = extend(Interrupted()), perex(BatchGrad())
+    if inside:
+        context.__enter__()
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(7, 4))
+    model.interrupt = False
+    loss = square(model, torch.randn(5, 4))
+    if not inside:
+        context.__enter__()
+    loss.backward()
+    context.__exit__(None, None, None)
+    assert model.linear.weight.grad_batch.shape == (5, 3, 4)

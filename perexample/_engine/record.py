@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
-from .._private import inside_functorch, kept_state, own_parameters, run_first
+from .._private import calls_under_way, global_forward_hooks, inside_functorch, kept_state, own_parameters, run_first
 from .._tree import map_tensors, tensors_in
 from ..errors import BatchAxisError
 from ..rule import Rule, refusal, rule_for
@@ -228,12 +228,14 @@ class Enter:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what is called, and whether a tap is to be left."""
-        observed, frames = _STATE.observed is not None, _STATE.frames
-        silent = not observed and not torch.is_grad_enabled()
-        if _STATE.quiet or torch.compiler.is_compiling() or (silent and not frames):
+        if _STATE.quiet or torch.compiler.is_compiling():
             return
-        if silent:
-            frames.append(_Frame(module, frames[-1].record, self.name, inside=True))
+        observed, frames = _STATE.observed is not None, _STATE.frames
+        if self.root and frames and calls_under_way(frames[0].module) <= (frames[0].module is module):
+            frames.clear()  # an interrupt has left them behind
+        if not observed and not torch.is_grad_enabled():
+            if frames:  # so that the call's end does not take another frame for its own
+                frames.append(_Frame(module, frames[-1].record, self.name, inside=True))
             return
         run_first(module, Exit)
         if frames:
@@ -242,10 +244,14 @@ class Enter:
             record, inside = self._open(module, args, kwargs)
         frame = _Frame(module, record, record.call_name(module, self.name), inside)
         frames.append(frame)
-        if inside or observed:
-            return
+        if not inside and not observed:
+            self._prepare(frame, args, kwargs)
+
+    def _prepare(self, frame: _Frame, args: tuple, kwargs: dict) -> None:
+        """Find the rule that answers for the call, or note why there can be none."""
+        module = frame.module
         if reason := refusal(module):
-            record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
+            frame.record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
         rule = unit_rule(module)
         if rule is not None and unit_parameters(module, rule):
             frame.rule = rule
@@ -255,8 +261,17 @@ class Enter:
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Record, bool]:
         if self.root:
             ROOTS.add(module)
+        record = Record(module, self.name, self.batch_dim, args, kwargs)
+        if global_forward_hooks():
+            record.refused.append(
+                (
+                    record.root_name,
+                    "runs with a global forward hook (register_module_forward_hook), which may change outputs before "
+                    "they are seen; remove the hook, or register it on modules",
+                )
+            )
         transformed = any(inside_functorch(t) for t in tensors_in((args, kwargs)))
-        return Record(module, self.name, self.batch_dim, args, kwargs), transformed
+        return record, transformed
 
 
 class Exit:
