@@ -52,6 +52,7 @@ for _ in range(60):
 losses = nn.functional.cross_entropy(model(data.x_test), data.y_test, reduction="none")
 hardest = int(losses.argmax())
 image, label = data.x_test[hardest : hardest + 1], data.y_test[hardest : hardest + 1]
+assert model(image).argmax() != label
 names, params = zip(*model.named_parameters(), strict=True)
 reference = dict(zip(names, torch.autograd.grad(loss_fn(model(image), label), params), strict=True))
 

@@ -90,7 +90,7 @@ print(report)
 assert report.ok
 
 # %%
-# A wrong rule does not pass. This one forgets that the input of the module, not of the model, counts:
+# A wrong rule does not pass. This one leaves the input out of the gain's gradient:
 
 
 @register_rule(Affine, overwrite=True)
