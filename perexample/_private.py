@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 
 def inside_functorch(tensor: Tensor) -> bool:
@@ -73,6 +75,46 @@ def calls_under_way(module: nn.Module) -> int:
 def gradient_hooks(tensor: Tensor) -> dict | None:
     """The tensor's gradient hooks, which run in their order and may change the gradient."""
     return tensor._backward_hooks
+
+
+def repeats_forward() -> bool:
+    """Whether a backward is under way in this thread, in which a checkpoint runs a part of the forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The torch function modes of this thread, outermost first."""
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
+def without_dispatch(function: Callable) -> Callable:
+    """A Python function of torch that does not hand itself to the modes, so that its parts do."""
+    if function not in _UNDISPATCHED:
+        code: Any = function
+        names = {**code.__globals__, "has_torch_function": lambda *_: False}
+        copy = FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
+        copy.__kwdefaults__ = code.__kwdefaults__
+        _UNDISPATCHED[function] = copy
+    return _UNDISPATCHED[function]
+
+
+_UNDISPATCHED: dict[Any, Callable] = {}
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether torch hands the module's inputs and outputs through a node of its own, for full backward hooks."""
+    everywhere = torch.nn.modules.module
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def handed_through(node: Node) -> bool:
+    """Whether a node only hands tensors through, for full backward hooks."""
+    return node.name() == "BackwardHookFunctionBackward"
 
 
 @contextmanager

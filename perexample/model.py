@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ._engine.backward import FIELDS
-from ._engine.probe import forget_places
 from ._engine.record import ROOTS, Enter, Exit
 from ._private import remove_hooks
 from .errors import ConfigurationError, UnsupportedModuleError
@@ -51,7 +50,6 @@ def extend(model: M, *, batch_dim: int = 0) -> M:
         if next(module.parameters(), None) is not None or can_refuse(module):
             module.register_forward_pre_hook(Enter(path, batch_dim, module is model), with_kwargs=True)
             module.register_forward_hook(Exit(), prepend=True, with_kwargs=True, always_call=True)
-    forget_places(model)
     ROOTS.add(model)
     return model
 
@@ -70,7 +68,6 @@ def unextend(model: M) -> M:
     for p in model.parameters():
         for name in FIELDS & vars(p).keys():
             delattr(p, name)
-    forget_places(model)
     ROOTS.discard(model)
     return model
 

@@ -20,26 +20,43 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._private import overridden_forward, own_parameters
+from ._tree import tensors_in
 from .errors import ConfigurationError, RuleContractError
+from .place import Place
 from .terms import Dense, Term
 
 
 @dataclass
-class Call:
-    """One call of a module, as a rule sees it when the gradient of its output has arrived.
+class Bound:
+    """A call of a torch function in the form of a module call, see `Rule.bind`.
 
     Attributes:
-        module: The module that was called.
+        module: Options, under the names that the module has for them.
+        args: The inputs of the module.
+        params: What takes the place of its parameters, by name; ``None`` where there is none.
+    """
+
+    module: Any
+    args: tuple
+    params: Mapping[str, Any]
+
+
+@dataclass
+class Call:
+    """One call of a module or function, as a rule sees it when the gradient of its output has arrived.
+
+    Attributes:
+        module: The module that was called; for a function its options (`Bound`), or the function itself.
         name: Its path and, from the second call on, the number of the call.
-        n: Number of examples N.
-        params: The module's parameters that need a gradient, by their names in the module.
-        saved: What `Rule.capture` asked for; batched tensors have the examples on axis 0.
+        n: Number of rows: the examples, or where several rows belong to one example, all rows.
+        params: The parameters that need a gradient, or tensors computed from parameters alone, by name.
+        saved: What `Rule.capture` asked for; batched tensors have the rows on axis 0.
     """
 
     module: Any
     name: str
     n: int
-    params: Mapping[str, nn.Parameter]
+    params: Mapping[str, Tensor]
     saved: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,13 +73,15 @@ class Rule:
     Nothing here knows of the loss's reduction: a rule is linear in ``g``.
 
     Attributes:
-        batched: Names of captured tensors that hold the examples on one of their axes, the same for all.
-        own_axes: Whether the rule finds the examples itself; otherwise they are brought to axis 0 for it.
+        batched: Names of captured tensors that hold the rows on one of their axes, the same for all.
+        own_axes: Whether the rule finds the rows itself; otherwise they are brought to axis 0 for it.
+        counts_rows: Whether the outputs have one row per example even if no input shows it, as bags of ids do.
         reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
     """
 
     batched: tuple[str, ...] = ("x",)
     own_axes: bool = False
+    counts_rows: bool = False
     reads_parameters: bool = True
 
     def refuse(self, module: nn.Module) -> str | None:
@@ -73,9 +92,63 @@ class Rule:
         """How many trailing input axes can never hold the examples; ``None`` if these are always on axis 0."""
         return None
 
+    def positions(self, module: nn.Module) -> bool:
+        """Whether what is folded into the axis of the rows becomes positions of a row, or else rows of its own."""
+        return self.feature_axes(module) is not None
+
     def output_axes(self, module: nn.Module, outputs: Sequence[Any]) -> list[int]:
-        """For a rule with ``own_axes``: the axis that holds the examples, for each output tensor."""
+        """For a rule with ``own_axes``: the axis that holds the rows, for each output tensor."""
         return [0] * len(outputs)
+
+    def input_axis(self, module: nn.Module) -> int:
+        """For a rule with ``own_axes``: the axis of the first input that holds the rows."""
+        return 0
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """A call of a torch function that this rule is registered for, as a call of its module.
+
+        Returns:
+            The call; ``None`` if this one cannot be seen so, and is left to the generic rule.
+        """
+        return None
+
+    def locate(
+        self, module: Any, args: tuple, kwargs: dict, outputs: Sequence[Tensor], place_of: Callable[[Tensor], Any]
+    ) -> tuple[Place, list[Place]] | str:
+        """Where a call holds the rows: for the rule's methods, and in each output tensor.
+
+        Args:
+            module: What was called.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            outputs: Its output tensors.
+            place_of: Gives the `Place` of an argument, ``None`` if it does not depend on the batch.
+
+        Returns:
+            The place of the first input, which counts the rows that the rule sees, and those of the outputs; or what
+            is wrong.
+        """
+        found = [(t, place) for t in tensors_in((args, kwargs)) if (place := place_of(t)) is not None]
+        x, first = found[0]
+        if self.own_axes:
+            return self._located_by_itself(module, first, outputs)
+        features = self.feature_axes(module)
+        for t, place in found:
+            if place.axis != first.axis or not place.agrees(first):
+                return "was called with inputs that hold the examples in different places"
+            if place.axis is not None and place.axis >= (1 if features is None else t.dim() - features):
+                return f"was called with an input of shape {list(t.shape)} that holds the examples on axis {place.axis}"
+        return first, [first] * len(outputs)
+
+    def _located_by_itself(self, module: Any, first: Place, outputs: Sequence[Tensor]) -> tuple[Place, list[Place]] | str:
+        axis = self.input_axis(module)
+        if first.axis is not None and first.axis != axis:
+            return f"was called with the examples on axis {first.axis} of its input, but takes them on axis {axis}"
+        return first, [first.at(a) for a in self.output_axes(module, outputs)]
+
+    def before(self, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """State before the module's forward that `capture` cannot know any more; becomes part of what is saved."""
+        return {}
 
     def covers(self, module: nn.Module) -> bool:
         """Whether this rule knows all parameters that the module owns."""
@@ -191,21 +264,25 @@ def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
 
 
 _REGISTRY: dict[type[nn.Module], Rule] = {}
+_FUNCTIONS: dict[Any, Rule] = {}
 R = TypeVar("R", bound=type[Rule])
 
 
-def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> Callable[[R], R]:
+def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
     """Decorator: use a rule for modules of these classes, and subclasses that leave ``forward`` alone.
 
+    A rule may be registered for torch functions too, such as ``F.linear``; `Rule.bind` then says what takes the place
+    of the module's inputs and parameters.
+
     Args:
-        module_classes: Classes of `torch.nn.Module`.
+        targets: Classes of `torch.nn.Module`, or torch functions.
         overwrite: Replace a rule that is registered already.
 
     Returns:
         The decorator, which hands back the rule class.
 
     Raises:
-        ConfigurationError: If a class is no module class, or has a rule already and ``overwrite`` is false.
+        ConfigurationError: If a target is neither, or has a rule already and ``overwrite`` is false.
         RuleContractError: If the rule defines no gradient.
 
     Example:
@@ -220,12 +297,13 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
         ...     def grad_batch(self, call, g):
         ...         return {"gain": (g * call.x).reshape(call.n, -1, 3).sum(1)}
     """
-    if not module_classes:
+    if not targets:
         raise ConfigurationError("register_rule needs at least one module class: @register_rule(MyModule).")
-    for cls in module_classes:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    for target in targets:
+        if not (isinstance(target, type) and issubclass(target, nn.Module)) and not _is_torch_function(target):
             raise ConfigurationError(
-                f"register_rule takes classes of torch.nn.Module; {cls!r} is not one: @register_rule(MyModule)."
+                f"register_rule takes classes of torch.nn.Module, or torch functions; {target!r} is neither: "
+                f"@register_rule(MyModule)."
             )
 
     def decorate(rule_class: R) -> R:
@@ -233,17 +311,34 @@ def register_rule(*module_classes: type[nn.Module], overwrite: bool = False) -> 
             raise RuleContractError(
                 f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
             )
-        for cls in module_classes:
-            if cls in _REGISTRY and not overwrite:
+        rule = rule_class()
+        for target in targets:
+            registry: dict[Any, Rule] = _REGISTRY if isinstance(target, type) else _FUNCTIONS
+            if target in registry and not overwrite:
                 raise ConfigurationError(
-                    f"{cls.__name__} has the rule {type(_REGISTRY[cls]).__name__} already; pass overwrite=True to "
+                    f"{target.__name__} has the rule {type(registry[target]).__name__} already; pass overwrite=True to "
                     f"replace it."
                 )
-        for cls in module_classes:
-            _REGISTRY[cls] = rule_class()
+        for target in targets:
+            (_REGISTRY if isinstance(target, type) else _FUNCTIONS)[target] = rule  # type: ignore[index]
         return rule_class
 
     return decorate
+
+
+def _is_torch_function(target: Any) -> bool:
+    """Whether calls of it can be seen: a function, or a method of tensors."""
+    return callable(target) and not isinstance(target, type) and hasattr(target, "__name__")
+
+
+def function_rule(function: Any) -> Rule | None:
+    """The rule that is registered for a torch function."""
+    return _FUNCTIONS.get(function)
+
+
+def registered_functions() -> dict[Any, Rule]:
+    """All rules by torch function, in the order of registration."""
+    return dict(_FUNCTIONS)
 
 
 def registered_rules() -> dict[type[nn.Module], Rule]:
@@ -298,6 +393,11 @@ def _same_forward(cls: type, base: type) -> bool:
     """Whether a subclass leaves all functions of its base alone that could take part in its forward."""
     names = {name for name, value in vars(base).items() if callable(value)} - _HARMLESS
     return all(getattr(cls, name) is getattr(base, name) for name in names | {"forward", "__getattr__"})
+
+
+def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, given the names of the positional ones in one string."""
+    return dict(zip(names.split(), args, strict=False)) | dict(kwargs)
 
 
 def only_parameters(module: nn.Module, *names: str) -> bool:

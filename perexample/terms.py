@@ -60,6 +60,11 @@ class Term:
         flat = self.dense().reshape(self.n, self.shape.numel())
         return flat @ flat.T
 
+    def regrouped(self, owner: Tensor, n: int) -> Term:
+        """The same with the rows of each example added up: row m belongs to example ``owner[m]``, -1 for none."""
+        kept = owner >= 0
+        return Regrouped(self, owner, n) if bool(kept.all()) else Regrouped(self.select(kept), owner[kept], n)
+
     def magnitude(self) -> Tensor:
         """Sum of the norms of the pieces that are added up, ``[N]``, float64; at least the norm itself."""
         return self.batch_l2().sqrt()
@@ -124,6 +129,77 @@ class Dense(Term):
         """In float64."""
         return Dense(self.value.double())
 
+    def regrouped(self, owner: Tensor, n: int) -> Dense:
+        """Added up at once."""
+        owner = owner.to(self.value.device)
+        kept = owner >= 0
+        value, owner = (self.value, owner) if bool(kept.all()) else (self.value[kept], owner[kept])
+        return Dense(value.new_zeros(n, *self.shape).index_add_(0, owner, value))
+
+
+class Regrouped(Term):
+    """Terms of rows, several of which belong to one example: ``G_n = sum over m with owner_m = n of G_m``.
+
+    Args:
+        inner: The term of the rows.
+        owner: Example of each row, ``[M]``.
+        n: Number of examples.
+    """
+
+    def __init__(self, inner: Term, owner: Tensor, n: int) -> None:
+        """Keep the rows as they are."""
+        self.inner, self.owner, self.n, self.shape = inner, owner, n, inner.shape
+
+    def _added(self, values: Tensor, owner: Tensor) -> Tensor:
+        return values.new_zeros(self.n, *values.shape[1:]).index_add_(0, owner.to(values.device), values)
+
+    def dense(self) -> Tensor:
+        """The gradients themselves; those of the rows are formed block by block."""
+        if self.inner.n == 0:
+            return self.inner.dense().new_zeros(self.n, *self.shape)
+        parts = [self._added(self.inner.select(one).dense(), self.owner[one]) for one in _blocks(self.inner)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def select(self, rows: Tensor) -> Term:
+        """Some examples only."""
+        rows = rows.to(self.owner.device)
+        kept = rows[self.owner]
+        renumbered = torch.cumsum(rows, 0) - 1
+        return Regrouped(self.inner.select(kept), renumbered[self.owner[kept]], int(rows.sum()))
+
+    def double(self) -> Term:
+        """In float64."""
+        return Regrouped(self.inner.double(), self.owner, self.n)
+
+    def magnitude(self) -> Tensor:
+        """Sum of the magnitudes of the rows."""
+        return self._added(self.inner.magnitude(), self.owner)
+
+    def magnitude_bound(self) -> Tensor:
+        """Sum of the bounds of the rows."""
+        return self._added(self.inner.magnitude_bound(), self.owner)
+
+    def batch_l2(self) -> Tensor:
+        """Squared norms of the sums."""
+        pieces = int(torch.bincount(self.owner, minlength=1).max()) if self.owner.numel() else 1
+        l2 = torch.cat([squared_norms(self.select(one).dense()) for one in _blocks(self)])
+        return mended(self, l2, pieces)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        """The rows' own weighted sum, each with the weight of its example."""
+        return self.inner.weighted_sum(w[self.owner.to(w.device)])
+
+
+def padded_rows(owner: Tensor, n: int) -> Tensor:
+    """Rows of each example, ``[N, K]``, filled up with -1 to the largest number of them."""
+    counts = torch.bincount(owner, minlength=n)
+    order = torch.argsort(owner, stable=True)
+    starts = counts.cumsum(0) - counts
+    column = torch.arange(owner.numel(), device=owner.device) - starts[owner[order]]
+    table = owner.new_full((n, int(counts.max()) if counts.numel() else 0), -1)
+    table[owner[order], column] = order
+    return table
+
 
 class Outer(Term):
     """Sum over positions of outer products: ``G_n[group] = sum_t g_nt x_nt^T``.
@@ -162,6 +238,21 @@ class Outer(Term):
     def double(self) -> Outer:
         """In float64."""
         return Outer(self.g.double(), self.x.double(), self.shape)
+
+    def regrouped(self, owner: Tensor, n: int) -> Term:
+        """The rows of an example become positions of it, unless that would fill up much."""
+        kept = owner[owner >= 0]
+        most = int(torch.bincount(kept).max()) if kept.numel() else 0
+        if most * n > 4 * max(owner.numel(), 1) or not most:
+            return super().regrouped(owner, n)
+        table = padded_rows(torch.where(owner >= 0, owner, n), n + 1)[:n, :most].to(self.g.device)
+        missing = (table < 0).view(n, most, 1, 1, 1)
+
+        def positions_of(t: Tensor) -> Tensor:
+            rows = t[table.clamp_min(0)].masked_fill(missing, 0)  # [N, K, groups, T, O]
+            return rows.transpose(1, 2).flatten(2, 3)
+
+        return Outer(positions_of(self.g), positions_of(self.x), self.shape)
 
     def magnitude(self) -> Tensor:
         """``sum_t |g_nt| |x_nt|``."""
@@ -250,6 +341,12 @@ class Rows(Term):
     def double(self) -> Rows:
         """In float64."""
         return Rows(self.example, self.ids, self.rows.double(), self.n, self.shape)
+
+    def regrouped(self, owner: Tensor, n: int) -> Rows:
+        """The entries of the rows, counted to their examples."""
+        example = owner.to(self.example.device)[self.example]
+        kept = example >= 0
+        return Rows(example[kept], self.ids[kept], self.rows[kept], n, self.shape)
 
     def _per_example(self, values: Tensor, example: Tensor) -> Tensor:
         return values.new_zeros(self.n).index_add_(0, example, values)

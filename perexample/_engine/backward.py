@@ -11,11 +11,14 @@ from torch import Tensor
 
 from ..extension import Extension
 from ..rule import Call, at_least_float32, checked_terms
+from ..rules.function import pulled_back
+from ..terms import Dense, Term, combine
 from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
-from .record import quiet
+from .follow import Follow
+from .state import quiet
 from .tap import Tap
 from .view import ParameterView
-from .walk import Walk
+from .walk import Source, Walk
 
 FIELDS: set[str] = set()  # every field that was ever written, for `unextend`
 
@@ -41,23 +44,31 @@ class Backward:
         self.names = parameter_names(found)
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
-        if self.n:
-            if context.loss_reduction == "mean":
-                check_divisors(found, self.n)
-            for tap in found.taps:
-                tap.axis = tap.batch_axis(self.n)
+        if self.n and context.loss_reduction == "mean":
+            check_divisors(found, self.n)
         scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(p, name) for p, name in self.names.values() if p.requires_grad]
         self.views = {id(p): ParameterView(name, p, self.n, scale, forwards) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
-        self.pending = dict.fromkeys(self.views, 0)
+        # What a tap was given for a parameter waits for all its taps, and a parameter for all that was computed from it.
+        self.computed = {key: source for key, source in found.sources.items() if source.tensor.grad_fn is not None}
+        self.parts: dict[int, list[Term]] = {key: [] for key in self.computed}
+        self.pending = dict.fromkeys([*self.views, *self.computed], 0)
         for tap in found.taps:
-            for key in {id(p) for p in tap.params.values()}:
-                self.pending[key] += 1
+            self._count({id(p) for p in tap.params.values()}, 1)
+        for source in self.computed.values():
+            self._count({id(p) for p in source.leaves}, 1)
         self.unreached = [key for key, taps in self.pending.items() if not taps]
         self.results: dict[str, dict[int, Tensor]] = {extension.field: {} for extension in context.extensions}
         self.joint = any(extension.joint for extension in context.extensions)
+
+    def _count(self, keys: set[int], step: int) -> list[int]:
+        """Count what is waited for up or down; returns those that nothing is missing of any more."""
+        known = [key for key in keys if key in self.pending]  # leaves that are no parameters are not
+        for key in known:
+            self.pending[key] += step
+        return [key for key in known if not self.pending[key]]
 
     def execute(self, backward: Callable[[Any], None], retain: bool) -> None:
         """Run autograd once, then finish; fields are written only if all of it succeeded."""
@@ -69,7 +80,8 @@ class Backward:
             tap.hook_last()
         inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
         try:
-            backward(inputs)
+            with Follow():  # a checkpoint repeats operations, which must save what they saved before
+                backward(inputs)
             self._finish(views)
         finally:
             for tap in self.found.taps:
@@ -89,22 +101,45 @@ class Backward:
     def _complete(self, tap: Tap) -> None:
         gradients = self.arrived.pop(tap)
         if self.n and gradients:
-            call = tap.call(self.n)  # before _plain(): a checkpoint runs its forward again here, taps and all
+            call = tap.call()  # before _plain(): a checkpoint runs its forward again here, taps and all
             with self._plain():
                 self._add_terms(tap, call, gradients)
-        for key in {id(p) for p in tap.params.values()}:
-            self.pending[key] -= 1
-            if not self.pending[key]:
-                self._compute(self.views[key])
+        for key in self._count({id(p) for p in tap.params.values()}, -1):
+            self._whole(key)
+
+    def _whole(self, key: int) -> None:
+        """Nothing is missing of a tensor any more: hand its gradients on, or compute with them."""
+        if key in self.views:
+            self._compute(self.views[key])
+            return
+        source, terms = self.computed[key], self.parts[key]
+        if self.n and terms:
+            with self._plain():
+                self._pull_back(source, terms)
+        self.parts[key] = []
+        for leaf in self._count({id(p) for p in source.leaves}, -1):
+            self._whole(leaf)
+
+    def _pull_back(self, source: Source, terms: list[Term]) -> None:
+        """From a tensor to the parameters that it was computed from: one batched product with the graph that is there."""
+        leaves = [p for p in source.leaves if id(p) in self.views]
+        cotangents = combine(terms).dense().to(source.tensor.dtype)
+        for p, rows in zip(leaves, pulled_back([source.tensor], leaves, [cotangents]), strict=True):
+            self.views[id(p)].add(Dense(at_least_float32(rows)))
 
     def _add_terms(self, tap: Tap, call: Call, gradients: dict[int, Tensor]) -> None:
         g: Any = _upstream(tap, gradients)
         if not tap.rule.own_axes:
-            axis = tap.axis
-            g = g.movedim(axis, 0)
-            call.saved |= {name: call.saved[name].movedim(axis, 0) for name in tap.rule.batched}
+            g = tap.to_rows(g)
+            call.saved |= {name: tap.to_rows(call.saved[name]) for name in tap.rule.batched}
+        owner = tap.owner()
         for name, term in checked_terms(tap.rule, call, tap.rule.terms(call, g)).items():
-            self.views[id(tap.params[name])].add(term)
+            key = id(tap.params[name])
+            term = term if owner is None else term.regrouped(owner, self.n)
+            if key in self.parts:
+                self.parts[key].append(term)
+            else:
+                self.views[key].add(term)
 
     def _plain(self) -> AbstractContextManager:
         """Rules and extensions compute without gradients, taps or lower precision."""
@@ -128,7 +163,7 @@ class Backward:
         for tap in list(self.arrived):
             self._complete(tap)
         for key in self.unreached:
-            self._compute(self.views[key])
+            self._whole(key)
         by_name = {view.name: view for view in views}
         with self._plain():
             for extension in self.context.extensions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._private import gradient_hooks, has_hook, mean_is_over
 from ..errors import (
@@ -14,15 +14,16 @@ from ..errors import (
     UnsupportedModuleError,
 )
 from .record import ROOTS, Enter
-from .walk import Walk
+from .tap import Tap
+from .walk import Walk, refuse_lost
 
 
-def parameter_names(found: Walk) -> dict[int, tuple[nn.Parameter, str]]:
+def parameter_names(found: Walk) -> dict[int, tuple[Tensor, str]]:
     """All parameters of the models that take part, by identity, with their names."""
-    used = {id(p) for tap in found.taps for p in tap.params.values()}
+    used = {id(p): p for source in found.sources.values() for p in source.leaves}
     models = [dict(model.named_parameters()) for model in ROOTS]
     models.sort(key=len, reverse=True)  # of a model and a part of it, both extended, the model names the parameters
-    names: dict[int, tuple[nn.Parameter, str]] = {}
+    names: dict[int, tuple[Tensor, str]] = {}
     for model in models:
         if any(id(p) in used for p in model.values()):
             taken = {name for _, name in names.values()}
@@ -31,25 +32,35 @@ def parameter_names(found: Walk) -> dict[int, tuple[nn.Parameter, str]]:
                     name += "'"  # a parameter of another model with the same name
                 names.setdefault(id(p), (p, name))
     for tap in found.taps:
-        for name, p in tap.params.items():
-            if id(p) not in names:
-                raise StaleGradientError(
-                    f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
-                    f"the forward. Replace parameters before the forward, and call extend(model) for new modules."
-                )
-            if gradient_hooks(p):
-                raise UnsupportedModuleError(
-                    f"Parameter `{names[id(p)][1]}` has a gradient hook (register_hook), which would change its "
-                    f"gradient but not those of the examples; remove the hook, or freeze the parameter."
-                )
-            if not p.requires_grad:
-                raise StaleGradientError(
-                    f"Parameter `{names[id(p)][1]}` was frozen between forward and backward; freeze it before."
-                )
+        for name, given in tap.params.items():
+            for p in found.sources[id(given)].leaves:
+                _check_leaf(tap, name, p, given, names)
     return names
 
 
-def check_coverage(found: Walk, names: dict[int, tuple[nn.Parameter, str]]) -> None:
+def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, tuple[Tensor, str]]) -> None:
+    """What must hold of a leaf that a tap answers for; one that took a parameter's place gets a name."""
+    if id(p) not in names and isinstance(p, nn.Parameter):
+        raise StaleGradientError(
+            f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
+            f"the forward. Replace parameters before the forward, and call extend(model) for new modules."
+        )
+    if id(p) not in names and p is given and isinstance(tap.module, nn.Module):
+        names[id(p)] = (p, f"{tap.name}.{name}")  # put in by torch.func.functional_call
+    if id(p) not in names:
+        return
+    if gradient_hooks(p):
+        raise UnsupportedModuleError(
+            f"Parameter `{names[id(p)][1]}` has a gradient hook (register_hook), which would change its "
+            f"gradient but not those of the examples; remove the hook, or freeze the parameter."
+        )
+    if not p.requires_grad:
+        raise StaleGradientError(
+            f"Parameter `{names[id(p)][1]}` was frozen between forward and backward; freeze it before."
+        )
+
+
+def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
     """Errors for what the walk has found that no tap answers for."""
     for tap in found.taps:
         if tap.record.refused:
@@ -60,6 +71,7 @@ def check_coverage(found: Walk, names: dict[int, tuple[nn.Parameter, str]]) -> N
                 "The graph of this loss was used by an earlier backward and is gone; run the forward again, or pass "
                 "backward(retain_graph=True) the first time."
             )
+    refuse_lost(found)
     if found.uncovered:
         p = next(iter(found.uncovered.values()))
         raise _uncovered(p, found)

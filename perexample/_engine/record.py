@@ -1,27 +1,35 @@
-"""The forward side: hooks that see every call of a module and leave taps in the graph."""
+"""The forward side of modules: hooks that see every call and leave taps in the graph."""
 
 from __future__ import annotations
 
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils import parametrize
 
-from .._private import calls_under_way, global_forward_hooks, inside_functorch, kept_state, own_parameters, run_first
+from .._private import (
+    calls_under_way,
+    global_forward_hooks,
+    inside_functorch,
+    own_parameters,
+    repeats_forward,
+    run_first,
+)
 from .._tree import map_tensors, tensors_in
 from ..errors import BatchAxisError
+from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
-from .probe import Places, explore, places_of, tensors_of
+from .follow import Follow, forget_followers, lose, lost_inputs
+from .state import STATE, Frame
+from .table import forget, place_of, put
 from .tap import Tap
+from .walk import sees_through
 
 
 class _Roots:
@@ -55,66 +63,63 @@ class Record:
     """One outermost forward of an extended model.
 
     Attributes:
-        module: The module that was called.
-        root_name: How it is named in messages.
+        root_name: How the module that was called is named in messages.
         batch_dim: Axis of the inputs that holds the examples.
         refused: Modules called in it that mix examples, with the reason.
-        shapes: Shapes of the outputs of each tapped call.
-        arguments: The inputs, kept as long as it is not known where the tapped calls hold the examples.
+        space: The examples; without rows as long as their number is not known.
     """
 
     def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
-        """Note the sizes of the inputs along the batch axis."""
-        self.module, self.root_name, self.batch_dim = module, name or type(module).__name__, batch_dim
+        """Note the sizes of the inputs along the batch axis, and where they hold the examples."""
+        self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
         tensors = list(tensors_in((args, kwargs)))
         self.input_sizes, self.output_sizes = self._sizes(tensors), list[int]()
         self.output_axes: set[int] = set()
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
-        self.flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point()
-        self.signature = _signature((args, kwargs), module.training, batch_dim)
+        flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point()
+        self.pending = flat_ids and len(set(self.input_sizes)) > 1
         self.refused: list[tuple[str, str]] = []
-        self.shapes: dict[str, list[torch.Size]] = {}
-        self.arguments: tuple[tuple, dict] | None = (args, kwargs)
-        self.calls: dict[int, int] = {}
+        self.calls: dict[Any, int] = {}
+        self.inputs = [weakref.ref(t) for t in tensors]
+        self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)
+        if self.input_sizes and not self.pending:
+            self._place(tensors)
+
+    def _place(self, tensors: list[Tensor]) -> None:
+        """Inputs of N entries on the batch axis hold the examples there.
+
+        A later one of ``[N, N]`` without gradient might as well be a mask that all examples share. Nothing depends on
+        knowing it, as long as it meets data of which more is known.
+        """
+        for number, t in enumerate(tensors):
+            if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.space.rows:
+                continue
+            square = t.dim() > 1 and t.shape[0] == t.shape[1] == self.space.rows
+            if not (number and square and not t.requires_grad and self.space.rows > 1):
+                put(t, Place(self.space, self.batch_dim))
+
+    def settle(self, n: int) -> None:
+        """The number of examples has turned up: bags of ids come as one flat list."""
+        self.pending, self.space = False, Space(self, n)
+        self._place([t for reference in self.inputs if (t := reference()) is not None and t.dim() > 1])
 
     def _sizes(self, tree: Any) -> list[int]:
         return [t.shape[self.batch_dim] for t in tensors_in(tree) if t.dim() > self.batch_dim]
 
     def finish(self, output: Any) -> None:
-        """Note the sizes of the outputs too; let go of the inputs if they are not needed any more."""
+        """Note the sizes of the outputs too; the user's own tensors are not known any more."""
         self.output_sizes = self._sizes(output)
         self.output_axes = {size for t in tensors_in(output) for size in t.shape}
-        places = places_of(self)
-        if all(places.known(call) for call in self.shapes):
-            self.arguments = None
-
-    def places(self) -> Places:
-        """Where each tapped call holds the examples; runs the forward once more if that is not known yet."""
-        places = places_of(self)
-        if self.arguments is not None and not all(places.known(call) for call in self.shapes):
-            explore(self, self.n, self._again)
-        self.arguments = None
-        return places
-
-    def _again(self, args: tuple, kwargs: dict) -> dict[str, list[torch.Size]]:
-        devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
-        buffers = [(b, b.clone()) for b in self.module.buffers()]
-        shapes: dict[str, list[torch.Size]] = {}
-        with torch.no_grad(), torch.random.fork_rng(devices), observing(shapes), kept_state(self.module):
-            try:
-                self.module(*args, **kwargs)
-            finally:
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-        return shapes
+        for reference in self.inputs:
+            if (t := reference()) is not None and not t.requires_grad:
+                forget(t)
 
     @property
     def n(self) -> int:
         """Number of examples: the size that the inputs share along the batch axis.
 
         Where they differ, that of the first input, if the output has an axis of this size too. A flat list of ids comes
-        with offsets; then the output alone tells.
+        with offsets; then the number of bags tells.
 
         Raises:
             BatchAxisError: If there is no such size, or it is in doubt.
@@ -122,9 +127,11 @@ class Record:
         sizes, outputs = set(self.input_sizes), set(self.output_sizes)
         if len(sizes) == 1 and (not self.listed or not outputs or sizes & outputs):
             return self.input_sizes[0]
-        if len(sizes) > 1 and self.flat_ids and len(outputs) == 1:
-            return self.output_sizes[0]
-        if len(sizes) > 1 and not self.listed and self.input_sizes[0] in self.output_axes:
+        if len(sizes) > 1 and self.space.rows != self.input_sizes[0] and not self.pending:
+            return self.space.rows
+        if len(sizes) > 1 and not self.listed and self.input_sizes[0] in {*self.output_axes, 1}:
+            return self.input_sizes[0]
+        if len(sizes) > 1 and not self.listed and not self.pending and not self.output_axes:
             return self.input_sizes[0]
         raise BatchAxisError(
             f"The number of examples in the call of `{self.root_name}` cannot be told: its input tensors have the "
@@ -133,88 +140,30 @@ class Record:
             f"extend(model, batch_dim=...)."
         )
 
-    def call_name(self, module: nn.Module, name: str) -> str:
-        """The module's path, with a number from its second call on."""
-        count = self.calls[id(module)] = self.calls.get(id(module), 0) + 1
-        name = name or type(module).__name__
+    def numbered(self, key: Any, name: str) -> str:
+        """The name, with a number from its second use on."""
+        count = self.calls[key] = self.calls.get(key, 0) + 1
         return name if count == 1 else f"{name}#{count}"
-
-
-def _signature(arguments: Any, training: bool, batch_dim: int) -> Any:
-    """What may decide how a forward arranges its axes: ranks of tensors, switches, names, the mode."""
-
-    def part(tree: Any) -> Any:
-        if isinstance(tree, Mapping):
-            return tuple((str(key), part(value)) for key, value in tree.items())
-        if isinstance(tree, (tuple, list)):
-            return tuple(part(value) for value in tree)
-        if isinstance(tree, Tensor):
-            return tree.dim()
-        return tree if isinstance(tree, (bool, str)) else type(tree)
-
-    return part(arguments), training, batch_dim
-
-
-@dataclass
-class _Frame:
-    """A module call under way."""
-
-    module: nn.Module
-    record: Record
-    name: str
-    inside: bool  # below a tap, or where hooks must stay silent
-    rule: Rule | None = None
-    before: dict[str, Any] = field(default_factory=dict)
-
-
-class _State(threading.local):
-    """What is under way in this thread."""
-
-    def __init__(self) -> None:
-        self.frames: list[_Frame] = []
-        self.quiet = 0
-        self.observed: dict[str, list[torch.Size]] | None = None
-
-
-_STATE = _State()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Rules may call modules: no taps then."""
-    _STATE.quiet += 1
-    try:
-        yield
-    finally:
-        _STATE.quiet -= 1
-
-
-@contextmanager
-def observing(shapes: dict[str, list[torch.Size]]) -> Iterator[None]:
-    """Note the shapes of the outputs of all calls, and leave no taps."""
-    kept, _STATE.frames, _STATE.observed = _STATE.frames, [], shapes
-    try:
-        yield
-    finally:
-        _STATE.frames, _STATE.observed = kept, None
 
 
 def forget_forwards() -> None:
     """Drop calls that an interrupt left behind; none can be under way where this is called."""
-    _STATE.frames.clear()
+    STATE.frames.clear()
+    forget_followers()
 
 
 def unit_rule(module: nn.Module) -> Rule | None:
-    """The rule of a module whose parameters are handled as one, ``None`` for one that only contains others."""
-    rule = rule_for(module)
-    if rule is not None:
-        return rule
-    leaf = next(module.children(), None) is None
-    return _GENERIC if leaf or parametrize.is_parametrized(module) else None
+    """The rule of a module whose parameters are handled as one, ``None`` for one that is seen through."""
+    return rule_for(module)
 
 
-def unit_parameters(module: nn.Module, rule: Rule) -> dict[str, nn.Parameter]:
-    """The parameters a rule answers for that need a gradient, by their names in the module."""
+def may_be_opaque(module: nn.Module) -> bool:
+    """Whether a module without a rule could do what operations do not show, and owns what it would do it with."""
+    return next(module.children(), None) is None and next(module.parameters(), None) is not None
+
+
+def unit_parameters(module: nn.Module, rule: Rule) -> dict[str, Tensor]:
+    """The tensors a rule answers for that need a gradient, by their names in the module."""
     named = module.named_parameters() if isinstance(rule, GenericRule) else own_parameters(module).items()
     return {name: p for name, p in named if p is not None and p.requires_grad}
 
@@ -228,37 +177,29 @@ class Enter:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what is called, and whether a tap is to be left."""
-        if _STATE.quiet or torch.compiler.is_compiling():
+        if STATE.quiet or torch.compiler.is_compiling():
             return
-        observed, frames = _STATE.observed is not None, _STATE.frames
+        frames = STATE.frames
         if self.root and frames and calls_under_way(frames[0].module) <= (frames[0].module is module):
-            frames.clear()  # an interrupt has left them behind
-        if not observed and not torch.is_grad_enabled():
+            forget_forwards()  # an interrupt has left them behind
+        if not torch.is_grad_enabled():
             if frames:  # so that the call's end does not take another frame for its own
-                frames.append(_Frame(module, frames[-1].record, self.name, inside=True))
+                frames.append(Frame(module, frames[-1].record, self.name, inside=frames[-1].inside))
             return
         run_first(module, Exit)
-        if frames:
-            record, inside = frames[-1].record, frames[-1].inside or frames[-1].rule is not None
-        else:
-            record, inside = self._open(module, args, kwargs)
-        frame = _Frame(module, record, record.call_name(module, self.name), inside)
+        frame = self._inner(module) if frames or repeats_forward() else self._outermost(module, args, kwargs)
         frames.append(frame)
-        if not inside and not observed:
+        if not frame.inside:
             self._prepare(frame, args, kwargs)
 
-    def _prepare(self, frame: _Frame, args: tuple, kwargs: dict) -> None:
-        """Find the rule that answers for the call, or note why there can be none."""
-        module = frame.module
-        if reason := refusal(module):
-            frame.record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
-        rule = unit_rule(module)
-        if rule is not None and unit_parameters(module, rule):
-            frame.rule = rule
-            if isinstance(rule, GenericRule):
-                frame.before = rule.before(module, args, kwargs)
+    def _inner(self, module: nn.Module) -> Frame:
+        frames, name = STATE.frames, self.name or type(module).__name__
+        if not frames:
+            return Frame(module, None, name, inside=False)
+        record, inside = frames[-1].record, frames[-1].inside or frames[-1].rule is not None
+        return Frame(module, record, record.numbered(id(module), name) if record else name, inside)
 
-    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Record, bool]:
+    def _outermost(self, module: nn.Module, args: tuple, kwargs: dict) -> Frame:
         if self.root:
             ROOTS.add(module)
         record = Record(module, self.name, self.batch_dim, args, kwargs)
@@ -271,7 +212,34 @@ class Enter:
                 )
             )
         transformed = any(inside_functorch(t) for t in tensors_in((args, kwargs)))
-        return record, transformed
+        frame = Frame(module, record, record.numbered(id(module), self.name or type(module).__name__), transformed)
+        frame.follow = Follow()
+        frame.follow.__enter__()
+        return frame
+
+    def _prepare(self, frame: Frame, args: tuple, kwargs: dict) -> None:
+        """Find the rule that answers for the call, or note why there can be none."""
+        module = frame.module
+        if (reason := refusal(module)) and frame.record:
+            frame.record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
+        rule = unit_rule(module)
+        if rule is not None:
+            if _answers(rule, module, args, kwargs, frame.record):
+                frame.rule, frame.before = rule, rule.before(module, args, kwargs)
+        elif may_be_opaque(module) and _tracked((args, kwargs)):
+            frame.opaque, frame.before = True, _GENERIC.before(module, args, kwargs)
+
+
+def _tracked(tree: Any) -> bool:
+    return any(place_of(t) is not None for t in tensors_in(tree))
+
+
+def _answers(rule: Rule, module: nn.Module, args: tuple, kwargs: dict, record: Record | None) -> bool:
+    """Whether a call is to be tapped: parameters that do not depend on the batch meet data that does."""
+    params = unit_parameters(module, rule)
+    if not params or any(place_of(p) is not None for p in params.values()):
+        return False
+    return _tracked((args, kwargs)) or (record is not None and rule.counts_rows)
 
 
 class Exit:
@@ -279,42 +247,95 @@ class Exit:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Leave a tap if a rule answers for this module and its output carries gradients."""
-        frames = _STATE.frames
-        if _STATE.quiet or not any(frame.module is module for frame in frames):
+        frames = STATE.frames
+        if STATE.quiet or not any(frame.module is module for frame in frames):
             return None
         while (frame := frames.pop()).module is not module:
-            pass  # frames of calls that ended without their hook
-        if _STATE.observed is not None:
-            _STATE.observed[frame.name] = tensors_of(output)
-            return None
-        if frame.rule is not None and output is not None:
-            output = _leave_tap(frame, args, kwargs, output)
-        if not frames:
+            _close(frame)  # calls that ended without their hook
+        try:
+            if frame.rule is not None and output is not None:
+                output = leave_call(frame.rule, frame, args, kwargs, output)
+            elif frame.opaque and output is not None:
+                output = _leave_opaque(frame, args, kwargs, output)
+        finally:
+            _close(frame)
+        if not frames and frame.record is not None:
             frame.record.finish(output)
         return output
 
 
-def _leave_tap(frame: _Frame, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Tap the outputs; returns the output to go on with."""
-    module, rule, record = frame.module, frame.rule, frame.record
-    assert rule is not None
+def _close(frame: Frame) -> None:
+    if frame.follow is not None:
+        frame.follow.leave()
+        frame.follow = None
+
+
+def _leave_opaque(frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Tap a leaf module as a whole where what it did could not be followed, as in a function of its own."""
+    unknown = [t for t in graded(output) if place_of(t) is None]
+    if not unknown or all(sees_through(t) for t in unknown):
+        return output
+    frame.rule = _GENERIC
+    return leave_call(_GENERIC, frame, args, kwargs, output)
+
+
+def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Tap a module's outputs; returns the output to go on with."""
+    module = frame.module
     inputs = list(tensors_in((args, kwargs)))
     outputs = [t for t in graded(output) if t.grad_fn is not None and not _is_input(t, inputs)]
-    if not outputs or len(outputs) != len(graded(output)):
+    if lost := lost_inputs(inputs):
+        lose(tensors_in(output), lost)
         return output
     args, kwargs = _bound(module, args, kwargs)
-    saved = rule.capture(module, args, kwargs, output)
+    record = frame.record or next(p.space.record for t in inputs if (p := place_of(t)) is not None)
+    located = _located(rule, frame, args, kwargs, output, record)
+    if isinstance(located, str):
+        where = f"`{frame.name}` ({type(module).__name__})"
+        mixes = "several examples" in located
+        lose(tensors_in(output), Lost(record, where, located, mixes))
+        return output
+    place, places = located
+    if not outputs or len(outputs) != len(graded(output)):
+        _put_all(tensors_in(output), places)
+        return output
+    saved = rule.capture(module, args, kwargs, output) | frame.before
     if isinstance(rule, GenericRule):
         saved |= rule.after(module, frame.before)
     if len(outputs) > 1:
         # One output may be computed from another inside the module. Views part what arrives from outside from that.
         output = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, output)
         outputs = graded(output)
-    record.shapes[frame.name] = tensors_of(output)
-    tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved)
-    tap.place = next(i for i, t in enumerate(tensors_in(output)) if t is outputs[0])
+    _put_all(tensors_in(output), places)
+    tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place)
     tap.attach(outputs, inputs)
     return output
+
+
+def _put_all(tensors: Any, places: list[Place]) -> None:
+    for t, place in zip(tensors, places, strict=True):
+        put(t, place)
+
+
+def _located(
+    rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any, record: Record
+) -> tuple[Place, list[Place]] | str:
+    """Where the call holds the rows, and that the outputs are of the sizes that this means."""
+    outputs = list(tensors_in(output))
+    if not _tracked((args, kwargs)):  # bags of ids: one row of the output each
+        if record.pending:
+            record.settle(outputs[0].shape[0])
+        if record.space.rows != outputs[0].shape[0]:
+            return f"gives {outputs[0].shape[0]} rows for {record.space.rows} examples"
+        place = Place(record.space, 0)
+        return place, [place] * len(outputs)
+    located = rule.locate(frame.module, args, kwargs, outputs, place_of)
+    if isinstance(located, str):
+        return located
+    for t, place in zip(outputs, located[1], strict=True):
+        if place.axis is not None and (t.dim() <= place.axis or t.shape[place.axis] != place.size):
+            return f"gives an output of shape {list(t.shape)}, in which axis {place.axis} does not hold the examples"
+    return located
 
 
 def _bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

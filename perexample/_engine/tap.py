@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._private import gradient_hooks, metadata, version, whole_base
 from .._tree import map_tensors
-from ..errors import BatchAxisError, StaleGradientError
+from ..errors import StaleGradientError
+from ..place import Place
 from ..rule import Call, Rule, at_least_float32
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .record import Record
 
 KEY = "perexample"  # under which a graph node's metadata names its taps
+LOST = "perexample lost"  # the same for an output in which the examples cannot be told apart
 
 
 class _Saved(torch.autograd.Function):
@@ -41,28 +43,29 @@ def _save(tensors: list[Tensor]) -> Any:
 
 
 class Tap:
-    """One call of a ruled module in a forward.
+    """One call of a module or a torch function in a forward.
 
     Attributes:
-        name: Path of the module; from the second call in a forward on with the number of the call.
+        name: Path of the module, and the function; from the second call in a forward on with the number of the call.
         rule: The rule that knows its derivatives.
-        params: The module's parameters that need a gradient.
+        module: The module, or what takes its place in a call of a function.
+        params: The parameters that need a gradient, or tensors computed from parameters alone, by name.
         record: The outermost forward that the call belongs to.
+        place: Where the call holds the rows.
         outputs: Shape, dtype and device of each output that carries gradients.
         inputs: Edges of the graph at which the call's inputs hang.
         run: The backward that wants this tap's gradients, while there is one.
-        axis: The axis that holds the examples, once a backward has found it out.
-        place: Which of the call's output tensors is the first with gradients.
     """
 
     def __init__(
         self,
         name: str,
         rule: Rule,
-        module: nn.Module,
-        params: Mapping[str, nn.Parameter],
+        module: Any,
+        params: Mapping[str, Tensor],
         record: Record,
         saved: dict[str, Any],
+        place: Place,
     ) -> None:
         """Save what the rule asked for, through autograd."""
         self.name, self.rule, self.module, self.params, self.record = name, rule, module, dict(params), record
@@ -70,16 +73,20 @@ class Tap:
         self.inputs: list[GradientEdge] = []
         self._hooks: list[tuple[weakref.ref[Any], int]] = []
         self.run: Backward | None = None
-        self.place = 0
-        self.axis = 0
+        self.place = place
         self._versions = {key: version(p) for key, p in params.items()} if rule.reads_parameters else {}
         tensors: list[Tensor] = []
         self._plan = map_tensors(lambda t: _Slot(tensors, t), saved)
         self._node = _save(tensors)
 
-    def attach(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    @staticmethod
+    def edges_of(inputs: list[Tensor]) -> list[GradientEdge]:
+        """Where inputs hang in the graph; to be asked before a function writes into them."""
+        return [get_gradient_edge(t) for t in inputs if t.requires_grad]
+
+    def attach(self, outputs: list[Tensor], inputs: list[Tensor], edges: list[GradientEdge] | None = None) -> None:
         """Hook the outputs and mark their graph nodes; remember where the inputs hang."""
-        self.inputs = [get_gradient_edge(t) for t in inputs if t.requires_grad]
+        self.inputs = self.edges_of(inputs) if edges is None else edges
         for index, output in enumerate(outputs):
             # A linear layer may return a view of its product; what is written into it in place rewrites the view only.
             source = output if len(outputs) > 1 else _own_base(output, inputs)
@@ -105,12 +112,35 @@ class Tap:
         """Let go of the saved tensors."""
         self._node = None
 
-    def call(self, n: int) -> Call:
+    def call(self) -> Call:
         """The call as the rule sees it: saved tensors back, in at least float32."""
         self._check_versions()
         tensors = self._unpacked()
         saved = map_tensors(lambda slot: at_least_float32(tensors[slot.index]), self._plan, _Slot)
-        return Call(self.module, self.name, n, self.params, saved)
+        return Call(self.module, self.name, self._rows(), self.params, saved)
+
+    def _rows(self) -> int:
+        """How many rows the rule sees."""
+        if self.rule.positions(self.module) or not self.outputs[0][0]:
+            return self.place.space.rows
+        axis = self.rule.output_axes(self.module, self.outputs)[0] if self.rule.own_axes else 0
+        return self.outputs[0][0][axis]
+
+    def to_rows(self, t: Tensor) -> Tensor:
+        """A tensor with the rows on axis 0, for a rule that wants them there."""
+        if self.rule.positions(self.module):
+            return self.place.rows_first(t)
+        return t
+
+    def owner(self) -> Tensor | None:
+        """Example of each row that the rule sees; ``None`` if row n is example n."""
+        space = self.place.space
+        if self.rule.positions(self.module):
+            return space.owner
+        if self.place.axis is None:
+            owner = space.owners()[:1]
+            return None if space.owner is None and self._rows() == space.rows else owner.expand(self._rows())
+        return self.place.owner_of_entry() if self.place.folded or space.owner is not None else None
 
     def _unpacked(self) -> tuple[Tensor, ...]:
         try:
@@ -119,9 +149,14 @@ class Tap:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise StaleGradientError(
-                f"A tensor that `{self.name}` ({type(self.module).__name__}) needs for its gradient was changed in "
+                f"A tensor that `{self.name}` ({self.kind}) needs for its gradient was changed in "
                 f"place after its forward; do not write into its input or buffers before backward."
             ) from error
+
+    @property
+    def kind(self) -> str:
+        """What was called, for messages."""
+        return type(self.module).__name__ if isinstance(self.module, nn.Module) else "function"
 
     def _check_versions(self) -> None:
         for key, old in self._versions.items():
@@ -130,55 +165,6 @@ class Tap:
                     f"Parameter `{key}` of `{self.name}` was changed in place between forward and backward; "
                     f"step the optimizer after backward."
                 )
-
-    def batch_axis(self, n: int) -> int:
-        """The axis of the inputs and outputs that holds the examples.
-
-        Returns:
-            The axis.
-
-        Raises:
-            BatchAxisError: If there is none, or it cannot be told from another of the same size.
-        """
-        fits = self._axes_of_size(n)
-        places = self.record.places()
-        seen = places.by_call.get(self.name, [])
-        place = seen[self.place] if len(seen) > self.place else None
-        if place is not None and place.shared:
-            raise BatchAxisError(
-                f"{self._called()} gives an output of shape {list(self.outputs[0][0])} whatever the number of "
-                f"examples: one result is shared by all of them. Expand its input to the batch ([T] or [1, T] to "
-                f"[N, T])."
-            )
-        if place is not None and place.axis in fits:
-            return place.axis
-        if not fits or place is not None:
-            raise BatchAxisError(
-                f"{self._called()} has an output of shape {list(self.outputs[0][0])}, in which no axis that can hold "
-                f"the examples is one of N = {n}, the size of axis {self.record.batch_dim} of the inputs of "
-                f"`{self.record.root_name}`. Do not fold other axes into the batch, and keep the examples on one axis."
-            )
-        if len(fits) > 1 and n > 1:
-            raise BatchAxisError(
-                f"{self._called()} has an output of shape {list(self.outputs[0][0])}, in which several axes have size "
-                f"N = {n}, and `{self.record.root_name}` cannot be run on fewer examples to tell them apart. Use a "
-                f"number of examples that no other axis has."
-            )
-        return fits[0]
-
-    def _called(self) -> str:
-        return f"`{self.name}` ({type(self.module).__name__})"
-
-    def _axes_of_size(self, n: int) -> list[int]:
-        """Axes that may hold n examples, in all batched inputs, or for a rule without such in the outputs."""
-        shapes = [self._plan[name].shape for name in self.rule.batched] or [self.outputs[0][0]]
-        axes: Iterable[int]
-        if self.rule.own_axes:
-            axes = self.rule.output_axes(self.module, self.outputs)[:1]
-        else:
-            features = self.rule.feature_axes(self.module)
-            axes = range(min(1, len(shapes[0]))) if features is None else range(len(shapes[0]) - features)
-        return [a for a in axes if all(len(s) > a and s[a] == n for s in shapes)]
 
 
 def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:

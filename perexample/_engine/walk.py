@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, reentrant_checkpoint
-from ..errors import LossError
-from .tap import KEY, Tap
+from .._private import handed_through, metadata, reentrant_checkpoint
+from ..errors import BatchAxisError, CrossExampleError, LossError
+from ..place import Lost
+from .table import place_of
+from .tap import KEY, LOST, Tap
 
 
 @dataclass
@@ -20,18 +23,39 @@ class Walk:
     Attributes:
         taps: Live taps, with the numbers of the outputs that the loss depends on.
         edges: The graph edges at which the gradients of live taps arrive.
+        sources: Of each tensor that a live tap was given for a parameter, the parameters that it was computed from.
         uncovered: Trainable parameters reached otherwise than through a tap of their own.
         leaves: Other leaves that need a gradient, such as an input.
         losses: Nodes of cross-entropy losses outside of all taps.
         compiled: Whether a compiled region was met, inside of which no taps can lie.
+        lost: Where examples were mixed on the way to the loss, if they were.
     """
 
     taps: dict[Tap, set[int]] = field(default_factory=dict)
     edges: list[GradientEdge] = field(default_factory=list)
+    sources: dict[int, Source] = field(default_factory=dict)
     uncovered: dict[int, nn.Parameter] = field(default_factory=dict)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     losses: list[Node] = field(default_factory=list)
     compiled: bool = False
+    lost: Lost | None = None
+
+
+@dataclass
+class Source:
+    """A tensor that a tap was given for a parameter, and the leaves of the graph that it was computed from.
+
+    Attributes:
+        tensor: The tensor; a parameter is its own only leaf.
+        leaves: The leaves that need a gradient.
+        problem: What depends on the batch in its graph, if anything does.
+        opaque: Whether a function of the user's own was met, of which operations do not show what it computes.
+    """
+
+    tensor: Tensor
+    leaves: list[Tensor] = field(default_factory=list)
+    problem: str = ""
+    opaque: bool = False
 
 
 def walk(roots: Iterable[Tensor]) -> Walk:
@@ -41,11 +65,13 @@ def walk(roots: Iterable[Tensor]) -> Walk:
     stack = [(root.grad_fn, root.output_nr) for root in roots if root.grad_fn is not None]
     while stack:
         node, number = stack.pop()
-        tapped = metadata(node).get(KEY)
+        notes = metadata(node)
+        tapped = notes.get(KEY)
         mark = (node, number) if tapped else node
         if mark in seen:
             continue
         seen.add(mark)
+        found.lost = found.lost or notes.get(LOST)
         if tapped and number in tapped:
             tap, index = tapped[number]
             _enter(found, tap, index, GradientEdge(node, number))
@@ -62,8 +88,11 @@ def _enter(found: Walk, tap: Tap, index: int, edge: GradientEdge) -> None:
     """Note a live output, and look for parameters inside the call that the tap does not answer for."""
     found.taps.setdefault(tap, set()).add(index)
     found.edges.append(edge)
+    for p in tap.params.values():
+        if id(p) not in found.sources:
+            found.sources[id(p)] = source_of(p)
     own = {id(p) for p in tap.params.values()}
-    borders = {edge.node for edge in tap.inputs}
+    borders = {edge.node for edge in tap.inputs} | {p.grad_fn for p in tap.params.values() if p.grad_fn is not None}
     stack, seen = [edge.node], set()
     while stack:
         node = stack.pop()
@@ -73,6 +102,68 @@ def _enter(found: Walk, tap: Tap, index: int, edge: GradientEdge) -> None:
         if id(getattr(node, "variable", None)) not in own:
             _note(found, node)
         stack.extend(after for after, _ in node.next_functions if after is not None)
+
+
+def source_of(tensor: Tensor) -> Source:
+    """What a tensor was computed from."""
+    source = Source(tensor)
+    if tensor.grad_fn is None:
+        source.leaves.append(tensor)
+        return source
+    stack: list[tuple[Node, int]] = [(tensor.grad_fn, tensor.output_nr)]
+    seen: set[Node] = set()
+    while stack:
+        node, number = stack.pop()
+        if number in metadata(node).get(KEY, {}):
+            source.problem = source.problem or metadata(node)[KEY][number][0].name
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            _add_leaf(source, variable)
+        elif isinstance(node, torch.autograd.function.BackwardCFunction) and not handed_through(node):
+            source.opaque = True
+        stack.extend((after, index) for after, index in node.next_functions if after is not None)
+    return source
+
+
+def _add_leaf(source: Source, leaf: Tensor) -> None:
+    if place_of(leaf) is not None:
+        source.problem = source.problem or "an input"
+    elif leaf.requires_grad:
+        source.leaves.append(leaf)
+
+
+def sees_through(tensor: Tensor) -> bool:
+    """Whether operations have shown all that a tensor was computed from, and it is parameters alone."""
+    source = source_of(tensor)
+    return not source.problem and not source.opaque
+
+
+def refuse_lost(found: Walk) -> None:
+    """Raise if examples cannot be told apart on the way from the parameters to the loss."""
+    lost = found.lost
+    if lost is not None and lost.mixes:
+        raise CrossExampleError(
+            f"{lost.where} {lost.why}, so no example has a gradient of its own. Use operations that treat each example "
+            f"by itself, or move this one behind the loss of each example."
+        )
+    if lost is not None:
+        raise BatchAxisError(
+            f"{lost.where} {lost.why}, so it cannot be known which of its entries belong to which example. Keep the "
+            f"examples on one axis there, or register a rule for the module around it (@register_rule, docs/extending)."
+        )
+    for tap in found.taps:
+        for name, p in tap.params.items():
+            source = found.sources[id(p)]
+            if source.problem:
+                raise BatchAxisError(
+                    f"`{tap.name}` was given a tensor (`{name}`, shape {list(p.shape)}) that depends on `{source.problem}` "
+                    f"through an operation that could not be followed, such as a torch.autograd.Function, torch.func or a "
+                    f"compiled part. Put that operation into a module without children, or register a rule for the "
+                    f"module around it (@register_rule, docs/extending)."
+                )
 
 
 def _note(found: Walk, node: Node) -> None:

@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Size, Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .._norms import BLOCK, norms_of, squared_norms
-from ..rule import Call, Rule, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Outer, Term, keeps, mended
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -146,7 +147,15 @@ def _pad(x: Tensor, sides: list[tuple[int, int]], mode: str) -> Tensor:
     return F.pad(x, flat, mode="constant" if mode == "zeros" else mode)
 
 
-@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _tuple(value: Any, dims: int) -> Any:
+    """One number for each axis, or the name of a padding."""
+    if isinstance(value, str):
+        return value
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * dims if len(value) == 1 else value
+
+
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d)
 class ConvRule(Rule):
     """``y = conv(pad(x), W) + b``: the weight's gradient correlates input windows with g, the bias's sums g."""
 
@@ -155,6 +164,23 @@ class ConvRule(Rule):
     def covers(self, module: nn.Module) -> bool:
         """Only weight and bias."""
         return only_parameters(module, "weight", "bias")
+
+    names = "input weight bias stride padding dilation groups"
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.conv*`` and ``F.conv_transpose*``, batched."""
+        named = named_arguments(self.names, args, kwargs)
+        x, weight = named["input"], named["weight"]
+        if x.dim() != weight.dim():
+            return None
+        dims = weight.dim() - 2
+        options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | named
+        module = SimpleNamespace(
+            weight=weight, kernel_size=tuple(weight.shape[2:]), padding_mode="zeros", groups=options["groups"]
+        )
+        for name in ("stride", "padding", "dilation"):
+            setattr(module, name, _tuple(options[name], dims))
+        return Bound(module, (x,), {"weight": weight, "bias": named.get("bias")})
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """The input; its values are not kept where the weight is frozen."""
@@ -177,9 +203,18 @@ class ConvRule(Rule):
         return terms
 
 
-@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@register_rule(
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 class ConvTransposeRule(ConvRule):
     """The transpose of a convolution from output to input: the same correlation with x and g in exchanged roles."""
+
+    names = "input weight bias stride padding output_padding groups dilation"
 
     def windows(self, call: Call, g: Tensor) -> Term:
         """``g``, padded, is the input of the correlation and ``x`` the gradient; what no window reaches is cut off."""

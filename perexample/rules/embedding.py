@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .._norms import squared_norms
-from ..rule import Call, Rule, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Rows, Term
 
 _MAXIMUM = 2  # how torch.embedding_bag names the mode
@@ -38,11 +40,33 @@ class _TableRule(Rule):
         return None
 
 
-@register_rule(nn.Embedding)
+@register_rule(nn.Embedding, F.embedding, Tensor.__getitem__)
 class EmbeddingRule(_TableRule):
     """``y_t = W[id_t]``: weight ``G_n = sum_t e_{id_nt} g_nt^T``; ids are ``[N, *T]``; ``padding_idx`` gets nothing."""
 
     reads_parameters = False
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.embedding(ids, weight)``, or ``weight[ids]``."""
+        if function is Tensor.__getitem__:
+            weight, ids = args
+            whole = isinstance(ids, Tensor) and ids.dtype in (torch.long, torch.int) and weight.dim() == 2
+            if not whole or bool((ids < 0).any()):
+                return None
+            options: dict[str, Any] = {}
+        else:
+            options = named_arguments("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs)
+            ids, weight = options["input"], options["weight"]
+        padding_idx = options.get("padding_idx")
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += weight.shape[0]
+        module = SimpleNamespace(
+            weight=weight,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=options.get("scale_grad_by_freq", False),
+            max_norm=options.get("max_norm"),
+        )
+        return Bound(module, (ids,), {"weight": weight})
 
     def feature_axes(self, module: nn.Module) -> int:
         """Every axis of the ids is one of positions."""
@@ -70,6 +94,7 @@ class EmbeddingBagRule(_TableRule):
     """Sum, mean or maximum of the rows of each bag; one bag per example."""
 
     batched = ()
+    counts_rows = True
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """Ids, offsets and per-sample weights."""

@@ -28,7 +28,7 @@ def graded(output: Any) -> list[Tensor]:
     return [t for t in tensors_in(output) if t.requires_grad]
 
 
-def _random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
+def random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
     """State of the random generators that a forward on these tensors could have used."""
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in sorted(devices, key=str))]
@@ -61,7 +61,7 @@ class GenericRule(Rule):
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         buffers: dict[str, Any] = dict(module.named_buffers())
         return {
-            "rng": _random_state(tensors),
+            "rng": random_state(tensors),
             "inputs": [(t, version(t)) for t in tensors],
             "buffers": [(name, buffers[name], version(buffers[name])) for name in buffers],
         }
@@ -73,7 +73,7 @@ class GenericRule(Rule):
         prints = [_fingerprint(t, axis) for t, axis in zip(outputs, axes, strict=True)]
         chosen = [i for i, t in enumerate(tensors_in(output)) if t.requires_grad]
         kind = outputs[0].device.type
-        autocast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": _autocast_dtype(kind)}
+        autocast = autocast_state(kind)
         dtypes = [t.dtype for t in outputs]
         return {
             "args": args, "kwargs": kwargs, "prints": prints, "chosen": chosen, "dtypes": dtypes, "autocast": autocast,
@@ -87,7 +87,7 @@ class GenericRule(Rule):
         for name, buffer, old in before["buffers"]:
             if version(buffer) != old or now.get(name) is not buffer:
                 return {"problem": f"changes its buffer `{name}` in the forward, past all gradients"}
-        state = _random_state([t for t, _ in before["inputs"]])
+        state = random_state([t for t, _ in before["inputs"]])
         drew = any(not torch.equal(a, b) for a, b in zip(before["rng"], state, strict=True))
         return {"rng": before["rng"]} if drew else {}
 
@@ -181,7 +181,7 @@ class GenericRule(Rule):
         tensors = [*tensors_in(call.saved["args"]), *tensors_in(call.saved["kwargs"])]
         inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
         params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
-        with torch.enable_grad(), _restored(call.saved["rng"], tensors):
+        with torch.enable_grad(), restored(call.saved["rng"], tensors):
             outputs = _Repeat(call)(params, inputs)
         out_axes = self.output_axes(call.module, upstream)
         prints = [_fingerprint(o, a) for o, a in zip(outputs, out_axes, strict=True)]
@@ -243,8 +243,11 @@ def at_least(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: at_least_float32(t) for name, t in named.items()}
 
 
-def _autocast_dtype(kind: str) -> torch.dtype:
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.bfloat16
+def autocast_state(kind: str) -> dict[str, Any]:
+    """Arguments of `torch.autocast` for what is set now."""
+    enabled = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if enabled else torch.bfloat16
+    return {"device_type": kind, "enabled": enabled, "dtype": dtype}
 
 
 def _with_axes(tensors: Sequence[Tensor], axes: Sequence[int | None]) -> list[Tensor]:
@@ -284,7 +287,7 @@ def _only(g: Tensor, axis: int, n: int) -> Tensor:
 
 
 @contextmanager
-def _restored(states: list[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
+def restored(states: list[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
     """The random generators as they were, for the time of a repetition."""
     devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices):

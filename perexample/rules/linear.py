@@ -6,12 +6,14 @@ References:
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rule import Call, Rule, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Outer, Term, positions
 
 
@@ -20,7 +22,7 @@ def bias_term(g: Tensor) -> Dense:
     return Dense(g if g.dim() == 2 else g.flatten(1, -2).sum(1))
 
 
-@register_rule(nn.Linear)
+@register_rule(nn.Linear, F.linear)
 class LinearRule(Rule):
     """``y = x W^T + b``: weight ``G_n = sum_t g_nt x_nt^T``, bias ``sum_t g_nt``; x is ``[N, *T, I]``."""
 
@@ -34,6 +36,12 @@ class LinearRule(Rule):
         """Only weight and bias."""
         return only_parameters(module, "weight", "bias")
 
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.linear(input, weight, bias)``."""
+        named = named_arguments("input weight bias", args, kwargs)
+        weight, params = named["weight"], {"weight": named["weight"], "bias": named.get("bias")}
+        return Bound(SimpleNamespace(weight=weight), (named["input"],), params) if weight.dim() == 2 else None
+
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """The input; its values are not kept where the weight is frozen."""
         x = super().capture(module, args, kwargs, output)["x"]
@@ -44,6 +52,40 @@ class LinearRule(Rule):
         terms: dict[str, Term] = {}
         if "weight" in call.params:
             terms["weight"] = Outer(positions(g), positions(call.x), call.params["weight"].shape)
+        if "bias" in call.params:
+            terms["bias"] = bias_term(g)
+        return terms
+
+
+@register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm)
+class MatmulRule(Rule):
+    """``y = x W``, with a bias for ``addmm``: weight ``G_n = sum_t x_nt g_nt^T``; x is ``[N, *T, I]``, W is ``[I, O]``."""
+
+    reads_parameters = False
+
+    def feature_axes(self, module: Any) -> int:
+        """The last axis holds the features."""
+        return 1
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``matmul(input, weight)``, or ``addmm(bias, input, weight)`` without factors."""
+        if function.__name__ != "addmm":
+            named = named_arguments("input other", args, kwargs)
+            x, weight, bias = named["input"], named.get("other", named.get("mat2")), None
+        else:
+            named = named_arguments("input mat1 mat2", args, kwargs)
+            if named.get("beta", 1) != 1 or named.get("alpha", 1) != 1 or named["input"].dim() != 1:
+                return None
+            bias, x, weight = named["input"], named["mat1"], named["mat2"]
+        if x.dim() < 2 or weight.dim() != 2:
+            return None
+        return Bound(SimpleNamespace(), (x,), {"weight": weight, "bias": bias})
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """An outer product per position for the weight, a sum for the bias."""
+        terms: dict[str, Term] = {}
+        if "weight" in call.params:
+            terms["weight"] = Outer(positions(call.x), positions(g), call.params["weight"].shape)
         if "bias" in call.params:
             terms["bias"] = bias_term(g)
         return terms

@@ -5,13 +5,14 @@ Those whose statistics come from the batch are refused; evaluation-mode BatchNor
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rule import Call, Rule, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Term
 
 
@@ -50,9 +51,14 @@ class _PerChannelRule(_AffineRule):
         return values.flatten(2).sum(2) if values.dim() > 2 else values
 
 
-@register_rule(nn.GroupNorm)
+@register_rule(nn.GroupNorm, F.group_norm, torch.group_norm)
 class GroupNormRule(_PerChannelRule):
     """Statistics over each group of channels of one example; x is ``[N, C, *T]``."""
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.group_norm(input, num_groups, weight, bias, eps)``."""
+        named = {"eps": 1e-5} | named_arguments("input num_groups weight bias eps", args, kwargs)
+        return _bound(named, num_groups=named["num_groups"])
 
     def normalised(self, call: Call) -> Tensor:
         """Without weight and bias."""
@@ -85,9 +91,20 @@ class InstanceNormRule(_PerChannelRule):
         return F.instance_norm(call.x, mean, var, use_input_stats=mean is None, eps=call.module.eps)
 
 
-@register_rule(nn.LayerNorm)
+def _bound(named: dict[str, Any], **options: Any) -> Bound:
+    """A function of an input, weight and bias, in the form of its module."""
+    module = SimpleNamespace(eps=named["eps"], **options)
+    return Bound(module, (named["input"],), {"weight": named.get("weight"), "bias": named.get("bias")})
+
+
+@register_rule(nn.LayerNorm, F.layer_norm, torch.layer_norm)
 class LayerNormRule(_AffineRule):
     """Statistics over the trailing ``normalized_shape``; x is ``[N, *T, *normalized_shape]``."""
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.layer_norm(input, normalized_shape, weight, bias, eps)``."""
+        named = {"eps": 1e-5} | named_arguments("input normalized_shape weight bias eps", args, kwargs)
+        return _bound(named, normalized_shape=tuple(named["normalized_shape"]))
 
     def feature_axes(self, module: Any) -> int:
         """The normalised axes."""
@@ -103,9 +120,14 @@ class LayerNormRule(_AffineRule):
         return values.reshape(call.n, -1, *shape).sum(1)
 
 
-@register_rule(nn.RMSNorm)
+@register_rule(nn.RMSNorm, F.rms_norm, torch.rms_norm)
 class RMSNormRule(LayerNormRule):
     """As LayerNorm, without mean and bias."""
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.rms_norm(input, normalized_shape, weight, eps)``."""
+        named = {"eps": None} | named_arguments("input normalized_shape weight eps", args, kwargs)
+        return _bound(named, normalized_shape=tuple(named["normalized_shape"]))
 
     def normalised(self, call: Call) -> Tensor:
         """In the precision of the rule, with the default ``eps`` of the precision that the module ran in."""

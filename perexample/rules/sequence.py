@@ -24,6 +24,10 @@ class RecurrentRule(GenericRule):
         """The sequence first, then the states."""
         return [self._axis(call.module), *[1] * (len(tensors) - 1)]
 
+    def input_axis(self, module: Any) -> int:
+        """As `batch_first` says."""
+        return self._axis(module)
+
     def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
         """The same."""
         return [self._axis(module), *[1] * (len(outputs) - 1)]
@@ -33,21 +37,3 @@ class RecurrentRule(GenericRule):
         if isinstance((*args, *kwargs.values())[0], nn.utils.rnn.PackedSequence):
             return {"problem": "was called with a packed sequence, which has no axis of examples; pass it padded"}
         return super().capture(module, args, kwargs, output)
-
-
-@register_rule(nn.MultiheadAttention)
-class AttentionRule(GenericRule):
-    """Attention with all of its projections, in either layout; masks ``[L, S]`` are shared by the examples."""
-
-    def axes(self, call: Call, tensors: Sequence[Tensor]) -> list[int | None]:
-        """Queries, keys and values as ``batch_first`` says, the padding mask on axis 0."""
-        named = dict(zip(_ATTENTION_ARGUMENTS, call.saved["args"], strict=False)) | call.saved["kwargs"]
-        known = dict.fromkeys(("query", "key", "value"), self._axis(call.module)) | {"key_padding_mask": 0}
-        return [known.get(name) for name, value in named.items() if isinstance(value, Tensor)]
-
-    def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
-        """The output as the queries, the weights on axis 0."""
-        return [self._axis(module), 0][: len(outputs)]
-
-    def _axis(self, module: Any) -> int:
-        return 0 if module.batch_first else 1

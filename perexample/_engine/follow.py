@@ -1,0 +1,358 @@
+"""The forward side of operations: which tensors depend on the batch, where they hold the examples, and taps.
+
+While the outermost forward of an extended model runs, every torch function outside of modules with a rule passes here.
+A tensor that was computed from the inputs depends on the batch. One that needs a gradient and does not depend on the
+batch was computed from parameters alone. A function that is given both is a tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._private import function_modes, inside_functorch, metadata, without_dispatch
+from .._tree import tensors_in
+from ..place import Lost, Place, Space, broadcast, reshaped
+from ..rule import Bound, Rule, function_rule
+from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
+from .kinds import Kind, base_name, kind_of, writes_in_place
+from .oracle import Form, fits, form_key, forms_of
+from .owners import MOVERS, moved, values_of
+from .state import STATE
+from .table import origin_of, place_of, put, put_origin
+from .tap import LOST, Tap
+
+_POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
+_FORMS: dict[Any, list[Form]] = {}
+_MOST_FORMS = 20_000
+
+
+class Follow(TorchFunctionMode):
+    """Follows the operations of one outermost forward."""
+
+    ended = False
+
+    def leave(self) -> None:
+        """End, also if something above on the stack of modes was not taken off by its owner."""
+        self.ended = True
+        forget_followers()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
+        kwargs = kwargs or {}
+        if func is torch.autograd.backward:  # a checkpoint repeats operations in it, which are to be seen
+            with self:
+                return without_dispatch(func)(*args, **kwargs)
+        kind = kind_of(func)
+        if kind is Kind.IGNORED or self.ended or STATE.silent():
+            return func(*args, **kwargs)
+        tracked: list[tuple[Tensor, Any]] = []
+        targets: list[Tensor] = []
+        _scan(args, tracked, targets)
+        if kwargs:
+            _scan(kwargs.values(), tracked, targets)
+        if not tracked:
+            return _underived(func, kind, args, kwargs, targets)
+        if kind is Kind.COMPOSITE:
+            with self:
+                return without_dispatch(func)(*args, **kwargs)
+        call = _Operation(func, kind, args, kwargs, tracked)
+        if targets and torch.is_grad_enabled():
+            call.meet(targets)
+        return call.run()
+
+
+def forget_followers() -> None:
+    """Take ended followers off the stack of modes, as far as they are on top."""
+    modes = function_modes()
+    while modes and isinstance(modes[-1], Follow) and (modes[-1].ended or not STATE.frames):
+        modes[-1].ended = True
+        modes.pop().__exit__(None, None, None)
+    for mode in modes:
+        if isinstance(mode, Follow) and not STATE.frames:
+            mode.ended = True
+
+
+def _scan(values: Iterable[Any], tracked: list[tuple[Tensor, Any]], targets: list[Tensor]) -> None:
+    """Sort tensors into those that depend on the batch, and those computed from parameters."""
+    for value in values:
+        if isinstance(value, Tensor):
+            place = place_of(value)
+            if place is not None:
+                tracked.append((value, place))
+            elif value.requires_grad and not any(value is t for t in targets):
+                targets.append(value)
+        elif isinstance(value, (tuple, list)):
+            _scan(value, tracked, targets)
+        elif isinstance(value, dict):
+            _scan(value.values(), tracked, targets)
+
+
+def _underived(func: Callable, kind: Kind, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
+    """An operation without data; remember what only repeats a tensor, so that a gradient need not be spread."""
+    out = func(*args, **kwargs)
+    if targets and isinstance(out, Tensor) and out.requires_grad:
+        source = args[0] if args else None
+        name = base_name(func)
+        if isinstance(source, Tensor) and (kind is Kind.EXPAND or (name == "repeat" and _only_ones(source, out))):
+            put_origin(out, origin_of(source))
+    return out
+
+
+def _only_ones(source: Tensor, out: Tensor) -> bool:
+    """Whether only axes of size 1 were repeated, so that it is the same as expanding."""
+    padded = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
+    return all(a == b or a == 1 for a, b in zip(padded, out.shape, strict=True))
+
+
+def lost_inputs(tensors: Iterable[Tensor]) -> Lost | None:
+    """The first tensor in which the examples are lost already."""
+    for t in tensors:
+        place = place_of(t)
+        if isinstance(place, Lost):
+            return place
+    return None
+
+
+def lose(outputs: Iterable[Tensor], lost: Lost) -> None:
+    """Mark outputs in which the examples cannot be told apart.
+
+    A single number is what a loss is made of, and joins the examples rightly; anything else must not reach the loss.
+    """
+    for t in outputs:
+        put(t, lost)
+        if t.numel() > 1 and t.grad_fn is not None:
+            metadata(t.grad_fn).setdefault(LOST, lost)
+
+
+def _where() -> str:
+    if not STATE.frames:
+        return "a part that a checkpoint repeats"
+    frame = STATE.frames[-1]
+    return f"`{frame.name}` ({type(frame.module).__name__})"
+
+
+def name_of(func: Callable) -> str:
+    """How an operation is called in names and messages."""
+    return base_name(func).strip("_.") or "operation"
+
+
+class _Operation:
+    """One call of a torch function that is given data."""
+
+    def __init__(
+        self, func: Callable, kind: Kind, args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]]
+    ) -> None:
+        self.func, self.kind, self.args, self.kwargs = func, kind, args, kwargs
+        self.tracked = tracked
+        self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
+        self.record = (self.lost or tracked[0][1].space).record
+        self.in_place = writes_in_place(func)
+        self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
+        self.inputs: list[Tensor] = []
+
+    # -- running it ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        """Run it, and note the places of what it gives."""
+        early = self._early()
+        out = self.func(*self.args, **self.kwargs)
+        outputs = [self.args[0]] if base_name(self.func) == "__setitem__" else list(tensors_in(out))
+        if not outputs:
+            return out
+        if any(inside_functorch(t) for t in outputs):
+            return out
+        if self.lost is not None:
+            lose(outputs, self.lost)
+            return out
+        places = self._unpacked(early(outputs) if early is not None else self._places(outputs), outputs)
+        lost = [place for place in places if isinstance(place, Lost)]
+        for t, place in zip(outputs, places, strict=True):
+            if isinstance(place, Lost):
+                lose([t], place)
+            elif place is not None:
+                put(t, place)
+        if self.tap is not None and not lost:
+            chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
+            if chosen:
+                self.tap([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
+        return out
+
+    def _unpacked(self, places: list[Any], outputs: list[Tensor]) -> list[Any]:
+        """The sizes that packing returns belong to nobody."""
+        return places + [None] * (len(outputs) - len(places))
+
+    def _early(self) -> Callable[[list[Tensor]], list[Any]] | None:
+        """What moves entries into a tensor must be asked before it writes there."""
+        if not (self.in_place and self.kind is Kind.MOVE) or self.lost is not None:
+            return None
+        if not any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs)):
+            return None
+        args = (self.args[0].detach().clone(), *self.args[1:])
+        known = place_of(self.args[0])
+        if known is not None:
+            put(args[0], known)
+        places = self._moved(args, [args[0]])
+        return lambda outputs: places
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    def _places(self, outputs: list[Tensor]) -> list[Any]:
+        space = self._space()
+        if space is None:
+            return self._apart(outputs)
+        if space.rows <= 1:
+            place = Place(space, None)
+            return [place] * len(outputs)
+        place = self._simple(outputs)
+        if place is not None:
+            return [place]
+        if self._moves_by_data():
+            return self._moved(self.args, outputs)
+        return self._tried(outputs, space.rows)
+
+    def _space(self) -> Space | None:
+        """The rows that all arguments hold; ``None`` if they differ."""
+        first = self.tracked[0][1].space
+        return first if all(place.space.same(first) for _, place in self.tracked[1:]) else None
+
+    def _apart(self, outputs: list[Tensor]) -> list[Any]:
+        """Arguments that hold different rows can only be put beside each other."""
+        if self.kind is Kind.MOVE or base_name(self.func) in MOVERS:
+            return self._moved(self.args, outputs)
+        return [self._lost("is given rows of different examples, or in different orders", True)] * len(outputs)
+
+    def _simple(self, outputs: list[Tensor]) -> Place | None:
+        """What needs no trial."""
+        out = outputs[0]
+        if len(outputs) != 1:
+            return None
+        kind = self.kind
+        if kind is Kind.POINTWISE:
+            return broadcast([(place, t.shape) for t, place in self.tracked], out.shape)
+        x, place = self.tracked[0]
+        if x is not self.args[0] if self.args else True:
+            return None
+        if kind is Kind.SAME:
+            return place if x.shape == out.shape else None
+        if kind is Kind.RESHAPE and out.numel() == x.numel():
+            return reshaped(place, x.shape, out.shape)
+        if kind is Kind.EXPAND:
+            axis = place.axis + out.dim() - x.dim()
+            return place.at(axis) if out.shape[axis] == place.size else None
+        return None
+
+    def _moves_by_data(self) -> bool:
+        """Whether the entries' new order may differ from call to call."""
+        if not any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs)):
+            return False
+        if self.kind is Kind.MOVE:
+            return True
+        return base_name(self.func) == "__getitem__" and _has_index(self.args[1])
+
+    def _moved(self, args: tuple, outputs: list[Tensor]) -> list[Any]:
+        with torch.no_grad():
+            try:
+                places = moved(self.func, args, self.kwargs, outputs, self.record.space)
+            except Exception:  # noqa: BLE001 - whatever an operation raises on integers
+                places = [None] * len(outputs)
+        return [p or self._lost("leaves no axis that tells the examples apart", False) for p in places]
+
+    def _tried(self, outputs: list[Tensor], rows: int) -> list[Any]:
+        key = form_key(self.func, self.args, self.kwargs)
+        for known in (key, (key, rows)):
+            forms = _FORMS.get(known) if key is not None else None
+            if forms and len(forms) == len(outputs) and all(map(fits, forms, outputs, [rows] * len(outputs))):
+                return [self._from(form) for form in forms]
+        movable = base_name(self.func) in MOVERS
+        forms, few = forms_of(self.func, self.args, self.kwargs, outputs, rows, only_few=movable)
+        if movable and any(form.why for form in forms):
+            return self._moved(self.args, outputs)
+        if key is not None:
+            if len(_FORMS) > _MOST_FORMS:
+                _FORMS.clear()
+            _FORMS[key if few else (key, rows)] = forms
+        return [self._from(form) for form in forms]
+
+    def _from(self, form: Form) -> Any:
+        if form.why:
+            return self._lost(form.why, form.mixes)
+        if form.axis is None:
+            return None
+        return Place(self.tracked[0][1].space, form.axis, form.outer, form.inner)
+
+    def _lost(self, why: str, mixes: bool) -> Lost:
+        return Lost(self.record, f"`{name_of(self.func)}` in {_where()}", why, mixes)
+
+    # -- taps ---------------------------------------------------------------------------------------------------------
+
+    def meet(self, targets: list[Tensor]) -> None:
+        """Prepare the tap of a call in which parameters meet data; before it runs, as it may write in place."""
+        if self.lost is not None:
+            return
+        self.inputs = [t for t, _ in self.tracked]
+        edges = Tap.edges_of(self.inputs)
+        frame = STATE.frames[-1] if STATE.frames else None
+        where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
+        name = self.record.numbered((where,), where)
+        bound, rule = self._bound(targets)
+        if bound is not None:
+            self.tap = self._leave_bound(rule, bound, name, edges)
+            return
+        rule = self._general()
+        saved, params = rule.prepare(self.func, self.args, self.kwargs, targets, place_of, origin_of, self.in_place)
+
+        def leave(outputs: list[Tensor], places: list[Place], chosen: list[int]) -> None:
+            saved.update(rule.conclude(saved, outputs, places, chosen))
+            Tap(name, rule, self.func, params, self.record, saved, places[0]).attach(outputs, self.inputs, edges)
+
+        self.tap = leave
+
+    def _general(self) -> FunctionRule:
+        if self.kind is Kind.POINTWISE and base_name(self.func) != "__setitem__":
+            return _POINTWISE
+        return _JOIN if base_name(self.func) in JOINS else _FUNCTION
+
+    def _bound(self, targets: list[Tensor]) -> tuple[Bound | None, Rule]:
+        """The call in the form of a module that has a rule, if it has one."""
+        rule = function_rule(self.func)
+        if rule is None:
+            return None, _FUNCTION
+        bound = rule.bind(self.func, self.args, self.kwargs)
+        if bound is None:
+            return None, rule
+        params = [p for p in bound.params.values() if isinstance(p, Tensor)]
+        fits_all = all(any(t is p for p in params) for t in targets)
+        if not fits_all or any(place_of(p) is not None for p in params):
+            return None, rule
+        inputs = list(tensors_in(bound.args))
+        if not any(place_of(t) is not None for t in inputs) or rule.refuse(bound.module):
+            return None, rule
+        return bound, rule
+
+    def _leave_bound(
+        self, rule: Rule, bound: Bound, name: str, edges: Any
+    ) -> Callable[[list[Tensor], list[Place], list[int]], None]:
+        params = {key: p for key, p in bound.params.items() if isinstance(p, Tensor) and p.requires_grad}
+
+        def leave(outputs: list[Tensor], places: list[Place], chosen: list[int]) -> None:
+            located = rule.locate(bound.module, bound.args, {}, outputs, place_of)
+            if isinstance(located, str):
+                lose(outputs, self._lost(located, False))
+                return
+            saved = rule.capture(bound.module, bound.args, {}, outputs[0])
+            tap = Tap(name, rule, bound.module, params, self.record, saved, located[0])
+            tap.attach(outputs, self.inputs, edges)
+
+        return leave
+
+
+def _has_index(index: Any) -> bool:
+    """Whether an index chooses entries one by one, rather than by slices and numbers."""
+    if isinstance(index, tuple):
+        return any(_has_index(part) for part in index)
+    return isinstance(index, (Tensor, list))

@@ -1,0 +1,116 @@
+"""What kind of torch function a call is, as far as the place of the examples is concerned."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class Kind(Enum):
+    """How the place of the result follows from those of the arguments."""
+
+    IGNORED = auto()  # gives no tensor, or one that does not depend on the values
+    SAME = auto()  # as the first argument
+    POINTWISE = auto()  # arguments broadcast against each other
+    RESHAPE = auto()  # entries keep their order
+    EXPAND = auto()  # axes are added in front
+    MOVE = auto()  # entries are moved by indices or orders that may differ from call to call
+    COMPOSITE = auto()  # a Python function whose parts are followed instead
+    OTHER = auto()  # found out by trying
+
+
+_IGNORED = frozenset(
+    "size dim ndim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous item "
+    "tolist numpy backward register_hook retain_grad __len__ __bool__ __int__ __float__ __index__ __repr__ __str__ "
+    "__format__ __hash__ __contains__ element_size data_ptr is_signed get_device untyped_storage storage "
+    "_is_view is_pinned is_shared is_same_size result_type can_cast is_tensor __dlpack__ __array__ names "
+    "is_nonzero equal allclose is_inference is_set_to requires_grad_ detach_ sym_size _version".split()
+)
+_SAME = frozenset(
+    "contiguous clone detach to float double half bfloat16 type cuda cpu int long short bool alias dropout dropout1d "
+    "dropout2d dropout3d alpha_dropout feature_alpha_dropout pin_memory positive __pos__ _to_copy nan_to_num".split()
+)
+_RESHAPE = frozenset("view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split())
+_EXPAND = frozenset("expand broadcast_to expand_as".split())
+_MOVE = frozenset(
+    "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add index_add_ "
+    "index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ roll flip flipud "
+    "fliplr rot90 repeat_interleave index_fill index_fill_ _pack_padded_sequence _pad_packed_sequence".split()
+)
+_POINTWISE = frozenset(
+    "__and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ __rfloordiv__ "
+    "__mod__ __rmod__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __iand__ __ior__ __ipow__ "
+    "__rand__ __ror__ __lshift__ __rshift__ relu6 hardtanh softsign tanhshrink hardswish hardsigmoid logsigmoid "
+    "threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh".split()
+)
+_NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
+_VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
+
+
+def base_name(func: Any) -> str:
+    """The function's name; of a property its own, with a dot before it."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "." + getattr(getattr(func, "__self__", None), "__name__", "")
+    return name
+
+
+def _tagged_pointwise(name: str) -> bool:
+    """Whether torch itself calls an overload of this name pointwise."""
+    if not name or name.startswith("_") or name in _NOT_BROADCAST:
+        return False
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _classify(func: Any) -> Kind:
+    name = base_name(func)
+    if name.startswith("."):
+        if name == ".data":
+            return Kind.SAME
+        return Kind.OTHER if name[1:] in _VIEW_PROPERTIES else Kind.IGNORED
+    if name == "__set__" or name in _IGNORED or name.endswith("_like") or name.startswith("new_"):
+        return Kind.IGNORED
+    if func is F.multi_head_attention_forward:
+        return Kind.COMPOSITE
+    for names, kind in (
+        (_SAME, Kind.SAME),
+        (_RESHAPE, Kind.RESHAPE),
+        (_EXPAND, Kind.EXPAND),
+        (_MOVE, Kind.MOVE),
+        (_POINTWISE, Kind.POINTWISE),
+    ):
+        if name in names or (name.endswith("_") and not name.endswith("__") and name[:-1] in names):
+            return kind
+    plain = name[3:-2] if name.startswith("__i") and name.endswith("__") else name.strip("_")
+    return Kind.POINTWISE if _tagged_pointwise(plain) else Kind.OTHER
+
+
+_KINDS: dict[Any, Kind] = {}
+
+
+def kind_of(func: Any) -> Kind:
+    """The kind of a torch function, method or property."""
+    kind = _KINDS.get(func)
+    if kind is None:
+        kind = _KINDS[func] = _classify(func)
+    return kind
+
+
+_IN_PLACE: dict[Any, bool] = {}
+
+
+def writes_in_place(func: Any) -> bool:
+    """Whether the function writes into its first argument, by torch's naming."""
+    known = _IN_PLACE.get(func)
+    if known is None:
+        name = getattr(func, "__name__", "")
+        operators = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
+        known = name == "__setitem__" or operators or (name.endswith("_") and not name.endswith("__"))
+        _IN_PLACE[func] = known
+    return known

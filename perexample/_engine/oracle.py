@@ -1,0 +1,239 @@
+"""How an operation treats the examples, found out by trying.
+
+The operation is run on made-up values with the rows of few examples, and run again with the rows of some of them
+changed: an entry of the result that changes belongs to them. What was found holds for all calls of the same form, so
+each form is tried once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tree import map_tensors, tensors_in
+from ..place import Place
+from .kinds import base_name
+from .table import place_of
+
+_FEW = 3  # rows; a power of two would hide rotations
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where an output of an operation holds the rows.
+
+    Attributes:
+        axis: The axis, ``None`` if the output does not depend on the rows.
+        outer: As in `Place`.
+        inner: As in `Place`.
+        why: What is wrong, if the rows cannot be told.
+        mixes: Whether rows were seen to meet in one entry.
+    """
+
+    axis: int | None = None
+    outer: int = 1
+    inner: int = 1
+    why: str = ""
+    mixes: bool = False
+
+
+class _Made:
+    """Made-up values in the shapes of an operation's arguments, with another number of rows."""
+
+    def __init__(self, args: tuple, kwargs: dict, rows: int, scale: float) -> None:
+        self.args, self.kwargs, self.rows, self.scale = args, kwargs, rows, scale
+        self.generator = torch.Generator().manual_seed(rows)
+        self.tracked = [t for t in tensors_in((args, kwargs)) if isinstance(place_of(t), Place)]
+        self.values = [self._values(t) for t in self.tracked]
+
+    def _values(self, t: Tensor) -> Tensor:
+        place = place_of(t)
+        assert isinstance(place, Place)
+        shape = list(t.shape)
+        if place.axis is not None:
+            shape[place.axis] = place.outer * self.rows * place.inner
+        if t.dtype == torch.bool:
+            return (torch.rand(shape, generator=self.generator) < 0.5).to(t.device)
+        if not (t.is_floating_point() or t.is_complex()):
+            low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
+            return torch.randint(min(low, 0), high + 1, shape, generator=self.generator).to(t)
+        made = torch.randn(shape, generator=self.generator, dtype=torch.float64) * self.scale
+        return (made.abs() if self.scale != 1 else made).to(t)
+
+    def changed(self, rows: Tensor) -> list[Tensor]:
+        """The values with those of some rows exchanged; ``rows`` is a mask ``[rows]``."""
+        new = []
+        for t, old in zip(self.tracked, self.values, strict=True):
+            place = place_of(t)
+            assert isinstance(place, Place) and place.axis is not None
+            mask = rows.view(1, -1, 1).expand(place.outer, -1, place.inner).reshape(-1).to(old.device)
+            shape = [1] * old.dim()
+            shape[place.axis] = -1
+            new.append(torch.where(mask.view(shape), self._values(t), old))
+        return new
+
+    def call(self, func: Callable, values: list[Tensor]) -> list[Tensor]:
+        """The outputs for these values; everything else is as it was, and kept from being written to."""
+        chosen = {id(t): v for t, v in zip(self.tracked, values, strict=True)}
+        copies: dict[int, Tensor] = {}
+
+        def replaced(t: Tensor) -> Tensor:
+            if id(t) not in copies:
+                copies[id(t)] = chosen[id(t)].clone() if id(t) in chosen else t.detach().clone()
+            return copies[id(t)]
+
+        args, kwargs = map_tensors(replaced, (self.args, self.kwargs))
+        torch.manual_seed(0)
+        result = func(*args, **kwargs)
+        if base_name(func) == "__setitem__":
+            result = args[0]
+        return list(tensors_in(result))
+
+
+def forms_of(
+    func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, *, only_few: bool
+) -> tuple[list[Form], bool]:
+    """Where each output holds the rows: tried on few rows, or where sizes are written into the call, on all.
+
+    Args:
+        func: The operation.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        outputs: What it gave.
+        rows: Number of rows of the arguments, at least 2.
+        only_few: Leave it at few rows.
+
+    Returns:
+        A form for each output, and whether what few rows have shown holds for any number of them.
+    """
+    forms: list[Form] = []
+    for count in (_FEW,) if only_few else dict.fromkeys((_FEW, rows)):
+        for scale in (1.0, 3.0):
+            forms = _judged(func, args, kwargs, outputs, rows, (count, scale))
+            if all(not form.why for form in forms):
+                return forms, count != rows
+        if any(form.mixes for form in forms):
+            break
+    return forms, False
+
+
+def _judged(
+    func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, trial: tuple[int, float]
+) -> list[Form]:
+    """One trial, compared with the shapes of the real outputs."""
+    try:
+        forms = _tried(func, args, kwargs, *trial)
+    except Exception as error:  # noqa: BLE001 - whatever an operation raises on other values or sizes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return [Form(why=f"cannot be tried on other values ({reason})")] * len(outputs)
+    if len(forms) != len(outputs):
+        return [Form(why="gives a number of results that depends on the examples")] * len(outputs)
+    return [
+        form if form.why or (fits(form, t, rows) and _told(form, t)) else Form(why=_unclear(t))
+        for form, t in zip(forms, outputs, strict=True)
+    ]
+
+
+def _unclear(t: Tensor) -> str:
+    return f"has a result of shape {list(t.shape)}, no axis of which was seen to follow the examples"
+
+
+def _told(form: Form, t: Tensor) -> bool:
+    """A result with a gradient depends on the rows, even if no trial showed it."""
+    return form.axis is not None or bool(form.why) or not t.requires_grad
+
+
+def fits(form: Form, t: Tensor, rows: int) -> bool:
+    """Whether the size of the axis is what the form says."""
+    if form.axis is None:
+        return True
+    return t.dim() > form.axis and t.shape[form.axis] == form.outer * rows * form.inner
+
+
+def _tried(func: Callable, args: tuple, kwargs: dict, rows: int, scale: float) -> list[Form]:
+    devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        made = _Made(args, kwargs, rows, scale)
+        base = made.call(func, made.values)
+        numbers = torch.arange(rows)
+        found = [[torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in base] for _ in range(2)]
+        owner = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in base]
+        told = [torch.ones(t.shape, dtype=torch.bool, device=t.device) for t in base]
+        mixed = [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in base]
+        for bit in range(max(1, (rows - 1).bit_length())):
+            for value in (0, 1):
+                after = made.call(func, made.changed((numbers >> bit & 1) == value))
+                found[value] = [_differs(a, b) for a, b in zip(base, after, strict=True)]
+            for i, (zero, one) in enumerate(zip(*found, strict=True)):
+                mixed[i] |= zero & one
+                told[i] &= zero ^ one
+                owner[i] += one.long() << bit
+    return [_form(o.masked_fill(~t, -1), m, rows) for o, t, m in zip(owner, told, mixed, strict=True)]
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Where two results differ, beyond what a kernel's order of summation may change."""
+    if a.shape != b.shape:
+        raise ValueError("the shape of its result depends on the values")
+    if not (a.is_floating_point() or a.is_complex()):
+        return a != b
+    close = (a - b).abs() <= 1e-6 * (a.abs() + b.abs())
+    return ~(close | (a == b) | (a.isnan() & b.isnan()))
+
+
+def _form(owner: Tensor, mixed: Tensor, rows: int) -> Form:
+    """The one way of counting the rows along an axis that agrees with all owners that were seen."""
+    if bool(mixed.any()):
+        return Form(why="mixes examples: entries of its result depend on several of them", mixes=True)
+    seen = owner >= 0
+    if not bool(seen.any()):
+        return Form()
+    candidates = []
+    for axis in range(owner.dim()):
+        size = owner.shape[axis]
+        if size % rows:
+            continue
+        for inner in (i for i in range(1, size // rows + 1) if size // rows % i == 0):
+            pattern = torch.arange(rows, device=owner.device).view(1, -1, 1)
+            pattern = pattern.expand(size // rows // inner, -1, inner).reshape(-1)
+            shape = [1] * owner.dim()
+            shape[axis] = -1
+            if bool(((owner == pattern.view(shape)) | ~seen).all()):
+                candidates.append(Form(axis, size // rows // inner, inner))
+    if len(candidates) != 1:
+        return Form(why="has a result in which the axis of the examples cannot be told")
+    return candidates[0]
+
+
+def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What decides how an operation treats the examples: shapes, up to the number of rows, and all other arguments.
+
+    Returns:
+        Something hashable; ``None`` if an argument is not.
+    """
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            place = place_of(value)
+            if not isinstance(place, Place):
+                return tuple(value.shape), value.dtype
+            shape = tuple(-1 if axis == place.axis else size for axis, size in enumerate(value.shape))
+            return shape, value.dtype, place.axis, place.outer, place.inner
+        if isinstance(value, (tuple, list)):
+            return tuple(part(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, part(v)) for k, v in value.items())
+        if isinstance(value, slice):
+            return "slice", value.start, value.stop, value.step
+        return value
+
+    key = func, part(args), part(kwargs)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key

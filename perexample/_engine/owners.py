@@ -1,0 +1,143 @@
+"""Operations that only move entries: run once more on the numbers of the examples that the entries belong to.
+
+This is exact whatever indices, masks or orders the operation was given, and whether or not they depend on the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tree import map_tensors, tensors_in
+from ..place import Lost, Place, Space, from_owners
+from .kinds import base_name
+from .table import place_of
+
+# Positions of the arguments that hold values; all others are indices, masks and sizes. The default is the first.
+_VALUES = {
+    "__setitem__": (0, 2), "index_put": (0, 2), "index_put_": (0, 2), "index_add": (0, 3), "index_add_": (0, 3),
+    "index_copy": (0, 3), "index_copy_": (0, 3), "scatter": (0, 3), "scatter_": (0, 3), "scatter_add": (0, 3),
+    "scatter_add_": (0, 3), "masked_scatter": (0, 2), "masked_scatter_": (0, 2), "index_fill": (0, 3),
+    "index_fill_": (0, 3), "_pad_packed_sequence": (0, 3),
+}  # fmt: skip
+_NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source", "src", "value", "padding_value")}
+_ADDING = frozenset("index_add index_add_ scatter_add scatter_add_".split())
+MOVERS = frozenset(
+    "__getitem__ cat concat concatenate stack hstack vstack dstack row_stack column_stack split split_with_sizes chunk "
+    "tensor_split unbind select narrow movedim moveaxis transpose swapaxes swapdims permute tile repeat unfold diagonal "
+    "pad take_along_dim index_select unsafe_chunk unsafe_split t T mT adjoint block_diag tril triu meshgrid".split()
+)
+
+
+def value_positions(func: Any) -> tuple[int, ...]:
+    """Positions of the arguments whose entries are moved."""
+    return _VALUES.get(base_name(func), (0,))
+
+
+def values_of(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors whose entries are moved."""
+    chosen: list[Any] = []
+    for position in value_positions(func):
+        if position < len(args):
+            chosen.append(args[position])
+        else:
+            chosen += [kwargs[name] for name in _NAMED.get(position, ()) if name in kwargs]
+    return list(tensors_in(chosen))
+
+
+def moved(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], space: Space) -> list[Place | None]:
+    """Run the operation on the owners of its values.
+
+    Args:
+        func: The operation.
+        args: Its arguments; what it wrote in place must not have been written yet.
+        kwargs: Its keyword arguments.
+        outputs: What it gave.
+        space: The space of all examples.
+
+    Returns:
+        The place of each output, ``None`` where the entries of one example cannot be told by one axis.
+    """
+    results = owners_after(func, args, kwargs)
+    shapes = [t.shape for t in outputs]
+    if [t.shape for t in results] != shapes:
+        return [None] * len(outputs)
+    return [from_owners(owner, space) for owner in results]
+
+
+def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The owners of the entries of each output; empty if examples meet in one entry."""
+
+    def owner(t: Tensor) -> Tensor:
+        place = place_of(t)
+        if isinstance(place, Lost) or (place is None and not t.is_floating_point() and t.dim() == 0):
+            return torch.full((), -1, device=t.device).expand(t.shape)
+        return entry_owners(t, place)
+
+    new_args, new_kwargs = list(args), dict(kwargs)
+    for position in value_positions(func):
+        if position < len(args):
+            new_args[position] = _replaced(args[position], owner)
+        else:
+            for name in _NAMED.get(position, ()):
+                if name in kwargs:
+                    new_kwargs[name] = _replaced(kwargs[name], owner)
+    name = base_name(func)
+    if name in _ADDING:
+        return _added(new_args, new_kwargs, func)
+    if name == "pad":
+        new_args, new_kwargs = _padding_with_nobody(new_args, new_kwargs)
+    if name == "__setitem__" or name.endswith("_"):
+        new_args[0] = new_args[0].clone()
+    result = func(*new_args, **new_kwargs)
+    return list(tensors_in(new_args[0] if name == "__setitem__" else result))[: _outputs_that_move(name)]
+
+
+def _outputs_that_move(name: str) -> int | None:
+    """Packing returns the sizes of its batches beside the data, and unpacking the lengths."""
+    return 1 if name in ("_pack_padded_sequence", "_pad_packed_sequence") else None
+
+
+def entry_owners(t: Tensor, place: Any) -> Tensor:
+    """Example of each entry, in the tensor's shape."""
+    if place is None:
+        return torch.full((), -1, device=t.device).expand(t.shape)
+    if place.axis is None:
+        owner = place.space.owners(t.device)
+        return (owner[0] if owner.numel() else torch.full((), -1, device=t.device)).expand(t.shape)
+    shape = [1] * t.dim()
+    shape[place.axis] = -1
+    return place.owner_of_entry(t.device).view(shape).expand(t.shape)
+
+
+def _replaced(value: Any, owner: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, (int, float, bool)):
+        return -1
+    return map_tensors(owner, value)
+
+
+def _added(args: list, kwargs: dict, func: Callable) -> list[Tensor]:
+    """Adding into a tensor: the largest owner that meets in an entry, if the smallest is the same."""
+    dim = args[1] if len(args) > 1 else kwargs["dim"]
+    index = args[2] if len(args) > 2 else kwargs["index"]
+    source = args[3] if len(args) > 3 else kwargs.get("source", kwargs.get("src"))
+    if "index_add" in func.__name__:
+        shape = [1] * source.dim()
+        shape[dim] = -1
+        index = index.view(shape).expand(source.shape)
+    top = args[0].clone().scatter_reduce(dim, index, source, "amax")
+    known = torch.where(source < 0, torch.iinfo(source.dtype).max, source)
+    before = torch.where(args[0] < 0, torch.iinfo(source.dtype).max, args[0])
+    bottom = before.scatter_reduce(dim, index, known, "amin")
+    return [top] if bool(((top < 0) | (top == bottom)).all()) else []
+
+
+def _padding_with_nobody(args: list, kwargs: dict) -> tuple[list, dict]:
+    """Constant padding belongs to no example."""
+    mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+    if mode == "constant":
+        args, kwargs = args[:3], {k: v for k, v in kwargs.items() if k != "value"} | {"value": -1}
+    return args, kwargs

@@ -1,0 +1,347 @@
+"""Rules for torch functions that are given parameters, or tensors computed from parameters alone, besides data.
+
+The generic one differentiates the single call again: row by row where a row of the result depends on that row of the
+data only, else on the whole batch with the gradient of the result masked to one row at a time, which assumes nothing
+but the rows of the result. Functions that act elementwise, or put tensors beside each other, have cheaper ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.func import vjp, vmap
+
+from .._norms import BLOCK
+from .._tree import map_tensors, tensors_in
+from ..place import Place
+from ..rule import Call, Rule, at_least_float32
+from ..terms import Dense, Term
+from .generic import autocast_state, random_state, restored
+
+JOINS = frozenset("cat concat concatenate stack".split())
+_ADDS = frozenset("add add_ sub sub_ subtract subtract_ __iadd__ __isub__ __add__ __radd__ __sub__".split())
+
+
+class Slot:
+    """Stands for a parameter in the saved arguments of a call."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        """The name by which `Call.params` has it."""
+        self.name = name
+
+
+class FunctionRule(Rule):
+    """Any torch function: the one call is differentiated again, for each row."""
+
+    batched = ()
+    own_axes = True
+
+    def positions(self, module: Any) -> bool:
+        """What is folded around the rows belongs to them."""
+        return True
+
+    def prepare(
+        self,
+        function: Callable,
+        args: tuple,
+        kwargs: dict,
+        targets: Sequence[Tensor],
+        place_of: Callable[[Tensor], Any],
+        origin_of: Callable[[Tensor], Tensor],
+        in_place: bool,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is to be saved of a call, before it runs.
+
+        Args:
+            function: The function.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            targets: The tensors among them whose gradients are wanted.
+            place_of: Gives the `Place` of a tensor.
+            origin_of: Gives the tensor that one is expanded from, if it is.
+            in_place: Whether the function writes into its first argument.
+
+        Returns:
+            What to save, and the tensors whose gradients are wanted by name.
+        """
+        names = {id(t): str(number) for number, t in enumerate(targets)}
+        params = {str(number): self.target(t, origin_of) for number, t in enumerate(targets)}
+        first = next(iter(tensors_in(args)), None) if in_place and self.keeps_values(function, args, kwargs) else None
+
+        def part(t: Tensor) -> Any:
+            if id(t) in names:
+                return Slot(names[id(t)])
+            if not self.keeps_values(function, args, kwargs):
+                return t.new_empty(0)
+            return t.detach().clone() if t is first else t
+
+        known = [place_of(t) for t in tensors_in((args, kwargs)) if id(t) not in names]
+        saved: dict[str, Any] = {"arguments": map_tensors(part, (args, kwargs)), "places": known, "in_place": in_place}
+        saved["before"] = self.random_state(args, kwargs)
+        return saved, params
+
+    def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The tensor whose gradient is computed for one of the arguments."""
+        return t
+
+    def keeps_values(self, function: Callable, args: tuple, kwargs: dict) -> bool:
+        """Whether the data is needed, and not only its shape."""
+        return True
+
+    def random_state(self, args: tuple, kwargs: dict) -> Any:
+        """State of the random generators before the call."""
+        return random_state(list(tensors_in((args, kwargs))))
+
+    def conclude(
+        self, saved: Mapping[str, Any], outputs: Sequence[Tensor], places: Sequence[Place], chosen: Sequence[int]
+    ) -> dict[str, Any]:
+        """What is to be saved after the call: the rows of its outputs, and the random state if it drew numbers."""
+        before = saved["before"]
+        after = self.random_state((list(outputs),), {}) if before else before
+        drew = any(not torch.equal(a, b) for a, b in zip(before or [], after or [], strict=False))
+        kind = outputs[0].device.type
+        return {
+            "before": None, "rng": before if drew else None, "out_places": list(places), "chosen": list(chosen),
+            "shapes": [t.shape for t in outputs], "autocast": autocast_state(kind),
+        }  # fmt: skip
+
+    def grad_batch(self, call: Call, g: Any) -> dict[str, Tensor]:
+        """Row by row if that is the same, else masked."""
+        upstream = list(g) if isinstance(g, tuple) else [g]
+        places = [*call.saved["places"], *call.saved["out_places"]]
+        regular = all(place is None or place.axis is not None for place in places)
+        if call.n > 1 and regular and not call.saved["in_place"] and not call.saved["rng"]:
+            try:
+                return self._sliced(call, upstream)
+            except Exception:  # noqa: BLE001 - vmap refuses some functions, others need the whole batch: masks are exact
+                pass
+        return self._masked(call, upstream)
+
+    def _run(self, call: Call, params: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The graded outputs of the call for other tensors."""
+        remaining = iter(tensors)
+        filled = map_tensors(lambda _: next(remaining), call.saved["arguments"])
+        args, kwargs = map_tensors(lambda slot: params[slot.name], filled, Slot)
+        if call.saved["in_place"]:
+            args = (args[0].clone(), *args[1:])
+        with torch.autocast(**call.saved["autocast"]):
+            result = call.module(*args, **kwargs)
+        outputs = list(tensors_in(args[0] if result is None else result))
+        return [outputs[i] for i in call.saved["chosen"]]
+
+    def _sliced(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
+        """One vmap over the rows of the call's vjp."""
+        tensors, places = list(tensors_in(call.saved["arguments"])), call.saved["places"]
+        rows = [t if place is None else place.sliced(t) for t, place in zip(tensors, places, strict=True)]
+        cotangents = [p.sliced(g) for p, g in zip(call.saved["out_places"], upstream, strict=True)]
+        params = {name: at_least_float32(b.detach()) for name, b in call.params.items()}
+
+        def one(row: tuple[Tensor, ...], gs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            outputs, pull = vjp(lambda p: tuple(self._run(call, p, row)), params)[:2]
+            if [o.shape for o in outputs] != [g.shape for g in gs]:
+                raise ValueError("one row gives something else than its part of the batch")
+            return pull(tuple(g.to(o.dtype) for g, o in zip(gs, outputs, strict=True)))[0]
+
+        dims = (tuple(None if place is None else 0 for place in places), 0)
+        with torch.enable_grad():
+            return vmap(one, in_dims=dims, randomness="error")(tuple(rows), tuple(cotangents))
+
+    def _masked(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
+        """The whole batch once more, pulled back with the gradient of all rows but one set to zero."""
+        params = {name: at_least_float32(b.detach()).requires_grad_() for name, b in call.params.items()}
+        tensors = list(tensors_in(call.saved["arguments"]))
+        rng = call.saved["rng"]
+        with torch.enable_grad(), restored(rng, tensors) if rng else nullcontext():
+            outputs = self._run(call, params, tensors)
+        gs = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
+        masks = [row_mask(place, g) for place, g in zip(call.saved["out_places"], gs, strict=True)]
+        block = max(1, BLOCK // max(1, sum(g.numel() for g in gs)))
+        parts: dict[str, list[Tensor]] = {name: [] for name in params}
+        for start in range(0, call.n, block):
+            some = [torch.where(m[start : start + block], g, 0) for m, g in zip(masks, gs, strict=True)]
+            grads = pulled_back(outputs, list(params.values()), some)
+            for name, grad in zip(params, grads, strict=True):
+                parts[name].append(grad)
+        return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def row_mask(place: Place, g: Tensor) -> Tensor:
+    """``[M, ...]``, broadcastable to ``[M, *g.shape]``: where row m is."""
+    if place.axis is None:
+        return torch.ones([1] * (g.dim() + 1), dtype=torch.bool, device=g.device)
+    rows = torch.arange(place.space.rows, device=g.device)
+    shape = [place.space.rows] + [1] * g.dim()
+    shape[place.axis + 1] = place.size
+    return (rows.unsqueeze(1) == place.row_of_entry(g.device)).view(shape)
+
+
+def pulled_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of ``[M, ...]`` cotangents at once through a graph that stays; one by one where torch cannot."""
+
+    def run(gs: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        lead = gs[0].shape[:1] if batched else ()
+        with torch.enable_grad():
+            grads = torch.autograd.grad(
+                outputs, inputs, gs, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+        pairs = zip(grads, inputs, strict=True)
+        return [p.new_zeros(*lead, *p.shape) if grad is None else grad.to_dense() for grad, p in pairs]
+
+    if len(cotangents[0]) == 1:
+        return [grad.unsqueeze(0) for grad in run([g[0] for g in cotangents], False)]
+    try:
+        return run(cotangents, True)
+    except RuntimeError:
+        rows = [run([g[m] for g in cotangents], False) for m in range(len(cotangents[0]))]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def rows_of(values: Tensor, place: Place, shape: Size) -> Tensor:
+    """Per row the sum over the entries that share one of a tensor that was broadcast.
+
+    Args:
+        values: A gradient per entry, in the shape of the result.
+        place: Where the result holds the rows.
+        shape: Shape of the tensor before it was broadcast.
+
+    Returns:
+        ``[M, *shape]``.
+    """
+    padded = (1,) * (values.dim() - len(shape)) + tuple(shape)
+    shared = [axis for axis, (a, b) in enumerate(zip(padded, values.shape, strict=True)) if a == 1 and b != 1]
+    if place.axis is None or padded[place.axis] != 1:
+        shared_sum = values.sum(shared, keepdim=True) if shared else values
+        if place.axis is None:
+            return shared_sum.reshape(1, *shape)
+        return torch.where(row_mask(place, shared_sum), shared_sum, 0).reshape(place.space.rows, *shape)
+    split = values.unflatten(place.axis, (place.outer, place.space.rows, place.inner)).movedim(place.axis + 1, 0)
+    folded = [place.axis + 1, place.axis + 2]  # outer and inner lie where the axis was
+    sums = folded + [axis + 1 + (axis > place.axis) for axis in shared if axis != place.axis]
+    return split.sum(sums).reshape(place.space.rows, *shape)
+
+
+class PointwiseRule(FunctionRule):
+    """Functions that act elementwise on arguments broadcast against each other."""
+
+    def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """An expanded tensor by what it repeats, as broadcasting is all that was done to it."""
+        return origin_of(t)
+
+    def keeps_values(self, function: Callable, args: tuple, kwargs: dict) -> bool:
+        """Sums pass gradients on as they are."""
+        return not self._adds(function, args)
+
+    def _adds(self, function: Any, args: tuple) -> bool:
+        return function.__name__ in _ADDS and len(args) == 2 and all(isinstance(a, (Tensor, Slot)) for a in args)
+
+    def random_state(self, args: tuple, kwargs: dict) -> Any:
+        """Nothing is drawn."""
+        return None
+
+    def terms(self, call: Call, g: Any) -> dict[str, Term]:
+        """Elementwise gradients, summed over what shares an entry of the parameter."""
+        place = call.saved["out_places"][0]
+        if isinstance(g, tuple) or not self._broadcasts(call, g):
+            return super().terms(call, g)
+        gradients = self._signed(call, g) if self._adds(call.module, call.saved["arguments"][0]) else self._local(call, g)
+        return {name: Dense(rows_of(gradients[name], place, b.shape)) for name, b in call.params.items()}
+
+    def _broadcasts(self, call: Call, g: Tensor) -> bool:
+        try:
+            return all(torch.broadcast_shapes(b.shape, g.shape) == g.shape for b in call.params.values())
+        except RuntimeError:
+            return False
+
+    def _signed(self, call: Call, g: Tensor) -> dict[str, Tensor]:
+        """Of ``a + alpha b`` or ``a - alpha b``."""
+        args, kwargs = call.saved["arguments"]
+        gradients: dict[str, Tensor] = {}
+        for position, a in enumerate(args):
+            if isinstance(a, Slot):
+                factor = 1.0 if position == 0 else kwargs.get("alpha", 1) * (-1.0 if "sub" in call.module.__name__ else 1.0)
+                before = gradients.get(a.name)
+                gradients[a.name] = factor * g if before is None else before + factor * g
+        return gradients
+
+    def _local(self, call: Call, g: Tensor) -> dict[str, Tensor]:
+        """One gradient per entry of the result."""
+        params = {
+            name: at_least_float32(b.detach()).expand(g.shape).clone().requires_grad_() for name, b in call.params.items()
+        }
+        with torch.enable_grad():
+            outputs = self._run(call, params, list(tensors_in(call.saved["arguments"])))
+        grads = torch.autograd.grad(outputs, list(params.values()), [g.to(outputs[0].dtype)], allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if grad is None else grad
+            for (name, p), grad in zip(params.items(), grads, strict=True)
+        }
+
+
+class JoinRule(FunctionRule):
+    """``cat`` and ``stack``: each tensor's gradient is its part of that of the result."""
+
+    def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """An expanded tensor by what it repeats."""
+        return origin_of(t)
+
+    def keeps_values(self, function: Callable, args: tuple, kwargs: dict) -> bool:
+        """Only shapes count."""
+        return False
+
+    def prepare(self, function: Callable, args: tuple, kwargs: dict, *rest: Any) -> Any:
+        """Where each tensor stands in the result."""
+        saved, params = super().prepare(function, args, kwargs, *rest)
+        tensors = list(args[0] if args else kwargs.get("tensors", ()))
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        return saved | {"sizes": [t.shape for t in tensors], "dim": dim, "targets": list(rest[0]), "of": tensors}, params
+
+    def conclude(
+        self, saved: Mapping[str, Any], outputs: Sequence[Tensor], places: Sequence[Place], chosen: Sequence[int]
+    ) -> dict[str, Any]:
+        """Which part of the result belongs to which parameter."""
+        stacked = len(outputs[0].shape) > len(saved["sizes"][0])
+        dim, start, parts = saved["dim"] % outputs[0].dim(), 0, []
+        for t in saved["of"]:
+            length = 1 if stacked else (t.shape[dim] if t.dim() == outputs[0].dim() else 0)
+            parts += [(str(i), start, length, t.shape) for i, b in enumerate(saved["targets"]) if b is t]
+            start += length
+        cut = {"of": None, "targets": None, "parts": parts, "dim": dim, "stacked": stacked}
+        return super().conclude(saved, outputs, places, chosen) | cut
+
+    def random_state(self, args: tuple, kwargs: dict) -> Any:
+        """Nothing is drawn."""
+        return None
+
+    def terms(self, call: Call, g: Any) -> dict[str, Term]:
+        """Parts of the gradient, summed over what was expanded."""
+        place, dim = call.saved["out_places"][0], call.saved["dim"]
+        sums: dict[str, Tensor] = {}
+        for name, start, length, shape in call.saved["parts"]:
+            b = call.params[name]
+            if place.axis == dim:  # the tensor stands among the rows, and only those of its own entries count
+                kept = torch.where(row_mask(place, g), g, 0).narrow(dim + 1, start, length)
+                kept = kept.squeeze(dim + 1) if call.saved["stacked"] else kept
+                one = torch.stack([row.sum_to_size(_padded(b.shape, row.dim())).reshape(b.shape) for row in kept])
+            else:
+                part = g.narrow(dim, start, length)
+                if call.saved["stacked"]:
+                    part = part.squeeze(dim)
+                    moved = place if place.axis is None or place.axis < dim else place.at(place.axis - 1)
+                else:
+                    moved = place
+                one = rows_of(part, moved, b.shape)
+            sums[name] = one if name not in sums else sums[name] + one
+        return {name: Dense(rows) for name, rows in sums.items()}
+
+
+def _padded(shape: Size, dims: int) -> tuple[int, ...]:
+    return (1,) * (dims - len(shape)) + tuple(shape)
+
+
+__all__ = ["JOINS", "FunctionRule", "JoinRule", "PointwiseRule", "pulled_back"]
