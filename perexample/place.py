@@ -122,13 +122,14 @@ class Lost:
         where: The operation and the module.
         why: What went wrong there.
         mixes: Whether examples were seen to be mixed, as opposed to an axis that cannot be known.
+        error: What is to be raised, where it is known already.
     """
 
-    __slots__ = ("mixes", "record", "where", "why")
+    __slots__ = ("error", "mixes", "record", "where", "why")
 
-    def __init__(self, record: Any, where: str, why: str, mixes: bool) -> None:
+    def __init__(self, record: Any, where: str, why: str, mixes: bool, error: Exception | None = None) -> None:
         """Remember where it happened first; what is computed from the tensor is lost for the same reason."""
-        self.record, self.where, self.why, self.mixes = record, where, why, mixes
+        self.record, self.where, self.why, self.mixes, self.error = record, where, why, mixes, error
 
     def __repr__(self) -> str:
         """For tables."""

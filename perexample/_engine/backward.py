@@ -9,12 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._vjp import pulled_back
 from ..extension import Extension
 from ..rule import Call, at_least_float32, checked_terms
-from ..rules.function import pulled_back
 from ..terms import Dense, Term, combine
 from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
-from .follow import Follow
 from .state import quiet
 from .tap import Tap
 from .view import ParameterView
@@ -80,8 +79,7 @@ class Backward:
             tap.hook_last()
         inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
         try:
-            with Follow():  # a checkpoint repeats operations, which must save what they saved before
-                backward(inputs)
+            backward(inputs)
             self._finish(views)
         finally:
             for tap in self.found.taps:

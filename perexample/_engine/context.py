@@ -80,6 +80,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
 
     def __exit__(self, *exc: Any) -> None:
         """Give ``backward`` back."""
+        forget_forwards()  # what an interrupt has left above this context would be taken off instead of it
         _ACTIVE.context = None
         super().__exit__(*exc)
 

@@ -62,10 +62,12 @@ def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, 
 
 def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
     """Errors for what the walk has found that no tap answers for."""
-    for tap in found.taps:
-        if tap.record.refused:
-            name, reason = tap.record.refused[0]
+    records = [tap.record for tap in found.taps] + ([found.lost.record] if found.lost else [])
+    for record in records:
+        if record.refused:
+            name, reason = record.refused[0]
             raise UnsupportedModuleError(f"`{name}` {reason}.")
+    for tap in found.taps:
         if tap.released:
             raise LossError(
                 "The graph of this loss was used by an earlier backward and is gone; run the forward again, or pass "

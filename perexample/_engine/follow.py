@@ -7,22 +7,30 @@ batch was computed from parameters alone. A function that is given both is a tap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._private import function_modes, inside_functorch, metadata, without_dispatch
-from .._tree import tensors_in
+from .._private import (
+    follow_recomputation,
+    function_modes,
+    inside_functorch,
+    metadata,
+    own_parameters,
+    without_dispatch,
+)
+from .._tree import map_tensors, tensors_in
 from ..place import Lost, Place, Space, broadcast, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, base_name, kind_of, writes_in_place
 from .oracle import Form, fits, form_key, forms_of
 from .owners import MOVERS, moved, values_of
-from .state import STATE
+from .state import STATE, resumed
 from .table import origin_of, place_of, put, put_origin
 from .tap import LOST, Tap
 
@@ -44,9 +52,6 @@ class Follow(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
         kwargs = kwargs or {}
-        if func is torch.autograd.backward:  # a checkpoint repeats operations in it, which are to be seen
-            with self:
-                return without_dispatch(func)(*args, **kwargs)
         kind = kind_of(func)
         if kind is Kind.IGNORED or self.ended or STATE.silent():
             return func(*args, **kwargs)
@@ -178,6 +183,12 @@ class _Operation:
                 put(t, place)
         if self.tap is not None and not lost:
             chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
+            if len(chosen) > 1:
+                # One output may be computed from another. Views part what arrives from outside from that.
+                out = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, out)
+                outputs = list(tensors_in(out))
+                for t, place in zip(outputs, places, strict=True):
+                    put(t, place)
             if chosen:
                 self.tap([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
         return out
@@ -299,12 +310,13 @@ class _Operation:
         frame = STATE.frames[-1] if STATE.frames else None
         where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
         name = self.record.numbered((where,), where)
+        follow_recomputation(repeating)
         bound, rule = self._bound(targets)
         if bound is not None:
             self.tap = self._leave_bound(rule, bound, name, edges)
             return
         rule = self._general()
-        saved, params = rule.prepare(self.func, self.args, self.kwargs, targets, place_of, origin_of, self.in_place)
+        saved, params = rule.prepare(self.func, self.args, self.kwargs, _named(targets), place_of, origin_of, self.in_place)
 
         def leave(outputs: list[Tensor], places: list[Place], chosen: list[int]) -> None:
             saved.update(rule.conclude(saved, outputs, places, chosen))
@@ -349,6 +361,20 @@ class _Operation:
             tap.attach(outputs, self.inputs, edges)
 
         return leave
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Around what a checkpoint runs again: operations must save the same tensors as they did before."""
+    with resumed(), Follow():
+        yield
+
+
+def _named(targets: list[Tensor]) -> dict[str, Tensor]:
+    """Names of the tensors given for parameters: those in the module that runs, where it owns them."""
+    own = own_parameters(STATE.frames[-1].module) if STATE.frames else {}
+    names = {id(p): name for name, p in own.items() if p is not None}
+    return {names.get(id(t), f"argument {number}"): t for number, t in enumerate(targets)}
 
 
 def _has_index(index: Any) -> bool:

@@ -14,7 +14,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from .._private import (
     calls_under_way,
+    follow_recomputation,
     global_forward_hooks,
+    has_backward_hooks,
     inside_functorch,
     own_parameters,
     repeats_forward,
@@ -25,9 +27,9 @@ from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
-from .follow import Follow, forget_followers, lose, lost_inputs
+from .follow import Follow, forget_followers, lose, lost_inputs, repeating
 from .state import STATE, Frame
-from .table import forget, place_of, put
+from .table import forget, place_of, put, put_on_edge
 from .tap import Tap
 from .walk import sees_through
 
@@ -110,9 +112,32 @@ class Record:
         """Note the sizes of the outputs too; the user's own tensors are not known any more."""
         self.output_sizes = self._sizes(output)
         self.output_axes = {size for t in tensors_in(output) for size in t.shape}
+        self._judge(list(tensors_in(output)))
         for reference in self.inputs:
             if (t := reference()) is not None and not t.requires_grad:
                 forget(t)
+
+    def _judge(self, outputs: list[Tensor]) -> None:
+        """Mark outputs for which it is clear now that no loss of theirs has per-example gradients."""
+        lost = None
+        try:
+            _ = self.n
+        except BatchAxisError as error:
+            lost = Lost(self, "", "", False, error)
+        for t in outputs:
+            place = place_of(t)
+            if lost is None and isinstance(place, Place) and self._reordered(place):
+                where = f"`{self.root_name}`"
+                why = "returns the examples in another order than it was given them, so that their targets are not theirs"
+                lose([t], Lost(self, where, why, True))
+            elif lost is not None:
+                lose([t], lost)
+
+    def _reordered(self, place: Place) -> bool:
+        """Whether rows are all examples, but each in another's place."""
+        if place.axis is None or place.space.owner is None or place.space.rows != self.space.rows:
+            return False
+        return torch.equal(place.space.owner.sort().values, torch.arange(self.space.rows, device=place.space.owner.device))
 
     @property
     def n(self) -> int:
@@ -190,6 +215,9 @@ class Enter:
         frame = self._inner(module) if frames or repeats_forward() else self._outermost(module, args, kwargs)
         frames.append(frame)
         if not frame.inside:
+            if has_backward_hooks(module):
+                for t in tensors_in((args, kwargs)):
+                    put_on_edge(t)
             self._prepare(frame, args, kwargs)
 
     def _inner(self, module: nn.Module) -> Frame:
@@ -259,9 +287,30 @@ class Exit:
                 output = _leave_opaque(frame, args, kwargs, output)
         finally:
             _close(frame)
+        _refuse_written_buffers(frame)
+        if has_backward_hooks(module) and output is not None:
+            for t in tensors_in(output):
+                put_on_edge(t)
         if not frames and frame.record is not None:
             frame.record.finish(output)
         return output
+
+
+def _refuse_written_buffers(frame: Frame) -> None:
+    """Data that a forward writes into a buffer reaches the model past all gradients."""
+    for name, buffer in frame.module._buffers.items():
+        if buffer is None or place_of(buffer) is None:
+            continue
+        forget(buffer)
+        if frame.record is not None:
+            kind = type(frame.module).__name__
+            frame.record.refused.append(
+                (
+                    frame.name,
+                    f"({kind}) changes its buffer `{name}` in the forward according to the data, past all gradients; "
+                    f"keep data out of buffers, or call .eval() if it then leaves them alone",
+                )
+            )
 
 
 def _close(frame: Frame) -> None:
@@ -307,6 +356,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         output = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, output)
         outputs = graded(output)
     _put_all(tensors_in(output), places)
+    follow_recomputation(repeating)
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place)
     tap.attach(outputs, inputs)
     return output

@@ -67,3 +67,13 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         STATE.quiet -= 1
+
+
+@contextmanager
+def resumed() -> Iterator[None]:
+    """For a part of a forward that is run again: as if nothing else were under way."""
+    kept, STATE.frames, STATE.quiet = (STATE.frames, STATE.quiet), [], 0
+    try:
+        yield
+    finally:
+        STATE.frames, STATE.quiet = kept

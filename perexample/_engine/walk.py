@@ -144,6 +144,8 @@ def sees_through(tensor: Tensor) -> bool:
 def refuse_lost(found: Walk) -> None:
     """Raise if examples cannot be told apart on the way from the parameters to the loss."""
     lost = found.lost
+    if lost is not None and lost.error is not None:
+        raise lost.error
     if lost is not None and lost.mixes:
         raise CrossExampleError(
             f"{lost.where} {lost.why}, so no example has a gradient of its own. Use operations that treat each example "

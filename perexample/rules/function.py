@@ -17,6 +17,7 @@ from torch.func import vjp, vmap
 
 from .._norms import BLOCK
 from .._tree import map_tensors, tensors_in
+from .._vjp import pulled_back
 from ..place import Place
 from ..rule import Call, Rule, at_least_float32
 from ..terms import Dense, Term
@@ -51,7 +52,7 @@ class FunctionRule(Rule):
         function: Callable,
         args: tuple,
         kwargs: dict,
-        targets: Sequence[Tensor],
+        targets: Mapping[str, Tensor],
         place_of: Callable[[Tensor], Any],
         origin_of: Callable[[Tensor], Tensor],
         in_place: bool,
@@ -62,7 +63,7 @@ class FunctionRule(Rule):
             function: The function.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            targets: The tensors among them whose gradients are wanted.
+            targets: The tensors among them whose gradients are wanted, by name.
             place_of: Gives the `Place` of a tensor.
             origin_of: Gives the tensor that one is expanded from, if it is.
             in_place: Whether the function writes into its first argument.
@@ -70,8 +71,8 @@ class FunctionRule(Rule):
         Returns:
             What to save, and the tensors whose gradients are wanted by name.
         """
-        names = {id(t): str(number) for number, t in enumerate(targets)}
-        params = {str(number): self.target(t, origin_of) for number, t in enumerate(targets)}
+        names = {id(t): name for name, t in targets.items()}
+        params = {name: self.target(t, origin_of) for name, t in targets.items()}
         first = next(iter(tensors_in(args)), None) if in_place and self.keeps_values(function, args, kwargs) else None
 
         def part(t: Tensor) -> Any:
@@ -181,27 +182,6 @@ def row_mask(place: Place, g: Tensor) -> Tensor:
     return (rows.unsqueeze(1) == place.row_of_entry(g.device)).view(shape)
 
 
-def pulled_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of ``[M, ...]`` cotangents at once through a graph that stays; one by one where torch cannot."""
-
-    def run(gs: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        lead = gs[0].shape[:1] if batched else ()
-        with torch.enable_grad():
-            grads = torch.autograd.grad(
-                outputs, inputs, gs, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-        pairs = zip(grads, inputs, strict=True)
-        return [p.new_zeros(*lead, *p.shape) if grad is None else grad.to_dense() for grad, p in pairs]
-
-    if len(cotangents[0]) == 1:
-        return [grad.unsqueeze(0) for grad in run([g[0] for g in cotangents], False)]
-    try:
-        return run(cotangents, True)
-    except RuntimeError:
-        rows = [run([g[m] for g in cotangents], False) for m in range(len(cotangents[0]))]
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-
-
 def rows_of(values: Tensor, place: Place, shape: Size) -> Tensor:
     """Per row the sum over the entries that share one of a tensor that was broadcast.
 
@@ -299,7 +279,7 @@ class JoinRule(FunctionRule):
         saved, params = super().prepare(function, args, kwargs, *rest)
         tensors = list(args[0] if args else kwargs.get("tensors", ()))
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        return saved | {"sizes": [t.shape for t in tensors], "dim": dim, "targets": list(rest[0]), "of": tensors}, params
+        return saved | {"sizes": [t.shape for t in tensors], "dim": dim, "targets": dict(rest[0]), "of": tensors}, params
 
     def conclude(
         self, saved: Mapping[str, Any], outputs: Sequence[Tensor], places: Sequence[Place], chosen: Sequence[int]
@@ -309,7 +289,7 @@ class JoinRule(FunctionRule):
         dim, start, parts = saved["dim"] % outputs[0].dim(), 0, []
         for t in saved["of"]:
             length = 1 if stacked else (t.shape[dim] if t.dim() == outputs[0].dim() else 0)
-            parts += [(str(i), start, length, t.shape) for i, b in enumerate(saved["targets"]) if b is t]
+            parts += [(name, start, length, t.shape) for name, b in saved["targets"].items() if b is t]
             start += length
         cut = {"of": None, "targets": None, "parts": parts, "dim": dim, "stacked": stacked}
         return super().conclude(saved, outputs, places, chosen) | cut
@@ -344,4 +324,4 @@ def _padded(shape: Size, dims: int) -> tuple[int, ...]:
     return (1,) * (dims - len(shape)) + tuple(shape)
 
 
-__all__ = ["JOINS", "FunctionRule", "JoinRule", "PointwiseRule", "pulled_back"]
+__all__ = ["JOINS", "FunctionRule", "JoinRule", "PointwiseRule"]

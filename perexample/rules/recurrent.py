@@ -99,59 +99,66 @@ class _Unrolled:
         reverse: Whether the steps are made from the last to the first.
 
     Attributes:
+        a: Pre-activations that come from the input, ``[T, N, G]``, over which the steps write the gates.
         out: What the layer gave before any projection, ``[T, N, H]``.
         result: What it gave, ``[T, N, O]``.
-        grads: After `pull`, gradients of the pre-activations, ``[T, N, blocks, H]``.
-        projected: After `pull`, gradients of the results, if they are projections.
+        grads: After `pull`, gradients of the pre-activations in blocks of H, ``[T, N, blocks * H]``.
+        projected: After `pull`, gradients of the results, ``[T, N, O]``.
     """
-
-    gates = 1
-    hidden = slice(None)  # those blocks of `grads` that are gradients of W_hh h + b_hh, in the order of its rows
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         x: Tensor,
         h: Tensor,
-        c: Tensor | None = None,
+        c: Tensor,
         active: Tensor | None = None,
         reverse: bool = False,
     ) -> None:
         self.weights, self.x, self.h, self.c, self.active, self.reverse = weights, x, h, c, active, reverse
-        steps, n = x.shape[:2]
-        self.sizes = [n] * steps if active is None else active.sum(1).tolist()
-        self.order = range(steps)[::-1] if reverse else range(steps)
-        size = weights["weight_hh"].shape[0] // self.gates
-        self.a = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).unflatten(2, (self.gates, size))
-        self.out = x.new_zeros(steps, n, size)
-        self.result = x.new_zeros(steps, n, h.shape[1]) if "weight_hr" in weights else self.out
-        self._run(h)
+        self.sizes = [x.shape[1]] * x.shape[0] if active is None else active.sum(1).tolist()
+        self.order = range(x.shape[0])[::-1] if reverse else range(x.shape[0])
+        self.w_hh, self.w_hr = weights["weight_hh"], weights.get("weight_hr")
+        self.from_h, self.size = self.w_hh.T, h.shape[1] if self.w_hr is None else self.w_hr.shape[1]
+        self.a = F.linear(x, weights["weight_ih"], self._bias(weights))
+        if active is not None:
+            self.a.masked_fill_(~active[:, :, None], 0.0)
+        self.out, *arrays = self._arrays()
+        self.result = self.out if self.w_hr is None else x.new_zeros(*x.shape[:2], h.shape[1])
+        self._run(h, self._each(self.out, *arrays), self._each(self.result))
 
-    def _run(self, h: Tensor) -> None:
-        w_hh, b_hh, w_hr = self.weights["weight_hh"], self.weights.get("bias_hh"), self.weights.get("weight_hr")
+    def _bias(self, weights: Mapping[str, Tensor]) -> Tensor | None:
+        """What is part of all of `a`: both biases, unless a gate comes between them."""
+        return weights["bias_ih"] + weights["bias_hh"] if "bias_ih" in weights else None
+
+    def _each(self, *arrays: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each step, what these arrays ``[T, N, ...]`` hold for those who take part in it."""
+        steps = zip(*(array.unbind(0) for array in arrays), strict=True)
+        if self.active is None:
+            return list(steps)
+        return [tuple(part[:size] for part in step) for step, size in zip(steps, self.sizes, strict=True)]
+
+    def _run(self, h: Tensor, views: Sequence[tuple[Tensor, ...]], results: Sequence[tuple[Tensor, ...]]) -> None:
         for t in self.order:
-            now = slice(self.sizes[t])
-            b = F.linear(h[now], w_hh, b_hh).unflatten(1, (self.gates, -1))
-            new = self._step(t, now, self.a[t, now], b, h[now])
-            self.out[t, now] = new
-            if w_hr is not None:
-                new = self.result[t, now] = F.linear(new, w_hr)
+            new = self._step(_first(h, self.sizes[t]), *views[t])
+            if self.w_hr is not None:
+                new = torch.mm(new, self.w_hr.T, out=results[t][0])
             h = _replaced(h, new)
 
-    def _step(self, t: int, now: slice, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        """The output ``[n, H]``; writes the gates over ``a``.
-
-        Args:
-            t: The step.
-            now: Those who take part in it.
-            a: Pre-activations ``[n, gates, H]`` that come from the input.
-            b: The same from the hidden state.
-            h: Hidden state before the step, ``[n, O]``.
-        """
+    def _arrays(self) -> list[Tensor]:
+        """What the steps fill, `out` first, each ``[T, N, ...]`` and zero where nobody takes part."""
         raise NotImplementedError
 
-    def _slopes(self) -> Tensor:
-        """Derivatives of the output, or the cell state, by the pre-activations, ``[T, N, blocks, H]``."""
+    def _step(self, h: Tensor, *views: Tensor) -> Tensor:
+        """The output, written into the first of the views of `_arrays`, from the hidden state before, ``[n, O]``."""
+        raise NotImplementedError
+
+    def _slopes(self) -> tuple[Tensor, list[Tensor]]:
+        """For all steps at once, derivatives of the output, or the cell state, by the pre-activations.
+
+        Returns:
+            These, ``[T, N, blocks * H]``, and whatever arrays of them and others `_back` needs.
+        """
         raise NotImplementedError
 
     def previous(self, states: Tensor, first: Tensor) -> Tensor:
@@ -169,38 +176,40 @@ class _Unrolled:
             d_h: Gradient of the last hidden state, ``[N, O]``.
             d_c: Gradient of the last cell state, ``[N, H]``; none where it depends on no trainable parameter.
         """
-        self.grads = self._slopes()
         self.d_c = torch.zeros_like(self.out[0]) if d_c is None else d_c
+        self.grads, arrays = self._slopes()
         if self.active is not None:
-            self.grads.masked_fill_(~self.active[:, :, None, None], 0.0)
-        w_hh, w_hr = self.weights["weight_hh"], self.weights.get("weight_hr")
-        self.projected = torch.zeros_like(g) if w_hr is not None else g
+            self.grads.masked_fill_(~self.active[:, :, None], 0.0)
+        self.projected = g if self.w_hr is None else torch.zeros_like(g)
+        ends, views = self._each(g, self.projected, self.of_hidden()), self._each(*arrays)
         for t in reversed(self.order):
-            now = slice(self.sizes[t])
-            d = d_h[now] + g[t, now]
-            if w_hr is not None:
-                self.projected[t, now] = d
-                d = d @ w_hr
-            past = self._back(t, now, d)
-            inner = self.grads[t, now, self.hidden].flatten(1)
-            d_h = _replaced(d_h, inner @ w_hh if past is None else torch.addmm(past, inner, w_hh))
+            above, projected, inner = ends[t]
+            d = above + _first(d_h, self.sizes[t])
+            if self.w_hr is not None:
+                d = projected.copy_(d) @ self.w_hr
+            past = self._back(d, *views[t])
+            d_h = _replaced(d_h, inner @ self.w_hh if past is None else past.addmm_(inner, self.w_hh))
 
-    def _back(self, t: int, now: slice, d: Tensor) -> Tensor | None:
-        """Turn the slopes of one step into gradients, from that of its output.
+    def _back(self, d: Tensor, *views: Tensor) -> Tensor | None:
+        """Turn the slopes of one step into gradients, from that of its output, ``[n, H]``.
 
         Returns:
             What goes to the hidden state before the step past ``W_hh``, if anything.
         """
-        self.grads[t, now].mul_(d.unsqueeze(1))
-        return None
+        raise NotImplementedError
 
     def of_hidden(self) -> Tensor:
         """Gradients of ``W_hh h + b_hh``, ``[T, N, G]``."""
-        return self.grads[:, :, self.hidden].flatten(2)
+        return self.grads[:, :, : len(self.w_hh)]
 
     def of_input(self) -> Tensor:
         """Gradients of ``W_ih x + b_ih``, ``[T, N, G]``."""
-        return self.grads.flatten(2)
+        return self.grads
+
+
+def _first(state: Tensor, size: int) -> Tensor:
+    """The state of the first examples."""
+    return state if len(state) == size else state[:size]
 
 
 def _replaced(state: Tensor, new: Tensor) -> Tensor:
@@ -211,93 +220,98 @@ def _replaced(state: Tensor, new: Tensor) -> Tensor:
 class _Tanh(_Unrolled):
     """``h' = tanh(a + b)``."""
 
-    def _step(self, t: int, now: slice, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        return a.add_(b).tanh_().squeeze(1)
+    def _arrays(self) -> list[Tensor]:
+        return [self.a]
 
-    def _slopes(self) -> Tensor:
-        return 1 - self.a.square()
+    def _step(self, h: Tensor, *views: Tensor) -> Tensor:
+        return views[0].addmm_(h, self.from_h).tanh_()
+
+    def _slopes(self) -> tuple[Tensor, list[Tensor]]:
+        slopes = 1 - self.a.square()
+        return slopes, [slopes]
+
+    def _back(self, d: Tensor, *views: Tensor) -> None:
+        views[0].mul_(d)
 
 
-class _Relu(_Unrolled):
+class _Relu(_Tanh):
     """``h' = max(a + b, 0)``."""
 
-    def _step(self, t: int, now: slice, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        return a.add_(b).relu_().squeeze(1)
+    def _step(self, h: Tensor, *views: Tensor) -> Tensor:
+        return views[0].addmm_(h, self.from_h).relu_()
 
-    def _slopes(self) -> Tensor:
-        return (self.a > 0).to(self.a.dtype)
+    def _slopes(self) -> tuple[Tensor, list[Tensor]]:
+        slopes = (self.a > 0).to(self.a.dtype)
+        return slopes, [slopes]
 
 
 class _LSTM(_Unrolled):
     """``c' = f c + i g`` and ``h' = o tanh(c')``; gates and blocks are i, f, g, o."""
 
-    gates = 4
+    def _arrays(self) -> list[Tensor]:
+        i, f, g, o = self.a.chunk(4, 2)
+        out, self.cells, self.tanh_c = (torch.zeros_like(i) for _ in range(3))
+        self.now_c = self.c
+        return [out, self.a, self.a[:, :, : 2 * self.size], i, f, g, o, self.cells, self.tanh_c]
 
-    def _run(self, h: Tensor) -> None:
-        assert self.c is not None
-        self.first_c, self.cells, self.tanh_c = self.c, torch.zeros_like(self.out), torch.zeros_like(self.out)
-        super()._run(h)
+    def _step(self, h: Tensor, *views: Tensor) -> Tensor:
+        out, a, i_f, i, f, g, o, cell, tanh_c = views
+        a.addmm_(h, self.from_h)
+        i_f.sigmoid_(), g.tanh_(), o.sigmoid_()
+        torch.addcmul(i * g, f, _first(self.now_c, len(a)), out=cell)
+        self.now_c = _replaced(self.now_c, cell)
+        return torch.mul(o, torch.tanh(cell, out=tanh_c), out=out)
 
-    def _step(self, t: int, now: slice, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        assert self.c is not None
-        a.add_(b)
-        a[:, :2].sigmoid_()
-        a[:, 2].tanh_()
-        a[:, 3].sigmoid_()
-        i, f, g, o = a.unbind(1)
-        c = torch.addcmul(i * g, f, self.c[now], out=self.cells[t, now])
-        self.c = _replaced(self.c, c)
-        return torch.tanh(c, out=self.tanh_c[t, now]) * o
+    def _slopes(self) -> tuple[Tensor, list[Tensor]]:
+        i, f, g, o = self.a.chunk(4, 2)
+        by_c = _through_tanh(o, self.tanh_c)  # of h' by c'
+        of_i, of_f = _through_sigmoid(g, i), _through_sigmoid(self.previous(self.cells, self.c), f)
+        slopes = torch.cat([of_i, of_f, _through_tanh(i, g), _through_sigmoid(self.tanh_c, o)], 2)
+        blocks = slopes.unflatten(2, (4, -1))
+        return slopes, [blocks[:, :, :3], blocks[:, :, 3], by_c, f]
 
-    def _slopes(self) -> Tensor:
-        slopes, (i, f, g, o) = torch.empty_like(self.a), self.a.unbind(2)
-        slopes[:, :, 0] = _through_sigmoid(g, i)
-        slopes[:, :, 1] = _through_sigmoid(self.previous(self.cells, self.first_c), f)
-        slopes[:, :, 2] = _through_tanh(i, g)
-        slopes[:, :, 3] = _through_sigmoid(self.tanh_c, o)
-        self.by_c = _through_tanh(o, self.tanh_c)  # of the output by c'
-        return slopes
-
-    def _back(self, t: int, now: slice, d: Tensor) -> None:
-        d_c = torch.addcmul(self.d_c[now], d, self.by_c[t, now])
-        self.grads[t, now, :3].mul_(d_c.unsqueeze(1))
-        self.grads[t, now, 3].mul_(d)
-        self.d_c = _replaced(self.d_c, d_c.mul_(self.a[t, now, 1]))
+    def _back(self, d: Tensor, *views: Tensor) -> None:
+        of_c, of_o, by_c, f = views
+        d_c = torch.addcmul(_first(self.d_c, len(d)), d, by_c)
+        of_c.mul_(d_c.unsqueeze(1))
+        of_o.mul_(d)
+        self.d_c = _replaced(self.d_c, d_c.mul_(f))
 
 
 class _GRU(_Unrolled):
     """``h' = (1 - z) n + z h`` with ``n = tanh(a + r b)``; gates are r, z, n, blocks r, z, b and a."""
 
-    gates = 3
-    hidden = slice(3)
+    def _bias(self, weights: Mapping[str, Tensor]) -> Tensor | None:
+        return weights.get("bias_ih")
 
-    def _run(self, h: Tensor) -> None:
-        self.b = torch.zeros_like(self.out)
-        super()._run(h)
+    def _arrays(self) -> list[Tensor]:
+        self.b, self.b_hh = torch.zeros_like(self.a), self.weights.get("bias_hh", self.a.new_zeros(1))
+        a_rz, b_rz = self.a[:, :, : 2 * self.size], self.b[:, :, : 2 * self.size]
+        return [self.a.new_zeros(*self.a.shape[:2], self.size), a_rz, b_rz, *self.a.chunk(3, 2), self.b, self._b_n()]
 
-    def _step(self, t: int, now: slice, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
-        a[:, :2].add_(b[:, :2]).sigmoid_()
-        self.b[t, now] = b[:, 2]
-        r, z, n = a.unbind(1)
-        n.addcmul_(r, b[:, 2]).tanh_()
-        return torch.addcmul(n, z, h - n)
+    def _b_n(self) -> Tensor:
+        return self.b[:, :, 2 * self.size :]
 
-    def _slopes(self) -> Tensor:
-        r, z, n = self.a.unbind(2)
-        slopes = self.a.new_empty(*self.out.shape[:2], 4, self.out.shape[2])
-        by_a = _through_tanh(1 - z, n)
-        slopes[:, :, 0] = _through_sigmoid(by_a * self.b, r)
-        slopes[:, :, 1] = _through_sigmoid(self.previous(self.out, self.h) - n, z)
-        slopes[:, :, 2] = by_a * r
-        slopes[:, :, 3] = by_a
-        return slopes
+    def _step(self, h: Tensor, *views: Tensor) -> Tensor:
+        out, a_rz, b_rz, r, z, n, b, b_n = views
+        torch.addmm(self.b_hh, h, self.from_h, out=b)
+        a_rz.add_(b_rz).sigmoid_()
+        n.addcmul_(r, b_n).tanh_()
+        return torch.lerp(n, h, z, out=out)
 
-    def _back(self, t: int, now: slice, d: Tensor) -> Tensor:
-        super()._back(t, now, d)
-        return d * self.a[t, now, 1]
+    def _slopes(self) -> tuple[Tensor, list[Tensor]]:
+        r, z, n = self.a.chunk(3, 2)
+        by_a, by_z = _through_tanh(1 - z, n), _through_sigmoid(self.previous(self.out, self.h) - n, z)
+        slopes = torch.cat([_through_sigmoid(by_a * self._b_n(), r), by_z, by_a * r, by_a], 2)
+        return slopes, [slopes.unflatten(2, (4, -1)), z]
+
+    def _back(self, d: Tensor, *views: Tensor) -> Tensor:
+        slopes, z = views
+        slopes.mul_(d.unsqueeze(1))
+        return d.mul_(z)
 
     def of_input(self) -> Tensor:
-        return torch.cat([self.grads[:, :, :2], self.grads[:, :, 3:]], 2).flatten(2)
+        return torch.cat([self.grads[:, :, : 2 * self.size], self.grads[:, :, 3 * self.size :]], 2)
 
 
 def _algebra(module: Any) -> type[_Unrolled]:
@@ -460,7 +474,7 @@ class _Stack:
             place = layer * len(self.suffixes) + direction
             runs.append(algebra(weights, self.x, h[place], c[place], self.active, bool(direction)))
         self.runs.append(runs)
-        self.x = torch.cat([run.result for run in runs], 2)
+        self.x = torch.cat([run.result for run in runs], 2) if len(runs) > 1 else runs[0].result
 
     def _drop(self, p: float) -> None:
         """Dropout with the numbers that the module drew, on a tensor of the shape and dtype that it had there."""
