@@ -187,15 +187,15 @@ def loss_reduction_of(node: object) -> str | None:
     return _REDUCTION.get(getattr(node, "_saved_reduction", -1))
 
 
-def mean_is_over(node: object) -> tuple[float, int] | None:
-    """What a mean cross-entropy divided by and its number of targets, where the node remembers them."""
+def mean_is_over(node: object) -> tuple[float, Tensor, Tensor] | None:
+    """What a mean cross-entropy divided by, its targets, and which of them are ignored, where the node remembers."""
     try:
         total, target = getattr(node, "_saved_total_weight", None), getattr(node, "_saved_target", None)
     except RuntimeError:  # the graph is freed
         return None
     if loss_reduction_of(node) != "mean" or total is None or target is None:
         return None
-    return float(total), target.numel()
+    return float(total), target, target == getattr(node, "_saved_ignore_index", -100)
 
 
 _HOOK_TABLES = (

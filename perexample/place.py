@@ -21,13 +21,14 @@ class Space:
         record: The forward, as the engine knows it.
         rows: Number of rows M.
         owner: Example of each row, ``[M]``, -1 for none; ``None`` if row n is example n.
+        made: The operation that has chosen the rows, for messages.
     """
 
-    __slots__ = ("owner", "record", "rows")
+    __slots__ = ("made", "owner", "record", "rows")
 
-    def __init__(self, record: Any, rows: int, owner: Tensor | None = None) -> None:
+    def __init__(self, record: Any, rows: int, owner: Tensor | None = None, made: str = "") -> None:
         """Rows of a forward."""
-        self.record, self.rows, self.owner = record, rows, owner
+        self.record, self.rows, self.owner, self.made = record, rows, owner, made
 
     def owners(self, device: Any = None) -> Tensor:
         """Example of each row, ``[M]``."""
@@ -99,6 +100,17 @@ class Place:
     def _thin(self, tensor: Tensor) -> Tensor:
         assert self.axis is not None
         return tensor.movedim(self.axis, 0).unsqueeze(self.axis + 1)
+
+    def each(self, axis: int, size: int) -> Place:
+        """The same with every entry of an axis of this size as a row of its own."""
+        if self.axis is None:
+            if size == self.space.rows:
+                return self
+            owner = self.space.owners()[:1].expand(size)
+            return Place(Space(self.space.record, size, owner, self.space.made), axis)
+        if not self.folded:
+            return self
+        return Place(Space(self.space.record, self.size, self.owner_of_entry(), self.space.made), axis)
 
     @property
     def folded(self) -> bool:
@@ -180,12 +192,13 @@ def broadcast(places: list[tuple[Place, torch.Size]], shape: torch.Size) -> Plac
     return first
 
 
-def from_owners(owner: Tensor, whole: Space) -> Place | None:
+def from_owners(owner: Tensor, whole: Space, made: str = "") -> Place | None:
     """The place of a tensor whose entries are the examples they belong to, -1 for none.
 
     Args:
         owner: Integers of the tensor's shape.
         whole: The space of all examples, used where the rows turn out to be these.
+        made: The operation that has chosen the entries.
 
     Returns:
         The place; ``None`` if more than one axis is needed to tell the examples.
@@ -193,23 +206,27 @@ def from_owners(owner: Tensor, whole: Space) -> Place | None:
     known = owner[owner >= 0]
     if known.numel() == 0 or bool((known == known[0]).all()):
         one = known[:1].cpu() if known.numel() else torch.full((1,), -1)
-        return Place(whole if whole.rows == 1 else Space(whole.record, 1, one), None)
+        return Place(whole if whole.rows == 1 else Space(whole.record, 1, one, made), None)
     for axis in range(owner.dim()):
         flat = owner.movedim(axis, 0).reshape(owner.shape[axis], -1)
         top = flat.amax(1)
         if bool(((flat == top.unsqueeze(1)) | (flat < 0)).all()):
-            return _regular(top, axis, whole) or Place(Space(whole.record, top.numel(), top), axis)
+            return _regular(top, axis, whole) or Place(Space(whole.record, top.numel(), top, made), axis)
     return None
 
 
 def _regular(owner: Tensor, axis: int, whole: Space) -> Place | None:
-    """A place in the space of all examples, if the owners repeat 0 ... N-1 in order."""
+    """A place in the space of all examples, if the owners repeat 0 ... N-1 in order.
+
+    Entries of no known owner are taken to be those of the examples that are missing there, as where a constant has been
+    written over all that was an example's.
+    """
     size, n = owner.numel(), whole.rows
     if n < 2 or size % n or whole.owner is not None:
         return None
-    changes = (owner[1:] != owner[:-1]).nonzero()
-    inner = int(changes[0]) + 1 if changes.numel() else size
-    if size % (n * inner):
-        return None
-    place = Place(whole, axis, size // (n * inner), inner)
-    return place if torch.equal(place.row_of_entry(owner.device), owner) else None
+    known, found = owner >= 0, []
+    for inner in (i for i in range(1, size // n + 1) if size // n % i == 0):
+        place = Place(whole, axis, size // (n * inner), inner)
+        if torch.equal(place.row_of_entry(owner.device)[known], owner[known]):
+            found.append(place)
+    return found[0] if len(found) == 1 else None

@@ -138,13 +138,19 @@ class Rule:
                 return "was called with inputs that hold the examples in different places"
             if place.axis is not None and place.axis >= (1 if features is None else t.dim() - features):
                 return f"was called with an input of shape {list(t.shape)} that holds the examples on axis {place.axis}"
-        return first, [first] * len(outputs)
+        rows = first if features is not None else first.each(0, x.shape[0])
+        return rows, [first] * len(outputs)
 
     def _located_by_itself(self, module: Any, first: Place, outputs: Sequence[Tensor]) -> tuple[Place, list[Place]] | str:
         axis = self.input_axis(module)
+        out = self.output_axes(module, outputs)
         if first.axis is not None and first.axis != axis:
             return f"was called with the examples on axis {first.axis} of its input, but takes them on axis {axis}"
-        return first, [first.at(a) for a in self.output_axes(module, outputs)]
+        return first.each(axis, outputs[0].shape[out[0]]), [first.at(a) for a in out]
+
+    def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
+        """Whether this call is one that the rule knows; otherwise the operations inside are tapped one by one."""
+        return True
 
     def before(self, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the module's forward that `capture` cannot know any more; becomes part of what is saved."""

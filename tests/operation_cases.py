@@ -1808,7 +1808,7 @@ class Refused:
     n: int = 4
 
 
-PLACE = r"`([^`]*\.)?(a|a\.weight|a\.bias|p)\b[^`]*`"
+PLACE = r"`([^`]*\.)?(a|a\.weight|a\.bias|p)\b[^`]*`|`\w+` in `\w+`"  # a parameter or module, or an operation
 
 
 def mixing(name: str, function: Callable, inputs: Callable = tokens, **more: Any) -> Refused:
@@ -1864,7 +1864,7 @@ MIXED = [
     mixing("one-loss-for-all", lambda m, x: (m.a(x) * m.p).square().mean().expand(len(x), 1), match="mean|loss"),
     mixing("shuffled-on-the-batch", lambda m, x: m.a(x.reshape(T, -1, D)).reshape(x.shape) * m.p, exact_is_fine=True),
     mixing("pairs-on-an-axis", _pairs, exact_is_fine=True),
-    mixing("pairs-compared", _pairs_compared, match="view|mean"),
+    mixing("pairs-compared", _pairs_compared, error=PerExampleError, match="view|mean"),
     Refused(
         "batch-norm",
         lambda: Net(_training_batch_norm, w=par(T * D), b=par(T * D)),

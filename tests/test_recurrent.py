@@ -47,8 +47,8 @@ def build(kind, layers=1, **options):
 def initial(module, n):
     """Initial states, as the module wants them."""
     count = module.num_layers * (1 + module.bidirectional)
-    h = randn(count, n, module.proj_size or H, seed=2)
-    return (h, randn(count, n, H, seed=3)) if isinstance(module, nn.LSTM) else h
+    h = randn(count, n, module.proj_size or H, seed=2).requires_grad_()
+    return (h, randn(count, n, H, seed=3).requires_grad_()) if isinstance(module, nn.LSTM) else h
 
 
 def padded(module, n=N, t=T):
@@ -75,6 +75,14 @@ def losses(module, outputs):
         weights = randn(*part.shape[1:], seed=10 + i).to(part.dtype)
         total = total + (weights * part.sin() + part.square()).flatten(1).sum(1)
     return total
+
+
+same = recurrent._same
+
+
+def repeats(out, call):
+    """Whether an output is that of the forward to the last bit."""
+    return torch.equal(recurrent._fingerprint(out), call.saved["print"])
 
 
 class Ran:
@@ -147,7 +155,31 @@ def test_padded(kind, layers, bidirectional, bias, batch_first, state):
 def test_packed(kind, lengths, layers, bidirectional, state):
     module = build(kind, layers, bidirectional=bidirectional, batch_first=layers == 2)
     x = packed(module, lengths)
-    Ran(module, x, *([initial(module, len(lengths))] if state else [])).check()
+    terms = Ran(module, x, *([initial(module, len(lengths))] if state else [])).check()
+    for name, term in terms.items():
+        for n, length in enumerate(lengths):
+            if "weight_ih" in name:  # nothing is left beyond the end of a sequence
+                assert not term.g[n, 0, length:].any()
+                assert not term.x[n, 0, length:].any()
+
+
+@pytest.mark.usefixtures("only_fast")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast(kind):
+    module = build(kind, 2, dropout=0.2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ran = Ran(module, padded(module).float())
+    assert_same({name: term.dense() for name, term in ran.terms().items()}, ran.wanted, 0.1)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_the_slow_way(kind, monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(recurrent, "_same", lambda out, call: next(answers) and repeats(out, call))
+    module = build(kind, 2, dropout=0.2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ran = Ran(module, padded(module).float())
+    assert_same({name: term.dense() for name, term in ran.terms().items()}, ran.wanted, 0.02)
 
 
 @pytest.mark.usefixtures("only_fast")
@@ -222,13 +254,15 @@ def test_a_cell_state_that_depends_on_no_trainable_parameter():
     module = build("proj")
     for name, p in module.named_parameters():
         p.requires_grad_(name == "weight_hr_l0")
-    ran = Ran(module, padded(module, t=1), initial(module, N))
+    ran = Ran(module, padded(module, t=1), map_tensors(torch.detach, initial(module, N)))
     assert len(ran.g) == 2
     ran.check()
 
 
-@pytest.mark.usefixtures("only_fast")
-def test_one_parameter_under_two_names():
+@pytest.mark.parametrize("fast", [True, False])
+def test_one_parameter_under_two_names(fast, monkeypatch):
+    answers = iter([fast, True])
+    monkeypatch.setattr(recurrent, "_same", lambda out, call: next(answers))
     module = nn.GRU(H, H).double()
     module.weight_hh_l0 = module.weight_ih_l0
     x = randn(T, N, H)
@@ -280,11 +314,8 @@ def test_a_chaotic_forward_is_repeated_the_slow_way(dtype):
             p.mul_(6)
     ran = Ran(module.to(dtype), padded(module, 3, 200).to(dtype))
     terms = ran.terms()
-    assert all(isinstance(term, Dense) for term in terms.values())
+    assert all(isinstance(term, Dense) and term.dense().dtype == torch.float32 for term in terms.values())
     assert_same({name: term.dense() for name, term in terms.items()}, ran.wanted, 0.05)
-
-
-same = recurrent._same
 
 
 @pytest.mark.parametrize("form", ["padded", "packed"])

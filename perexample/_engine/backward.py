@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._vjp import pulled_back
+from ..errors import BatchAxisError
 from ..extension import Extension
 from ..rule import Call, at_least_float32, checked_terms
 from ..terms import Dense, Term, combine
@@ -126,11 +127,16 @@ class Backward:
             self.views[id(p)].add(Dense(at_least_float32(rows)))
 
     def _add_terms(self, tap: Tap, call: Call, gradients: dict[int, Tensor]) -> None:
+        if tap.of_nobody(gradients):
+            raise BatchAxisError(
+                f"`{tap.name}` ({tap.kind}) has rows that belong to no example, such as padding put between the examples, "
+                f"and the loss depends on them. Leave them out of the loss, or add them to each example."
+            )
         g: Any = _upstream(tap, gradients)
         if not tap.rule.own_axes:
             g = tap.to_rows(g)
             call.saved |= {name: tap.to_rows(call.saved[name]) for name in tap.rule.batched}
-        owner = tap.owner()
+        owner = tap.owner
         for name, term in checked_terms(tap.rule, call, tap.rule.terms(call, g)).items():
             key = id(tap.params[name])
             term = term if owner is None else term.regrouped(owner, self.n)

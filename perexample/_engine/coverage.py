@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .._private import gradient_hooks, has_hook, mean_is_over
@@ -13,7 +14,9 @@ from ..errors import (
     UncoveredParameterError,
     UnsupportedModuleError,
 )
+from ..place import Place
 from .record import ROOTS, Enter
+from .table import place_of
 from .tap import Tap
 from .walk import Walk, refuse_lost
 
@@ -67,6 +70,7 @@ def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
         if record.refused:
             name, reason = record.refused[0]
             raise UnsupportedModuleError(f"`{name}` {reason}.")
+        _ = record.n  # raises if it cannot be told
     for tap in found.taps:
         if tap.released:
             raise LossError(
@@ -127,12 +131,28 @@ def check_divisors(found: Walk, n: int) -> None:
     """Refuse means whose divisor depends on which targets the other examples have."""
     for node in found.losses:
         over = mean_is_over(node)
-        if over is not None and over[1] >= n and over[0] != over[1]:
+        if over is None:
+            continue
+        total, targets, ignored = over
+        if targets.numel() >= n and total != targets.numel() and not _as_many_each(total, targets, ignored, n):
             raise LossError(
-                f"The loss ({node.name()}) is a mean with the divisor {over[0]:g} over {over[1]} targets (ignored "
+                f"The loss ({node.name()}) is a mean with the divisor {total:g} over {targets.numel()} targets (ignored "
                 f"targets or class weights), which all examples share, so none has a loss of its own. Use "
                 f"reduction='none', average over each example's own targets, then take the mean."
             )
+
+
+def _as_many_each(total: float, targets: Tensor, ignored: Tensor, n: int) -> bool:
+    """Whether each example has the same number of targets that count, and they all count alike."""
+    counted = ~ignored
+    if targets.numel() % n or total != int(counted.sum()):
+        return False
+    place = place_of(targets)
+    if isinstance(place, Place) and place.axis is not None:
+        each = torch.zeros(n, dtype=torch.long).index_add_(0, place.owner_of_entry().cpu(), counted.flatten().long().cpu())
+        return bool((each == each[0]).all()) if targets.dim() == 1 else False
+    each = counted.reshape(n, -1).sum(1)
+    return bool((each == each[0]).all())
 
 
 def number_of_examples(found: Walk) -> int:

@@ -39,6 +39,9 @@ _FORMS: dict[Any, list[Form]] = {}
 _MOST_FORMS = 20_000
 
 
+_OF_THE_FIRST = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND)  # other tensors only say to what shape or type
+
+
 class Follow(TorchFunctionMode):
     """Follows the operations of one outermost forward."""
 
@@ -57,9 +60,12 @@ class Follow(TorchFunctionMode):
             return func(*args, **kwargs)
         tracked: list[tuple[Tensor, Any]] = []
         targets: list[Tensor] = []
-        _scan(args, tracked, targets)
-        if kwargs:
-            _scan(kwargs.values(), tracked, targets)
+        if kind in _OF_THE_FIRST:
+            _scan(args[:1], tracked, targets)
+        else:
+            _scan(args, tracked, targets)
+            if kwargs:
+                _scan(kwargs.values(), tracked, targets)
         if not tracked:
             return _underived(func, kind, args, kwargs, targets)
         if kind is Kind.COMPOSITE:
@@ -154,11 +160,16 @@ class _Operation:
     ) -> None:
         self.func, self.kind, self.args, self.kwargs = func, kind, args, kwargs
         self.tracked = tracked
+        if kind is Kind.MOVE or (base_name(func) == "__getitem__" and _has_index(args[1])):
+            values = values_of(func, args, kwargs)  # indices may be anything, as what they choose is looked at
+            moved_values = [(t, place) for t, place in tracked if any(t is v for v in values)]
+            tracked = self.tracked = moved_values or tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
         self.record = (self.lost or tracked[0][1].space).record
         self.in_place = writes_in_place(func)
         self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
         self.inputs: list[Tensor] = []
+        self.any_rows = kind is Kind.POINTWISE  # whether the call does the same on any number of rows
 
     # -- running it ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +246,10 @@ class _Operation:
         """Arguments that hold different rows can only be put beside each other."""
         if self.kind is Kind.MOVE or base_name(self.func) in MOVERS:
             return self._moved(self.args, outputs)
-        return [self._lost("is given rows of different examples, or in different orders", True)] * len(outputs)
+        made = next((place.space.made for _, place in self.tracked if place.space.made), "")
+        by = f" (from {made})" if made else ""
+        why = f"mixes examples: it is given rows of different ones, or in different orders{by}"
+        return [self._lost(why, True)] * len(outputs)
 
     def _simple(self, outputs: list[Tensor]) -> Place | None:
         """What needs no trial."""
@@ -268,7 +282,7 @@ class _Operation:
     def _moved(self, args: tuple, outputs: list[Tensor]) -> list[Any]:
         with torch.no_grad():
             try:
-                places = moved(self.func, args, self.kwargs, outputs, self.record.space)
+                places = moved(self.func, args, self.kwargs, outputs, self.record.space, self._called())
             except Exception:  # noqa: BLE001 - whatever an operation raises on integers
                 places = [None] * len(outputs)
         return [p or self._lost("leaves no axis that tells the examples apart", False) for p in places]
@@ -278,10 +292,12 @@ class _Operation:
         for known in (key, (key, rows)):
             forms = _FORMS.get(known) if key is not None else None
             if forms and len(forms) == len(outputs) and all(map(fits, forms, outputs, [rows] * len(outputs))):
+                self.any_rows = known is key
                 return [self._from(form) for form in forms]
         movable = base_name(self.func) in MOVERS
         forms, few = forms_of(self.func, self.args, self.kwargs, outputs, rows, only_few=movable)
-        if movable and any(form.why for form in forms):
+        self.any_rows = few
+        if movable and any(form.why or form.axis is None for form in forms):
             return self._moved(self.args, outputs)
         if key is not None:
             if len(_FORMS) > _MOST_FORMS:
@@ -297,7 +313,10 @@ class _Operation:
         return Place(self.tracked[0][1].space, form.axis, form.outer, form.inner)
 
     def _lost(self, why: str, mixes: bool) -> Lost:
-        return Lost(self.record, f"`{name_of(self.func)}` in {_where()}", why, mixes)
+        return Lost(self.record, self._called(), why, mixes)
+
+    def _called(self) -> str:
+        return f"`{name_of(self.func)}` in {_where()}"
 
     # -- taps ---------------------------------------------------------------------------------------------------------
 
@@ -307,22 +326,42 @@ class _Operation:
             return
         self.inputs = [t for t, _ in self.tracked]
         edges = Tap.edges_of(self.inputs)
+        view = self._part_written() if self.in_place else None
+        if view is not None:
+            edges = Tap.edges_of([*self.inputs, view._base])
         frame = STATE.frames[-1] if STATE.frames else None
         where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
         name = self.record.numbered((where,), where)
         follow_recomputation(repeating)
         bound, rule = self._bound(targets)
-        if bound is not None:
+        if bound is not None and view is None:
             self.tap = self._leave_bound(rule, bound, name, edges)
             return
-        rule = self._general()
+        rule = self._general() if view is None else _FUNCTION
         saved, params = rule.prepare(self.func, self.args, self.kwargs, _named(targets), place_of, origin_of, self.in_place)
+        if view is not None:
+            saved |= rule.part_of_base(view)
 
         def leave(outputs: list[Tensor], places: list[Place], chosen: list[int]) -> None:
-            saved.update(rule.conclude(saved, outputs, places, chosen))
-            Tap(name, rule, self.func, params, self.record, saved, places[0]).attach(outputs, self.inputs, edges)
+            if view is not None:
+                base = view._base
+                outputs, places = [base], [place_of(base)]
+            saved.update(rule.conclude(saved, outputs, places, chosen), any_rows=self.any_rows)
+            tap = Tap(name, rule, self.func, params, self.record, saved, places[0], places)
+            tap.attach(outputs, edges, self.inputs)
 
         self.tap = leave
+
+    def _part_written(self) -> Tensor | None:
+        """The view that is written to, if it shows a part only of what it is a view of.
+
+        What is computed later depends on the whole, through another node than the view's.
+        """
+        target = self.args[0]
+        base = target._base if isinstance(target, Tensor) else None
+        if base is None or (base.numel() == target.numel() and base.is_contiguous() and target.is_contiguous()):
+            return None
+        return target if isinstance(place_of(base), Place) else None
 
     def _general(self) -> FunctionRule:
         if self.kind is Kind.POINTWISE and base_name(self.func) != "__setitem__":
@@ -357,8 +396,8 @@ class _Operation:
                 lose(outputs, self._lost(located, False))
                 return
             saved = rule.capture(bound.module, bound.args, {}, outputs[0])
-            tap = Tap(name, rule, bound.module, params, self.record, saved, located[0])
-            tap.attach(outputs, self.inputs, edges)
+            tap = Tap(name, rule, bound.module, params, self.record, saved, *located)
+            tap.attach(outputs, edges, self.inputs)
 
         return leave
 

@@ -30,7 +30,7 @@ _IGNORED = frozenset(
     "is_nonzero equal allclose is_inference is_set_to requires_grad_ detach_ sym_size _version".split()
 )
 _SAME = frozenset(
-    "contiguous clone detach to float double half bfloat16 type cuda cpu int long short bool alias dropout dropout1d "
+    "contiguous clone detach to float double half bfloat16 type type_as cuda cpu int long short bool alias dropout dropout1d "
     "dropout2d dropout3d alpha_dropout feature_alpha_dropout pin_memory positive __pos__ _to_copy nan_to_num".split()
 )
 _RESHAPE = frozenset("view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split())
@@ -41,7 +41,7 @@ _MOVE = frozenset(
     "fliplr rot90 repeat_interleave index_fill index_fill_ _pack_padded_sequence _pad_packed_sequence".split()
 )
 _POINTWISE = frozenset(
-    "__and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ __rfloordiv__ "
+    "copy_ __and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ __rfloordiv__ "
     "__mod__ __rmod__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __iand__ __ior__ __ipow__ "
     "__rand__ __ror__ __lshift__ __rshift__ relu6 hardtanh softsign tanhshrink hardswish hardsigmoid logsigmoid "
     "threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh".split()

@@ -19,6 +19,7 @@ from ..place import Place
 from .kinds import base_name
 from .table import place_of
 
+_TRIALS = 4
 _FEW = 3  # rows; a power of two would hide rotations
 
 
@@ -44,23 +45,29 @@ class Form:
 class _Made:
     """Made-up values in the shapes of an operation's arguments, with another number of rows."""
 
-    def __init__(self, args: tuple, kwargs: dict, rows: int, scale: float) -> None:
-        self.args, self.kwargs, self.rows, self.scale = args, kwargs, rows, scale
-        self.generator = torch.Generator().manual_seed(rows)
+    def __init__(self, args: tuple, kwargs: dict, rows: int, trial: int) -> None:
+        self.args, self.kwargs, self.rows = args, kwargs, rows
+        self.scale = (1.0, 3.0)[trial % 2]
+        self.generator = torch.Generator().manual_seed(rows + 1000 * trial)
         self.tracked = [t for t in tensors_in((args, kwargs)) if isinstance(place_of(t), Place)]
         self.values = [self._values(t) for t in self.tracked]
 
-    def _values(self, t: Tensor) -> Tensor:
+    def _values(self, t: Tensor, old: Tensor | None = None) -> Tensor:
+        """New values, other than the old ones where there are few to choose from."""
         place = place_of(t)
         assert isinstance(place, Place)
         shape = list(t.shape)
         if place.axis is not None:
             shape[place.axis] = place.outer * self.rows * place.inner
         if t.dtype == torch.bool:
-            return (torch.rand(shape, generator=self.generator) < 0.5).to(t.device)
+            return ~old if old is not None else (torch.rand(shape, generator=self.generator) < 0.5).to(t.device)
         if not (t.is_floating_point() or t.is_complex()):
             low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
-            return torch.randint(min(low, 0), high + 1, shape, generator=self.generator).to(t)
+            low = min(low, 0)
+            if old is None or high == low:
+                return torch.randint(low, high + 1, shape, generator=self.generator).to(t)
+            step = torch.randint(1, high - low + 1, shape, generator=self.generator).to(t)
+            return low + (old - low + step) % (high - low + 1)
         made = torch.randn(shape, generator=self.generator, dtype=torch.float64) * self.scale
         return (made.abs() if self.scale != 1 else made).to(t)
 
@@ -73,7 +80,7 @@ class _Made:
             mask = rows.view(1, -1, 1).expand(place.outer, -1, place.inner).reshape(-1).to(old.device)
             shape = [1] * old.dim()
             shape[place.axis] = -1
-            new.append(torch.where(mask.view(shape), self._values(t), old))
+            new.append(torch.where(mask.view(shape), self._values(t, old), old))
         return new
 
     def call(self, func: Callable, values: list[Tensor]) -> list[Tensor]:
@@ -112,17 +119,19 @@ def forms_of(
     """
     forms: list[Form] = []
     for count in (_FEW,) if only_few else dict.fromkeys((_FEW, rows)):
-        for scale in (1.0, 3.0):
-            forms = _judged(func, args, kwargs, outputs, rows, (count, scale))
-            if all(not form.why for form in forms):
+        for trial in range(_TRIALS):
+            forms = _judged(func, args, kwargs, outputs, rows, (count, trial))
+            if all(form.axis is not None for form in forms):
                 return forms, count != rows
-        if any(form.mixes for form in forms):
-            break
+            if any(form.mixes for form in forms):
+                return forms, False
+        if all(not form.why for form in forms):
+            return forms, count != rows
     return forms, False
 
 
 def _judged(
-    func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, trial: tuple[int, float]
+    func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, trial: tuple[int, int]
 ) -> list[Form]:
     """One trial, compared with the shapes of the real outputs."""
     try:
@@ -154,10 +163,10 @@ def fits(form: Form, t: Tensor, rows: int) -> bool:
     return t.dim() > form.axis and t.shape[form.axis] == form.outer * rows * form.inner
 
 
-def _tried(func: Callable, args: tuple, kwargs: dict, rows: int, scale: float) -> list[Form]:
+def _tried(func: Callable, args: tuple, kwargs: dict, rows: int, trial: int) -> list[Form]:
     devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices):
-        made = _Made(args, kwargs, rows, scale)
+        made = _Made(args, kwargs, rows, trial)
         base = made.call(func, made.values)
         numbers = torch.arange(rows)
         found = [[torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in base] for _ in range(2)]

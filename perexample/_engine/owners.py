@@ -23,6 +23,7 @@ _VALUES = {
     "scatter_add_": (0, 3), "masked_scatter": (0, 2), "masked_scatter_": (0, 2), "index_fill": (0, 3),
     "index_fill_": (0, 3), "_pad_packed_sequence": (0, 3),
 }  # fmt: skip
+_INTO = frozenset(_VALUES) - {"_pad_packed_sequence"}
 _NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source", "src", "value", "padding_value")}
 _ADDING = frozenset("index_add index_add_ scatter_add scatter_add_".split())
 MOVERS = frozenset(
@@ -48,7 +49,9 @@ def values_of(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     return list(tensors_in(chosen))
 
 
-def moved(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], space: Space) -> list[Place | None]:
+def moved(
+    func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], space: Space, made: str
+) -> list[Place | None]:
     """Run the operation on the owners of its values.
 
     Args:
@@ -57,15 +60,26 @@ def moved(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], spac
         kwargs: Its keyword arguments.
         outputs: What it gave.
         space: The space of all examples.
+        made: How the operation is called in messages.
 
     Returns:
         The place of each output, ``None`` where the entries of one example cannot be told by one axis.
     """
     results = owners_after(func, args, kwargs)
-    shapes = [t.shape for t in outputs]
-    if [t.shape for t in results] != shapes:
+    shapes = [t.shape for t in outputs][: len(results)]
+    if not results or [t.shape for t in results] != shapes:
         return [None] * len(outputs)
-    return [from_owners(owner, space) for owner in results]
+    if base_name(func) in _INTO and _stays(args[0], results[0]):
+        return [place_of(args[0])]
+    return [from_owners(owner, space, made) for owner in results]
+
+
+def _stays(target: Any, owner: Tensor) -> bool:
+    """Whether only constants, or entries of the same examples, were written into a tensor that holds examples."""
+    place = place_of(target) if isinstance(target, Tensor) else None
+    if not isinstance(place, Place) or owner.shape != target.shape:
+        return False
+    return bool(((owner < 0) | (owner == entry_owners(target, place))).all())
 
 
 def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -73,9 +87,7 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
 
     def owner(t: Tensor) -> Tensor:
         place = place_of(t)
-        if isinstance(place, Lost) or (place is None and not t.is_floating_point() and t.dim() == 0):
-            return torch.full((), -1, device=t.device).expand(t.shape)
-        return entry_owners(t, place)
+        return entry_owners(t, None if isinstance(place, Lost) else place)
 
     new_args, new_kwargs = list(args), dict(kwargs)
     for position in value_positions(func):

@@ -18,6 +18,7 @@ from .._private import (
     global_forward_hooks,
     has_backward_hooks,
     inside_functorch,
+    metadata,
     own_parameters,
     repeats_forward,
     run_first,
@@ -30,8 +31,8 @@ from ..rules.generic import GenericRule, graded
 from .follow import Follow, forget_followers, lose, lost_inputs, repeating
 from .state import STATE, Frame
 from .table import forget, place_of, put, put_on_edge
-from .tap import Tap
-from .walk import sees_through
+from .tap import LOST, Tap
+from .walk import sees_through, tapped_only
 
 
 class _Roots:
@@ -130,8 +131,8 @@ class Record:
                 where = f"`{self.root_name}`"
                 why = "returns the examples in another order than it was given them, so that their targets are not theirs"
                 lose([t], Lost(self, where, why, True))
-            elif lost is not None:
-                lose([t], lost)
+            elif lost is not None and t.grad_fn is not None:
+                metadata(t.grad_fn)[LOST] = lost
 
     def _reordered(self, place: Place) -> bool:
         """Whether rows are all examples, but each in another's place."""
@@ -265,7 +266,12 @@ def _tracked(tree: Any) -> bool:
 def _answers(rule: Rule, module: nn.Module, args: tuple, kwargs: dict, record: Record | None) -> bool:
     """Whether a call is to be tapped: parameters that do not depend on the batch meet data that does."""
     params = unit_parameters(module, rule)
+    inputs = list(tensors_in((args, kwargs)))
     if not params or any(place_of(p) is not None for p in params.values()):
+        return False
+    if any(t.requires_grad and place_of(t) is None for t in inputs):
+        return False  # parameters among the inputs: the operations inside are tapped one by one
+    if not rule.handles(module, *_bound(module, args, kwargs)):
         return False
     return _tracked((args, kwargs)) or (record is not None and rule.counts_rows)
 
@@ -321,8 +327,9 @@ def _close(frame: Frame) -> None:
 
 def _leave_opaque(frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
     """Tap a leaf module as a whole where what it did could not be followed, as in a function of its own."""
-    unknown = [t for t in graded(output) if place_of(t) is None]
-    if not unknown or all(sees_through(t) for t in unknown):
+    outputs = graded(output)
+    edges = Tap.edges_of(list(tensors_in((args, kwargs))))
+    if all(tapped_only(t, edges) if place_of(t) is not None else sees_through(t) for t in outputs):
         return output
     frame.rule = _GENERIC
     return leave_call(_GENERIC, frame, args, kwargs, output)
@@ -357,8 +364,9 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         outputs = graded(output)
     _put_all(tensors_in(output), places)
     follow_recomputation(repeating)
-    tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place)
-    tap.attach(outputs, inputs)
+    kept = [p for t, p in zip(tensors_in(output), places, strict=True) if t.requires_grad]
+    tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
+    tap.attach(outputs, Tap.edges_of(inputs), inputs)
     return output
 
 

@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .._private import gradient_hooks, metadata, version, whole_base
 from .._tree import map_tensors
 from ..errors import StaleGradientError
-from ..place import Place
+from ..place import Place, reshaped
 from ..rule import Call, Rule, at_least_float32
+from .table import put
 
 if TYPE_CHECKING:
     from .backward import Backward
@@ -52,6 +53,7 @@ class Tap:
         params: The parameters that need a gradient, or tensors computed from parameters alone, by name.
         record: The outermost forward that the call belongs to.
         place: Where the call holds the rows.
+        places: Where each output does.
         outputs: Shape, dtype and device of each output that carries gradients.
         inputs: Edges of the graph at which the call's inputs hang.
         run: The backward that wants this tap's gradients, while there is one.
@@ -66,6 +68,7 @@ class Tap:
         record: Record,
         saved: dict[str, Any],
         place: Place,
+        places: list[Place],
     ) -> None:
         """Save what the rule asked for, through autograd."""
         self.name, self.rule, self.module, self.params, self.record = name, rule, module, dict(params), record
@@ -73,7 +76,7 @@ class Tap:
         self.inputs: list[GradientEdge] = []
         self._hooks: list[tuple[weakref.ref[Any], int]] = []
         self.run: Backward | None = None
-        self.place = place
+        self.place, self.places = place, places
         self._versions = {key: version(p) for key, p in params.items()} if rule.reads_parameters else {}
         tensors: list[Tensor] = []
         self._plan = map_tensors(lambda t: _Slot(tensors, t), saved)
@@ -84,12 +87,14 @@ class Tap:
         """Where inputs hang in the graph; to be asked before a function writes into them."""
         return [get_gradient_edge(t) for t in inputs if t.requires_grad]
 
-    def attach(self, outputs: list[Tensor], inputs: list[Tensor], edges: list[GradientEdge] | None = None) -> None:
+    def attach(self, outputs: list[Tensor], edges: list[GradientEdge], inputs: list[Tensor]) -> None:
         """Hook the outputs and mark their graph nodes; remember where the inputs hang."""
-        self.inputs = self.edges_of(inputs) if edges is None else edges
+        self.inputs = edges
         for index, output in enumerate(outputs):
             # A linear layer may return a view of its product; what is written into it in place rewrites the view only.
             source = output if len(outputs) > 1 else _own_base(output, inputs)
+            if source is not output and (place := reshaped(self.places[index], output.shape, source.shape)):
+                put(source, place)  # views of parts of the output are views of this
             edge = get_gradient_edge(source)
             metadata(edge.node).setdefault(KEY, {})[edge.output_nr] = (self, index)
             self.outputs.append((output.shape, output.dtype, output.device))
@@ -117,14 +122,7 @@ class Tap:
         self._check_versions()
         tensors = self._unpacked()
         saved = map_tensors(lambda slot: at_least_float32(tensors[slot.index]), self._plan, _Slot)
-        return Call(self.module, self.name, self._rows(), self.params, saved)
-
-    def _rows(self) -> int:
-        """How many rows the rule sees."""
-        if self.rule.positions(self.module) or not self.outputs[0][0]:
-            return self.place.space.rows
-        axis = self.rule.output_axes(self.module, self.outputs)[0] if self.rule.own_axes else 0
-        return self.outputs[0][0][axis]
+        return Call(self.module, self.name, self.place.space.rows, self.params, saved)
 
     def to_rows(self, t: Tensor) -> Tensor:
         """A tensor with the rows on axis 0, for a rule that wants them there."""
@@ -132,15 +130,23 @@ class Tap:
             return self.place.rows_first(t)
         return t
 
+    def of_nobody(self, gradients: Mapping[int, Tensor]) -> bool:
+        """Whether a gradient arrives at entries that belong to no example."""
+        for index, g in gradients.items():
+            place = self.places[index]
+            owner = place.space.owner
+            if owner is None or not bool((owner < 0).any()):
+                continue
+            entries = place.owner_of_entry(g.device) < 0
+            part = g if place.axis is None else g.movedim(place.axis, 0)[entries]
+            if bool((part != 0).any()):
+                return True
+        return False
+
+    @property
     def owner(self) -> Tensor | None:
         """Example of each row that the rule sees; ``None`` if row n is example n."""
-        space = self.place.space
-        if self.rule.positions(self.module):
-            return space.owner
-        if self.place.axis is None:
-            owner = space.owners()[:1]
-            return None if space.owner is None and self._rows() == space.rows else owner.expand(self._rows())
-        return self.place.owner_of_entry() if self.place.folded or space.owner is not None else None
+        return self.place.space.owner
 
     def _unpacked(self) -> tuple[Tensor, ...]:
         try:
@@ -168,8 +174,10 @@ class Tap:
 
 
 def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:
-    """The tensor of which an output is a view, if the call made it."""
+    """The tensor of which an output is a view, if the call made it, or wrote into it."""
     base = whole_base(output)
+    if any(output is t for t in inputs):
+        return base
     return output if any(base is whole_base(t) or base is t for t in inputs) else base
 
 

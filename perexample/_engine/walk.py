@@ -91,6 +91,8 @@ def _enter(found: Walk, tap: Tap, index: int, edge: GradientEdge) -> None:
     for p in tap.params.values():
         if id(p) not in found.sources:
             found.sources[id(p)] = source_of(p)
+    if not isinstance(tap.module, nn.Module):
+        return  # a function uses what it was given
     own = {id(p) for p in tap.params.values()}
     borders = {edge.node for edge in tap.inputs} | {p.grad_fn for p in tap.params.values() if p.grad_fn is not None}
     stack, seen = [edge.node], set()
@@ -139,6 +141,26 @@ def sees_through(tensor: Tensor) -> bool:
     """Whether operations have shown all that a tensor was computed from, and it is parameters alone."""
     source = source_of(tensor)
     return not source.problem and not source.opaque
+
+
+def tapped_only(tensor: Tensor, edges: list[GradientEdge]) -> bool:
+    """Whether no parameter is reached from an output, on the way to the inputs of a call, but through taps."""
+    borders = {edge.node for edge in edges}
+    stack = [(tensor.grad_fn, tensor.output_nr)]
+    seen: set[Node] = set()
+    while stack:
+        node, number = stack.pop()
+        if node is None or node in borders or node in seen:
+            continue
+        tapped = metadata(node).get(KEY, {}).get(number)
+        if tapped is not None:
+            stack.extend((edge.node, edge.output_nr) for edge in tapped[0].inputs)
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return False
+        stack.extend(node.next_functions)
+    return True
 
 
 def refuse_lost(found: Walk) -> None:

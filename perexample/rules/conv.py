@@ -167,6 +167,11 @@ class ConvRule(Rule):
 
     names = "input weight bias stride padding dilation groups"
 
+    def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
+        """Not a single image without an axis of examples."""
+        x = (*args, *kwargs.values())[0]
+        return x.dim() == len(module.kernel_size) + 2
+
     def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
         """``F.conv*`` and ``F.conv_transpose*``, batched."""
         named = named_arguments(self.names, args, kwargs)

@@ -87,6 +87,13 @@ class FunctionRule(Rule):
         saved["before"] = self.random_state(args, kwargs)
         return saved, params
 
+    def part_of_base(self, view: Tensor) -> dict[str, Any]:
+        """What to save of a view that shows a part of its base, and is written to: the base, and which part it is."""
+        base = view._base
+        assert base is not None
+        part = (list(view.shape), list(view.stride()), view.storage_offset() - base.storage_offset())
+        return {"base": base.detach().clone(memory_format=torch.preserve_format), "part": part}
+
     def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
         """The tensor whose gradient is computed for one of the arguments."""
         return t
@@ -115,9 +122,7 @@ class FunctionRule(Rule):
     def grad_batch(self, call: Call, g: Any) -> dict[str, Tensor]:
         """Row by row if that is the same, else masked."""
         upstream = list(g) if isinstance(g, tuple) else [g]
-        places = [*call.saved["places"], *call.saved["out_places"]]
-        regular = all(place is None or place.axis is not None for place in places)
-        if call.n > 1 and regular and not call.saved["in_place"] and not call.saved["rng"]:
+        if call.n > 1 and call.saved["any_rows"] and not call.saved["in_place"] and not call.saved["rng"]:
             try:
                 return self._sliced(call, upstream)
             except Exception:  # noqa: BLE001 - vmap refuses some functions, others need the whole batch: masks are exact
@@ -129,10 +134,15 @@ class FunctionRule(Rule):
         remaining = iter(tensors)
         filled = map_tensors(lambda _: next(remaining), call.saved["arguments"])
         args, kwargs = map_tensors(lambda slot: params[slot.name], filled, Slot)
-        if call.saved["in_place"]:
+        if "part" in call.saved:
+            base = call.saved["base"].clone()
+            args = (base.as_strided(*call.saved["part"]), *args[1:])
+        elif call.saved["in_place"]:
             args = (args[0].clone(), *args[1:])
         with torch.autocast(**call.saved["autocast"]):
             result = call.module(*args, **kwargs)
+        if "part" in call.saved:
+            return [base]
         outputs = list(tensors_in(args[0] if result is None else result))
         return [outputs[i] for i in call.saved["chosen"]]
 
@@ -209,6 +219,13 @@ def rows_of(values: Tensor, place: Place, shape: Size) -> Tensor:
 class PointwiseRule(FunctionRule):
     """Functions that act elementwise on arguments broadcast against each other."""
 
+    def part_of_base(self, view: Tensor) -> dict[str, Any]:
+        """What to save of a view that shows a part of its base, and is written to: the base, and which part it is."""
+        base = view._base
+        assert base is not None
+        part = (list(view.shape), list(view.stride()), view.storage_offset() - base.storage_offset())
+        return {"base": base.detach().clone(memory_format=torch.preserve_format), "part": part}
+
     def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
         """An expanded tensor by what it repeats, as broadcasting is all that was done to it."""
         return origin_of(t)
@@ -229,7 +246,11 @@ class PointwiseRule(FunctionRule):
         place = call.saved["out_places"][0]
         if isinstance(g, tuple) or not self._broadcasts(call, g):
             return super().terms(call, g)
-        gradients = self._signed(call, g) if self._adds(call.module, call.saved["arguments"][0]) else self._local(call, g)
+        try:
+            adds = self._adds(call.module, call.saved["arguments"][0])
+            gradients = self._signed(call, g) if adds else self._local(call, g)
+        except RuntimeError:  # a function that does not broadcast what it was given here
+            return super().terms(call, g)
         return {name: Dense(rows_of(gradients[name], place, b.shape)) for name, b in call.params.items()}
 
     def _broadcasts(self, call: Call, g: Tensor) -> bool:
@@ -265,6 +286,13 @@ class PointwiseRule(FunctionRule):
 
 class JoinRule(FunctionRule):
     """``cat`` and ``stack``: each tensor's gradient is its part of that of the result."""
+
+    def part_of_base(self, view: Tensor) -> dict[str, Any]:
+        """What to save of a view that shows a part of its base, and is written to: the base, and which part it is."""
+        base = view._base
+        assert base is not None
+        part = (list(view.shape), list(view.stride()), view.storage_offset() - base.storage_offset())
+        return {"base": base.detach().clone(memory_format=torch.preserve_format), "part": part}
 
     def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
         """An expanded tensor by what it repeats."""

@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,10 @@ from torch.nn.utils.rnn import PackedSequence
 from .._private import kept_state, own_parameters, without_forward_hooks
 from .._tree import map_tensors, tensors_in
 from ..errors import UnsupportedModuleError
+from ..place import Place, Space
 from ..rule import Call, Rule, at_least_float32, only_parameters, register_rule
 from ..terms import Dense, Outer, Term
-from .generic import _only, random_state, restored
+from .generic import _only, autocast_state, random_state, restored
 
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _through_sigmoid = torch.ops.aten.sigmoid_backward  # of a gradient and the output: g y (1 - y)
@@ -257,7 +258,9 @@ class _LSTM(_Unrolled):
     def _step(self, h: Tensor, *views: Tensor) -> Tensor:
         out, a, i_f, i, f, g, o, cell, tanh_c = views
         a.addmm_(h, self.from_h)
-        i_f.sigmoid_(), g.tanh_(), o.sigmoid_()
+        i_f.sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
         torch.addcmul(i * g, f, _first(self.now_c, len(a)), out=cell)
         self.now_c = _replaced(self.now_c, cell)
         return torch.mul(o, torch.tanh(cell, out=tanh_c), out=out)
@@ -361,6 +364,10 @@ class RecurrentCellRule(Rule):
     batched = ()
     own_axes = True
 
+    def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
+        """Not a single step without an axis of examples."""
+        return args[0].dim() == 2
+
     def covers(self, module: nn.Module) -> bool:
         """Only weights and biases."""
         return only_parameters(module, *_KINDS[:4])
@@ -383,7 +390,7 @@ class RecurrentCellRule(Rule):
         return _terms(call, run, _Layout())
 
 
-@register_rule(nn.RNN, nn.LSTM, nn.GRU, overwrite=True)
+@register_rule(nn.RNN, nn.LSTM, nn.GRU)
 class RecurrentRule(Rule):
     """Recurrent layers in all their options; the states hold the examples on axis 1.
 
@@ -406,6 +413,29 @@ class RecurrentRule(Rule):
         """As ``batch_first`` says."""
         return 0 if module.batch_first else 1
 
+    def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
+        """Not a single sequence without an axis of examples."""
+        return isinstance(args[0], PackedSequence) or args[0].dim() == 3
+
+    def positions(self, module: Any) -> bool:
+        """Rows are sequences, as `locate` has counted them."""
+        return True
+
+    def locate(
+        self, module: Any, args: tuple, kwargs: dict, outputs: Sequence[Tensor], place_of: Callable[[Tensor], Any]
+    ) -> tuple[Place, list[Place]] | str:
+        """The sequences; of a packed one those that its first steps belong to."""
+        if not isinstance(args[0], PackedSequence):
+            return super().locate(module, args, kwargs, outputs, place_of)
+        data = place_of(args[0].data)
+        owner = None if data is None else _owners_of_sequences(args[0], data)
+        if owner is None:
+            return "was called with a packed sequence in which it cannot be told which steps belong to which example"
+        whole = data.space.record.space
+        same = torch.equal(owner, torch.arange(whole.rows))
+        space = whole if same else Space(data.space.record, owner.numel(), owner, data.space.made)
+        return Place(space, 1), [data, *[Place(space, 1)] * (len(outputs) - 1)]
+
     def before(self, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
         """The random state, if there is dropout between the layers."""
         return {"rng": random_state(list(tensors_in((args, kwargs))))} if _drops(module) else {}
@@ -419,8 +449,8 @@ class RecurrentRule(Rule):
         elif x.dim() == 2:
             return {"problem": "was called with [T, I], which has no axis of examples; pass [N, T, I] or [T, N, I]"}
         out, dropout = next(tensors_in(output)), module.dropout if _drops(module) else 0.0
-        prints = {"print": _fingerprint(out), "dtype": out.dtype}
-        return {"x": x, "packed": packed, "hx": hx, "dropout": dropout, **prints}
+        how = {"dropout": dropout, "dtype": out.dtype, "autocast": autocast_state(out.device.type)}
+        return {"x": x, "packed": packed, "hx": hx, "print": _fingerprint(out), **how}
 
     def terms(self, call: Call, g: Any) -> dict[str, Term]:
         """Outer products over the steps for weights, sums over them for biases."""
@@ -430,6 +460,17 @@ class RecurrentRule(Rule):
         if _same(stack.layout.as_given(stack.x), call):
             return stack.pulled(*upstream)
         return {name: Dense(rows) for name, rows in _one_by_one(call, stack.layout, upstream).items()}
+
+
+def _owners_of_sequences(packed: PackedSequence, place: Place) -> Tensor | None:
+    """Example of each sequence in the original order, if all steps of a sequence belong to it."""
+    steps = place.owner_of_entry().cpu() if place.axis == 0 else place.space.owners().cpu().expand(len(packed.data))
+    sequences = steps[: int(packed.batch_sizes[0])]
+    expected = torch.cat([sequences[:count] for count in packed.batch_sizes.tolist()])
+    if not torch.equal(steps, expected):
+        return None
+    back = packed.unsorted_indices
+    return sequences if back is None else sequences[back.cpu()]
 
 
 class _Stack:
@@ -509,14 +550,17 @@ def _fingerprint(out: Tensor) -> Tensor:
     """Two numbers for each position, ``[..., 2]``: a fixed projection of the output, and the sum of its sizes."""
     values = at_least_float32(out.detach())
     projection = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=values.dtype).cos()
-    return torch.stack([values @ projection, values.abs().sum(-1)], -1)
+    # no matrix product, which autocast would round
+    return torch.stack([(values * projection).sum(-1), values.abs().sum(-1)], -1)
 
 
 def _same(out: Tensor, call: Call) -> bool:
     """Whether a repeated output is that of the forward up to the rounding of its dtype, where that is finite."""
-    old, new, dtype = call.saved["print"], _fingerprint(out), call.saved["dtype"]
-    rough = out.is_cuda and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    eps = torch.finfo(torch.float16 if rough else dtype).eps
+    old, new, autocast = call.saved["print"], _fingerprint(out), call.saved["autocast"]
+    dtypes = [call.saved["dtype"], *([autocast["dtype"]] if autocast["enabled"] else [])]
+    if out.is_cuda and torch.float32 in dtypes:
+        dtypes.append(torch.float16)  # cuDNN uses TF32 by default, which has as many digits
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     sizes = old[..., 1]
     finite = sizes.isfinite()
     close = (new - old).abs().amax(-1) <= eps ** (2 / 3) * (sizes + sizes[finite].mean())
@@ -541,7 +585,8 @@ def _one_by_one(call: Call, layout: _Layout, upstream: Sequence[Tensor]) -> dict
     x, hx = map_tensors(lambda t: t.to(wanted[0].dtype), (call.x, call.saved["hx"]))
     x = PackedSequence(x, *packed) if packed else x
     random = restored(call.saved["rng"], [call.x]) if call.saved["dropout"] else nullcontext()
-    with torch.enable_grad(), random, kept_state(module), without_forward_hooks(module):
+    autocast = torch.autocast(**call.saved["autocast"])
+    with torch.enable_grad(), random, autocast, kept_state(module), without_forward_hooks(module):
         output = functional_call(module, state, (x, hx), tie_weights=False)
     outputs = [t for t in tensors_in(output) if t.requires_grad]
     if not _same(outputs[0], call):
