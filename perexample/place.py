@@ -182,7 +182,7 @@ def broadcast(places: list[tuple[Place, torch.Size]], shape: torch.Size) -> Plac
             aligned = place
         else:
             axis = place.axis + len(shape) - len(own)
-            if own[place.axis] != shape[axis]:
+            if axis < 0 or own[place.axis] != shape[axis]:
                 return None
             aligned = place.at(axis)
         if first is None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .._private import version
 from .._vjp import pulled_back
-from ..errors import BatchAxisError
+from ..errors import BatchAxisError, UncoveredParameterError
 from ..extension import Extension
 from ..rule import Call, at_least_float32, checked_terms
 from ..terms import Dense, Term, combine
@@ -80,7 +81,8 @@ class Backward:
             tap.hook_last()
         inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
         try:
-            backward(inputs)
+            with self._nothing_past_the_graph():
+                backward(inputs)
             self._finish(views)
         finally:
             for tap in self.found.taps:
@@ -88,6 +90,22 @@ class Backward:
         if not retain:
             for tap in self.found.taps:
                 tap.release()
+
+    @contextmanager
+    def _nothing_past_the_graph(self) -> Iterator[None]:
+        """A backward inside of a function's own backward gives gradients to parameters that the graph does not show."""
+        keys = self.unreached if self.context.grad else list(self.views)
+        params = [self.views[key].param for key in keys if key in self.views]
+        before = [(p.grad, None if p.grad is None else version(p.grad)) for p in params]
+        yield
+        for p, (grad, count) in zip(params, before, strict=True):
+            if p.grad is not grad or (grad is not None and version(grad) != count):
+                p.grad = grad
+                raise UncoveredParameterError(
+                    f"Parameter `{self.names[id(p)][1]}` was given a gradient past the graph, by a torch.autograd.Function "
+                    f"that calls backward itself (a reversible or offloading layer?), so its use cannot be seen. Run "
+                    f"this part of the model without that function."
+                )
 
     def arrive(self, tap: Tap, index: int, g: Tensor | None) -> None:
         """Take the gradient of a tap's output; when all live outputs are there, ask the rule."""

@@ -48,10 +48,11 @@ def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, 
             f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
             f"the forward. Replace parameters before the forward, and call extend(model) for new modules."
         )
-    if id(p) not in names and p is given and isinstance(tap.module, nn.Module):
-        names[id(p)] = (p, f"{tap.name}.{name}")  # put in by torch.func.functional_call
-    if id(p) not in names:
-        return
+    if id(p) not in names:  # it took a parameter's place, as by torch.func.functional_call
+        name = f"{tap.name}.{name}"
+        while name in {taken for _, taken in names.values()}:
+            name += "'"
+        names[id(p)] = (p, name)
     if gradient_hooks(p):
         raise UnsupportedModuleError(
             f"Parameter `{names[id(p)][1]}` has a gradient hook (register_hook), which would change its "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .kinds import Kind, base_name, kind_of, writes_in_place
 from .oracle import Form, fits, form_key, forms_of
 from .owners import MOVERS, moved, values_of
 from .state import STATE, resumed
-from .table import origin_of, place_of, put, put_origin
+from .table import forget, origin_of, place_of, put, put_origin
 from .tap import LOST, Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
@@ -299,11 +300,19 @@ class _Operation:
         self.any_rows = few
         if movable and any(form.why or form.axis is None for form in forms):
             return self._moved(self.args, outputs)
+        forms = [self._constant(form, t) for form, t in zip(forms, outputs, strict=True)]
         if key is not None:
             if len(_FORMS) > _MOST_FORMS:
                 _FORMS.clear()
             _FORMS[key if few else (key, rows)] = forms
         return [self._from(form) for form in forms]
+
+    def _constant(self, form: Form, out: Tensor) -> Form:
+        """A result of the same shape that no trial could change, as a softmax over one entry, is where its input is."""
+        x, place = self.tracked[0]
+        if form.axis is None and form.why and not form.mixes and out.shape == x.shape and len(self.tracked) == 1:
+            return Form(place.axis, place.outer, place.inner)
+        return form
 
     def _from(self, form: Form) -> Any:
         if form.why:
@@ -332,7 +341,7 @@ class _Operation:
         frame = STATE.frames[-1] if STATE.frames else None
         where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
         name = self.record.numbered((where,), where)
-        follow_recomputation(repeating)
+        follow_recomputation(partial(repeating, self.record))
         bound, rule = self._bound(targets)
         if bound is not None and view is None:
             self.tap = self._leave_bound(rule, bound, name, edges)
@@ -403,10 +412,17 @@ class _Operation:
 
 
 @contextmanager
-def repeating() -> Iterator[None]:
+def repeating(record: Any) -> Iterator[None]:
     """Around what a checkpoint runs again: operations must save the same tensors as they did before."""
-    with resumed(), Follow():
-        yield
+    known = [(t, place) for t, place in record.inputs() if place_of(t) is None]
+    for t, place in known:
+        put(t, place)
+    try:
+        with resumed(), Follow():
+            yield
+    finally:
+        for t, _ in known:
+            forget(t)
 
 
 def _named(targets: list[Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ _EXPAND = frozenset("expand broadcast_to expand_as".split())
 _MOVE = frozenset(
     "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add index_add_ "
     "index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ roll flip flipud "
-    "fliplr rot90 repeat_interleave index_fill index_fill_ _pack_padded_sequence _pad_packed_sequence".split()
+    "fliplr rot90 as_strided repeat_interleave index_fill index_fill_ _pack_padded_sequence _pad_packed_sequence".split()
 )
 _POINTWISE = frozenset(
     "copy_ __and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ __rfloordiv__ "

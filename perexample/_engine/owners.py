@@ -102,6 +102,8 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
         return _added(new_args, new_kwargs, func)
     if name == "pad":
         new_args, new_kwargs = _padding_with_nobody(new_args, new_kwargs)
+    if name == "as_strided":
+        new_args, new_kwargs = _strided_alike(args, new_args, new_kwargs)
     if name == "__setitem__" or name.endswith("_"):
         new_args[0] = new_args[0].clone()
     result = func(*new_args, **new_kwargs)
@@ -145,6 +147,17 @@ def _added(args: list, kwargs: dict, func: Callable) -> list[Tensor]:
     before = torch.where(args[0] < 0, torch.iinfo(source.dtype).max, args[0])
     bottom = before.scatter_reduce(dim, index, known, "amin")
     return [top] if bool(((top < 0) | (top == bottom)).all()) else []
+
+
+def _strided_alike(args: tuple, new_args: list, kwargs: dict) -> tuple[list, dict]:
+    """Owners that lie in memory as the values do, counted from where these begin."""
+    t, begin = args[0], args[0].storage_offset()
+    alike = torch.empty_strided(t.shape, t.stride(), dtype=torch.long, device=t.device).copy_(new_args[0])
+    rest = list(new_args[1:])
+    if len(rest) > 2 and rest[2] is not None:
+        rest[2] -= begin
+    offset = kwargs.get("storage_offset")
+    return [alike, *rest], kwargs | ({} if offset is None else {"storage_offset": offset - begin})
 
 
 def _padding_with_nobody(args: list, kwargs: dict) -> tuple[list, dict]:

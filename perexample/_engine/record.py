@@ -6,6 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class Record:
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
         self.refused: list[tuple[str, str]] = []
         self.calls: dict[Any, int] = {}
-        self.inputs = [weakref.ref(t) for t in tensors]
+        self._inputs = [weakref.ref(t) for t in tensors]
+        self._places: list[Place | None] = [None] * len(tensors)
         self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)
         if self.input_sizes and not self.pending:
             self._place(tensors)
@@ -97,14 +99,20 @@ class Record:
         for number, t in enumerate(tensors):
             if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.space.rows:
                 continue
-            square = t.dim() > 1 and t.shape[0] == t.shape[1] == self.space.rows
+            square = t.dim() == 2 and t.shape[0] == t.shape[1] == self.space.rows
             if not (number and square and not t.requires_grad and self.space.rows > 1):
-                put(t, Place(self.space, self.batch_dim))
+                self._places[number] = Place(self.space, self.batch_dim)
+                put(t, self._places[number])
+
+    def inputs(self) -> list[tuple[Tensor, Place]]:
+        """Those of the inputs that hold the examples, as far as they are alive."""
+        pairs = ((reference(), place) for reference, place in zip(self._inputs, self._places, strict=True))
+        return [(t, place) for t, place in pairs if t is not None and place is not None]
 
     def settle(self, n: int) -> None:
         """The number of examples has turned up: bags of ids come as one flat list."""
         self.pending, self.space = False, Space(self, n)
-        self._place([t for reference in self.inputs if (t := reference()) is not None and t.dim() > 1])
+        self._place([t for reference in self._inputs if (t := reference()) is not None])
 
     def _sizes(self, tree: Any) -> list[int]:
         return [t.shape[self.batch_dim] for t in tensors_in(tree) if t.dim() > self.batch_dim]
@@ -114,8 +122,8 @@ class Record:
         self.output_sizes = self._sizes(output)
         self.output_axes = {size for t in tensors_in(output) for size in t.shape}
         self._judge(list(tensors_in(output)))
-        for reference in self.inputs:
-            if (t := reference()) is not None and not t.requires_grad:
+        for t, _ in self.inputs():
+            if not t.requires_grad:
                 forget(t)
 
     def _judge(self, outputs: list[Tensor]) -> None:
@@ -363,7 +371,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         output = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, output)
         outputs = graded(output)
     _put_all(tensors_in(output), places)
-    follow_recomputation(repeating)
+    follow_recomputation(partial(repeating, record))
     kept = [p for t, p in zip(tensors_in(output), places, strict=True) if t.requires_grad]
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
     tap.attach(outputs, Tap.edges_of(inputs), inputs)
