@@ -35,8 +35,14 @@ def metadata(node: Node) -> dict[str, Any]:
     return cast("dict[str, Any]", node.metadata)
 
 
+def memory_order(tensor: Tensor) -> list[int] | None:
+    """The axes in the order in which they lie in memory; ``None`` if there are gaps or entries shown twice."""
+    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
 def whole_base(tensor: Tensor) -> Tensor:
-    """The tensor that this one shows entirely and in order, if it is a view; else the tensor itself.
+    """The tensor that this one shows entirely, if it is a view, be it in another order of axes; else the tensor itself.
 
     A view that is written to gets a new place in the graph, its base keeps its own.
 
@@ -46,7 +52,7 @@ def whole_base(tensor: Tensor) -> Tensor:
     base = tensor._base
     if base is None or base.grad_fn is None or base.numel() != tensor.numel():
         return tensor
-    return base if base.is_contiguous() and tensor.is_contiguous() else tensor
+    return base if base.is_contiguous() and memory_order(tensor) is not None else tensor
 
 
 def run_first(module: nn.Module, kind: type) -> None:
@@ -77,19 +83,22 @@ def gradient_hooks(tensor: Tensor) -> dict | None:
     return tensor._backward_hooks
 
 
-def follow_recomputation(around: Callable[[], AbstractContextManager]) -> None:
+def follow_recomputation(around: Callable[[], AbstractContextManager]) -> bool:
     """If an activation checkpoint is under way in this forward, run it again inside of a context.
 
     Its frame is found through the hook that packs saved tensors now.
+
+    Returns:
+        Whether there is one.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     pack = hooks[0] if hooks else None
     if getattr(pack, "__closure__", None) is None or not pack.__qualname__.startswith("_checkpoint_hook"):
-        return
+        return False
     frame = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))["frame"].cell_contents
     recompute = frame.recompute_fn
     if getattr(recompute, "perexample", False):
-        return
+        return True
 
     def followed(*args: Any) -> None:
         with around():
@@ -97,6 +106,7 @@ def follow_recomputation(around: Callable[[], AbstractContextManager]) -> None:
 
     followed.perexample = True  # type: ignore[attr-defined]
     frame.recompute_fn = followed
+    return True
 
 
 def repeats_forward() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,20 +114,22 @@ def check(
     model: nn.Module,
     loss_fn: Callable[..., Tensor],
     *batch: Any,
+    named: Mapping[str, Any] | None = None,
     loss_reduction: str = "mean",
     tolerance: float = 1e-9,
     raises: bool = True,
 ) -> CheckReport:
     """Compare with one ``torch.autograd.grad`` per example, in float64, for every parameter.
 
-    The loss is ``loss_fn(model(*inputs), target)`` with the last of ``batch`` as target, or ``loss_fn(model(x))`` if
-    there is only one. Then, example by example, one is exchanged, and no other's gradient may move. A copy of the model
+    The loss is ``loss_fn(model(*inputs, **named), target)`` with the last of ``batch`` as target, or
+    ``loss_fn(model(x))`` if there is only one. Then, example by example, one is exchanged, and no other's gradient may move. A copy of the model
     is used, with dropout off; yours is left as it is.
 
     Args:
         model: The model; it need not be extended.
         loss_fn: Returns a scalar loss.
         batch: Inputs and target, tensors or nested structures of them, examples on axis 0; two or more examples.
+        named: Inputs by name, such as a ``BatchEncoding``; then ``batch`` may hold the target alone, or nothing.
         loss_reduction: How the loss joins the examples, as for `perex`.
         tolerance: Largest relative error that passes.
         raises: Raise an error if something is wrong; otherwise only the report tells.
@@ -147,7 +149,8 @@ def check(
         True
     """
     model, notes = _prepared(model)
-    batch = tuple(map_tensors(_double, part) for part in batch)
+    by_name = {key: map_tensors(_double, part) for key, part in (named or {}).items()}
+    batch = (by_name, *(map_tensors(_double, part) for part in batch))
     n = _size(batch)
     _refuse_random(model, loss_fn, batch)
     found = _measured(model, loss_fn, batch, loss_reduction)
@@ -194,8 +197,10 @@ def _size(batch: tuple) -> int:
 
 
 def _loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> Tensor:
-    inputs, target = (batch, ()) if len(batch) == 1 else (batch[:-1], batch[-1:])
-    return loss_fn(model(*inputs), *target)
+    by_name, *rest = batch
+    alone = len(rest) == 1 and not by_name
+    inputs, target = (rest, []) if alone or not rest else (rest[:-1], rest[-1:])
+    return loss_fn(model(*inputs, **by_name), *target)
 
 
 def _refuse_random(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> None:

@@ -192,19 +192,21 @@ def broadcast(places: list[tuple[Place, torch.Size]], shape: torch.Size) -> Plac
     return first
 
 
-def from_owners(owner: Tensor, whole: Space, made: str = "") -> Place | None:
+def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: bool = True) -> Place | None:
     """The place of a tensor whose entries are the examples they belong to, -1 for none.
 
     Args:
         owner: Integers of the tensor's shape.
         whole: The space of all examples, used where the rows turn out to be these.
         made: The operation that has chosen the entries.
+        one_example: Whether entries of nobody beside those of a single example are taken to be its own.
 
     Returns:
         The place; ``None`` if more than one axis is needed to tell the examples.
     """
     known = owner[owner >= 0]
-    if known.numel() == 0 or bool((known == known[0]).all()):
+    written = known.numel() < owner.numel() and not one_example
+    if known.numel() == 0 or (not written and bool((known == known[0]).all())):
         one = known[:1].cpu() if known.numel() else torch.full((1,), -1)
         return Place(whole if whole.rows == 1 else Space(whole.record, 1, one, made), None)
     for axis in range(owner.dim()):

@@ -1,27 +1,39 @@
-"""`plan`: which rule answers for which module."""
+"""`plan`: which rule answers for what, and for given inputs every tap that the forward leaves."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ._engine.context import perex
 from ._engine.record import unit_parameters, unit_rule
+from ._engine.state import listening
+from ._engine.tap import Tap
 from ._private import own_parameters
 from ._table import table
-from .rule import refusal, rule_for
+from ._tree import tensors_in
+from .errors import ConfigurationError
+from .extension import Extension, ParameterView
+from .model import extend
+from .rule import Rule, refusal
+from .terms import Term
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One module that has parameters, or is refused.
+    """One module that has parameters, or is refused; or with inputs, one tap.
 
     Attributes:
-        path: Path of the module; empty for the model itself.
-        module: Name of its class.
-        rule: Name of its rule, ``"frozen"``, ``"none"`` or ``"refused"``.
+        path: Path of the module, empty for the model itself; of a tap its name, ``path:function`` for a function.
+        module: Name of its class, or ``"function"``.
+        rule: Name of its rule, ``"frozen"``, ``"operations"`` or ``"refused"``.
         parameters: Its trainable parameters and their shapes.
         note: Why it is refused, or what will happen.
+        axis: Of a tap, where it holds the examples: ``axis 0``, ``axis 1 [2 x N x 4]`` if others are folded into it.
+        norm: Of a tap, how the norms of its gradients will be taken, for each parameter.
     """
 
     path: str
@@ -29,6 +41,8 @@ class PlanRow:
     rule: str
     parameters: dict[str, tuple[int, ...]]
     note: str = ""
+    axis: str = ""
+    norm: str = ""
 
 
 class Plan(list[PlanRow]):
@@ -36,6 +50,10 @@ class Plan(list[PlanRow]):
 
     def __str__(self) -> str:
         """The rows as a table."""
+        if any(row.axis for row in self):
+            header = ("tap", "class", "rule", "trainable", "examples", "norm")
+            rows = [(row.path, row.module, row.rule, _parameters(row), row.axis, row.norm) for row in self]
+            return table(header, rows)
         rows = [(row.path or "(model)", row.module, row.rule, _parameters(row), row.note) for row in self]
         return table(("module", "class", "rule", "trainable", "note"), rows)
 
@@ -46,14 +64,24 @@ def _parameters(row: PlanRow) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in row.parameters.items())
 
 
-def plan(model: nn.Module) -> Plan:
-    """List the modules of a model that hold parameters, with the rule that will differentiate each.
+def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, **named: Any) -> Plan:
+    """List which rule will differentiate what.
+
+    Without inputs: the modules of the model that hold parameters. A module without a rule is seen through: each torch
+    function in it that is given its parameters is tapped. With inputs: one forward and backward of a copy of the model
+    shows every tap, where it holds the examples, and how the norms of its gradients are taken for these shapes.
 
     Args:
         model: Any model; it need not be extended.
+        inputs: Inputs of the model, one batch.
+        batch_dim: Axis of the inputs that holds the examples, as for `extend`.
+        named: Inputs by name.
 
     Returns:
         Rows with path, class, rule and parameters; ``print`` shows them as a table.
+
+    Raises:
+        PerExampleError: With inputs, what a backward would raise; the message names the place.
 
     Example:
         >>> print(plan(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.PReLU())))
@@ -61,7 +89,15 @@ def plan(model: nn.Module) -> Plan:
         -------+--------+------------+-------------------------+-----
         0      | Linear | LinearRule | weight [3, 4], bias [3] |
         2      | PReLU  | PReLURule  | weight [1]              |
+        >>> print(plan(nn.Linear(4, 3, bias=False), torch.ones(8, 50, 4)))
+        tap    | class  | rule       | trainable     | examples | norm
+        -------+--------+------------+---------------+----------+---------------------
+        Linear | Linear | LinearRule | weight [3, 4] | axis 0   | weight: per-example gradients
     """
+    return _taps(model, inputs, named, batch_dim) if inputs or named else _modules(model)
+
+
+def _modules(model: nn.Module) -> Plan:
     rows, inside = Plan(), ""
     for path, module in model.named_modules():
         if inside and (path + ".").startswith(inside):
@@ -69,7 +105,7 @@ def plan(model: nn.Module) -> Plan:
         row = _row(path, module)
         if row is not None:
             rows.append(row)
-            if row.rule not in ("none", "refused", "frozen") and next(module.children(), None) is not None:
+            if row.rule not in ("operations", "refused", "frozen") and next(module.children(), None) is not None:
                 inside = path + "."
     return rows
 
@@ -81,11 +117,46 @@ def _row(path: str, module: nn.Module) -> PlanRow | None:
     rule = unit_rule(module)
     if rule is None:
         own = {n: tuple(p.shape) for n, p in own_parameters(module).items() if p is not None and p.requires_grad}
-        return PlanRow(path, kind, "none", own, "bare parameters: using one is an error that names it") if own else None
+        return PlanRow(path, kind, "operations", own, "seen through: each use of them is tapped") if own else None
     if next(module.parameters(), None) is None:
         return None
     params = {name: tuple(p.shape) for name, p in unit_parameters(module, rule).items()}
-    if not params:
-        return PlanRow(path, kind, "frozen", {})
-    note = "" if rule_for(module) is rule else "no rule of its own: the forward is repeated example by example"
-    return PlanRow(path, kind, type(rule).__name__, params, note)
+    return PlanRow(path, kind, type(rule).__name__ if params else "frozen", params)
+
+
+class _Nothing(Extension):
+    """Asks for nothing, so that only the taps are filled."""
+
+    field = "plan_nothing"
+
+    def compute(self, view: ParameterView) -> None:
+        return None
+
+
+def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int) -> Plan:
+    model = extend(copy.deepcopy(model), batch_dim=batch_dim)
+    rows = Plan()
+
+    def note(tap: Tap, rule: Rule, terms: dict[str, Term]) -> None:
+        shapes = {name: tuple(p.shape) for name, p in tap.params.items()}
+        norms = "; ".join(f"{name}: {term.norm_method()}" for name, term in terms.items())
+        rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), norms))
+
+    with listening(note), perex(_Nothing(), loss_reduction="sum", grad=False):
+        outputs = [t for t in tensors_in(_outputs(model(*inputs, **named))) if t.requires_grad]
+        if not outputs:
+            raise ConfigurationError("The model gives no tensor with a gradient for these inputs, so there are no taps.")
+        _total(outputs).backward()
+    rows.reverse()  # the backward begins at the end
+    return rows
+
+
+def _outputs(output: Any) -> Any:
+    return output if list(tensors_in(output)) else vars(output) if hasattr(output, "__dict__") else output
+
+
+def _total(outputs: list[Tensor]) -> Tensor:
+    total = outputs[0].sum()
+    for t in outputs[1:]:
+        total = total + t.sum()
+    return total

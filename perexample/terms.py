@@ -60,6 +60,10 @@ class Term:
         flat = self.dense().reshape(self.n, self.shape.numel())
         return flat @ flat.T
 
+    def norm_method(self) -> str:
+        """How `batch_l2` will be computed, in words."""
+        return "per-example gradients"
+
     def regrouped(self, owner: Tensor, n: int) -> Term:
         """The same with the rows of each example added up: row m belongs to example ``owner[m]``, -1 for none."""
         kept = owner >= 0
@@ -271,11 +275,28 @@ class Outer(Term):
         # |error| <= (O + I + 2) eps magnitude^2, the last sum being in float64: below 2% of the squared norm it is
         # trusted, and one eps of the magnitude is added so that the norm errs, if at all, upwards.
         eps = torch.finfo(self.g.dtype).eps / 2
-        limit = 0.02 / ((o + i + 2) * eps)
-        if self._dense is None and 2 * positions * (o + i) < o * i and positions < limit:
+        limit = self._limit()
+        if self._dense is None and self._few_positions():
             l2 = gram_norms(self.g, self.x) + eps * self.magnitude_bound().square()
             return mended(self, l2, positions, limit)
         return mended(self, self._norms_of_gradients(keeps(o * i, positions * (o + i))), positions)
+
+    def _limit(self) -> float:
+        """Number of positions up to which the rounding error of a Gram norm is trusted where nothing cancels."""
+        _, o, i = self.sizes
+        return 0.02 / ((o + i + 2) * torch.finfo(self.g.dtype).eps / 2)
+
+    def _few_positions(self) -> bool:
+        """Whether Gram matrices of the positions cost less than the gradients."""
+        _, o, i = self.sizes
+        positions = self.g.shape[2]
+        return 2 * positions * (o + i) < o * i and positions < self._limit()
+
+    def norm_method(self) -> str:
+        """By the number of positions."""
+        if self.g.shape[2] == 1:
+            return "product of the factors' norms"
+        return "Gram matrices of the positions" if self._few_positions() else "per-example gradients"
 
     def _norms_of_gradients(self, keep: bool) -> Tensor:
         """Form the gradients, all at once where they are kept for the weighted sum, else block by block."""
@@ -347,6 +368,10 @@ class Rows(Term):
         example = owner.to(self.example.device)[self.example]
         kept = example >= 0
         return Rows(example[kept], self.ids[kept], self.rows[kept], n, self.shape)
+
+    def norm_method(self) -> str:
+        """Never over the whole table."""
+        return "rows that were touched"
 
     def _per_example(self, values: Tensor, example: Tensor) -> Tensor:
         return values.new_zeros(self.n).index_add_(0, example, values)

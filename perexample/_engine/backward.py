@@ -16,7 +16,7 @@ from ..extension import Extension
 from ..rule import Call, at_least_float32, checked_terms
 from ..terms import Dense, Term, combine
 from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
-from .state import quiet
+from .state import STATE, quiet
 from .tap import Tap
 from .view import ParameterView
 from .walk import Source, Walk
@@ -111,7 +111,7 @@ class Backward:
         """Take the gradient of a tap's output; when all live outputs are there, ask the rule."""
         gradients = self.arrived[tap]
         if g is not None:
-            gradients[index] = g.detach().reshape(tap.outputs[index][0])
+            gradients[index] = tap.in_shape(index, g.detach())
         if len(gradients) == len(self.found.taps[tap]):
             self._complete(tap)
 
@@ -155,9 +155,13 @@ class Backward:
             g = tap.to_rows(g)
             call.saved |= {name: tap.to_rows(call.saved[name]) for name in tap.rule.batched}
         owner = tap.owner
-        for name, term in checked_terms(tap.rule, call, tap.rule.terms(call, g)).items():
+        terms = checked_terms(tap.rule, call, tap.rule.terms(call, g))
+        if owner is not None:
+            terms = {name: term.regrouped(owner, self.n) for name, term in terms.items()}
+        if STATE.listener is not None:
+            STATE.listener(tap, tap.rule, terms)
+        for name, term in terms.items():
             key = id(tap.params[name])
-            term = term if owner is None else term.regrouped(owner, self.n)
             if key in self.parts:
                 self.parts[key].append(term)
             else:

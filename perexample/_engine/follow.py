@@ -22,6 +22,7 @@ from .._private import (
     inside_functorch,
     metadata,
     own_parameters,
+    whole_base,
     without_dispatch,
 )
 from .._tree import map_tensors, tensors_in
@@ -30,9 +31,9 @@ from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, base_name, kind_of, writes_in_place
 from .oracle import Form, fits, form_key, forms_of
-from .owners import MOVERS, moved, values_of
+from .owners import INTO, MOVERS, moved, values_of
 from .state import STATE, resumed
-from .table import forget, origin_of, place_of, put, put_origin
+from .table import origin_of, place_of, put, put_on_edge, put_origin
 from .tap import LOST, Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
@@ -44,9 +45,19 @@ _OF_THE_FIRST = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND)  # other tensors only say
 
 
 class Follow(TorchFunctionMode):
-    """Follows the operations of one outermost forward."""
+    """Follows the operations of one outermost forward.
+
+    Args:
+        repeated: The forward a part of which a checkpoint runs again. Inside of another checkpoint its tensors come back
+            as other objects, which are known by the memory or the place in the graph that they share.
+    """
 
     ended = False
+
+    def __init__(self, repeated: Any = None) -> None:
+        """Nothing is under way yet."""
+        super().__init__()
+        self.repeated = repeated
 
     def leave(self) -> None:
         """End, also if something above on the stack of modes was not taken off by its owner."""
@@ -59,6 +70,8 @@ class Follow(TorchFunctionMode):
         kind = kind_of(func)
         if kind is Kind.IGNORED or self.ended or STATE.silent():
             return func(*args, **kwargs)
+        if self.repeated is not None:
+            _recognise((args, kwargs), self.repeated)
         tracked: list[tuple[Tensor, Any]] = []
         targets: list[Tensor] = []
         if kind in _OF_THE_FIRST:
@@ -75,7 +88,11 @@ class Follow(TorchFunctionMode):
         call = _Operation(func, kind, args, kwargs, tracked)
         if targets and torch.is_grad_enabled():
             call.meet(targets)
-        return call.run()
+        out = call.run()
+        if call.record.checkpointed:  # a checkpoint inside of this one hands its inputs on as other objects
+            for t in tensors_in(out):
+                put_on_edge(t)
+        return out
 
 
 def forget_followers() -> None:
@@ -228,7 +245,7 @@ class _Operation:
         space = self._space()
         if space is None:
             return self._apart(outputs)
-        if space.rows <= 1:
+        if space.rows <= 1 and not self._fills():
             place = Place(space, None)
             return [place] * len(outputs)
         place = self._simple(outputs)
@@ -237,6 +254,11 @@ class _Operation:
         if self._moves_by_data():
             return self._moved(self.args, outputs)
         return self._tried(outputs, space.rows)
+
+    def _fills(self) -> bool:
+        """Whether one example's entries are written among what may become those of others."""
+        into = self.kind is Kind.MOVE and base_name(self.func) in INTO and self.record.space.rows > 1
+        return into and place_of(self.args[0]) is None
 
     def _space(self) -> Space | None:
         """The rows that all arguments hold; ``None`` if they differ."""
@@ -341,7 +363,7 @@ class _Operation:
         frame = STATE.frames[-1] if STATE.frames else None
         where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
         name = self.record.numbered((where,), where)
-        follow_recomputation(partial(repeating, self.record))
+        self.record.checkpointed |= follow_recomputation(partial(repeating, self.record))
         bound, rule = self._bound(targets)
         if bound is not None and view is None:
             self.tap = self._leave_bound(rule, bound, name, edges)
@@ -368,7 +390,7 @@ class _Operation:
         """
         target = self.args[0]
         base = target._base if isinstance(target, Tensor) else None
-        if base is None or (base.numel() == target.numel() and base.is_contiguous() and target.is_contiguous()):
+        if base is None or whole_base(target) is base:
             return None
         return target if isinstance(place_of(base), Place) else None
 
@@ -414,15 +436,18 @@ class _Operation:
 @contextmanager
 def repeating(record: Any) -> Iterator[None]:
     """Around what a checkpoint runs again: operations must save the same tensors as they did before."""
-    known = [(t, place) for t, place in record.inputs() if place_of(t) is None]
-    for t, place in known:
-        put(t, place)
-    try:
-        with resumed(), Follow():
-            yield
-    finally:
-        for t, _ in known:
-            forget(t)
+    with resumed(), Follow(record):
+        yield
+
+
+def _recognise(tree: Any, record: Any) -> None:
+    """Find the inputs of a forward again."""
+    for t in tensors_in(tree):
+        if t.requires_grad or place_of(t) is not None:
+            continue
+        for known, place in record.inputs():
+            if t is known or (t.data_ptr() == known.data_ptr() and t.shape == known.shape and t.dtype == known.dtype):
+                put(t, place)
 
 
 def _named(targets: list[Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ _VALUES = {
     "scatter_add_": (0, 3), "masked_scatter": (0, 2), "masked_scatter_": (0, 2), "index_fill": (0, 3),
     "index_fill_": (0, 3), "_pad_packed_sequence": (0, 3),
 }  # fmt: skip
-_INTO = frozenset(_VALUES) - {"_pad_packed_sequence"}
+INTO = frozenset(_VALUES) - {"_pad_packed_sequence"}
 _NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source", "src", "value", "padding_value")}
 _ADDING = frozenset("index_add index_add_ scatter_add scatter_add_".split())
 MOVERS = frozenset(
@@ -69,9 +69,9 @@ def moved(
     shapes = [t.shape for t in outputs][: len(results)]
     if not results or [t.shape for t in results] != shapes:
         return [None] * len(outputs)
-    if base_name(func) in _INTO and _stays(args[0], results[0]):
+    if base_name(func) in INTO and _stays(args[0], results[0]):
         return [place_of(args[0])]
-    return [from_owners(owner, space, made) for owner in results]
+    return [from_owners(owner, space, made, one_example=base_name(func) not in INTO) for owner in results]
 
 
 def _stays(target: Any, owner: Tensor) -> bool:

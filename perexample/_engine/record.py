@@ -70,6 +70,7 @@ class Record:
         root_name: How the module that was called is named in messages.
         batch_dim: Axis of the inputs that holds the examples.
         refused: Modules called in it that mix examples, with the reason.
+        checkpointed: Whether a part of it will be run again.
         space: The examples; without rows as long as their number is not known.
     """
 
@@ -84,6 +85,7 @@ class Record:
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
         self.refused: list[tuple[str, str]] = []
         self.calls: dict[Any, int] = {}
+        self.checkpointed = False
         self._inputs = [weakref.ref(t) for t in tensors]
         self._places: list[Place | None] = [None] * len(tensors)
         self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)
@@ -302,7 +304,8 @@ class Exit:
         finally:
             _close(frame)
         _refuse_written_buffers(frame)
-        if has_backward_hooks(module) and output is not None:
+        checkpointed = frame.record is not None and frame.record.checkpointed
+        if (checkpointed or has_backward_hooks(module)) and output is not None:
             for t in tensors_in(output):
                 put_on_edge(t)
         if not frames and frame.record is not None:
@@ -371,7 +374,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         output = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, output)
         outputs = graded(output)
     _put_all(tensors_in(output), places)
-    follow_recomputation(partial(repeating, record))
+    record.checkpointed |= follow_recomputation(partial(repeating, record))
     kept = [p for t, p in zip(tensors_in(output), places, strict=True) if t.requires_grad]
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
     tap.attach(outputs, Tap.edges_of(inputs), inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.quiet = 0
+        self.listener: Callable[..., None] | None = None
 
     def silent(self) -> bool:
         """Whether operations are none of our business now."""
@@ -77,3 +78,13 @@ def resumed() -> Iterator[None]:
         yield
     finally:
         STATE.frames, STATE.quiet = kept
+
+
+@contextmanager
+def listening(listener: Callable[..., None]) -> Iterator[None]:
+    """Tell of every tap that a backward completes: the tap, its rule and its terms."""
+    before, STATE.listener = STATE.listener, listener
+    try:
+        yield
+    finally:
+        STATE.listener = before

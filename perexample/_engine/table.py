@@ -48,19 +48,21 @@ def place_of(tensor: Tensor) -> Place | Lost | None:
 
 
 def _adopted(tensor: Tensor) -> Place | Lost | None:
-    """The place of the tensor that was handed through for a full backward hook, if this is what came out."""
-    node = tensor.grad_fn
-    if node is None or not handed_through(node):
+    """The place that was noted of the tensor's edge in the graph, or of what was handed through there."""
+    node, number = tensor.grad_fn, tensor.output_nr
+    if node is None:
         return None
-    before, number = node.next_functions[tensor.output_nr]
-    place = metadata(before).get(_EDGES, {}).get(number) if before is not None else None
+    place = metadata(node).get(_EDGES, {}).get(number)
+    if place is None and handed_through(node):
+        before, number = node.next_functions[number]
+        place = metadata(before).get(_EDGES, {}).get(number) if before is not None else None
     if place is not None:
         put(tensor, place)
     return place
 
 
 def put_on_edge(tensor: Tensor) -> None:
-    """Note the place of a tensor that is about to be handed through."""
+    """Note the place of a tensor by its edge in the graph, as another tensor will stand for it."""
     place = place_of(tensor)
     if place is not None and tensor.grad_fn is not None:
         metadata(tensor.grad_fn).setdefault(_EDGES, {})[tensor.output_nr] = place

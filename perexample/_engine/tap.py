@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._private import gradient_hooks, metadata, version, whole_base
+from .._private import gradient_hooks, memory_order, metadata, version, whole_base
 from .._tree import map_tensors
 from ..errors import StaleGradientError
 from ..place import Place, reshaped
@@ -75,6 +75,7 @@ class Tap:
         self.outputs: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.inputs: list[GradientEdge] = []
         self._hooks: list[tuple[weakref.ref[Any], int]] = []
+        self._orders: dict[int, list[int]] = {}
         self.run: Backward | None = None
         self.place, self.places = place, places
         self._versions = {key: version(p) for key, p in params.items()} if rule.reads_parameters else {}
@@ -93,13 +94,30 @@ class Tap:
         for index, output in enumerate(outputs):
             # A linear layer may return a view of its product; what is written into it in place rewrites the view only.
             source = output if len(outputs) > 1 else _own_base(output, inputs)
-            if source is not output and (place := reshaped(self.places[index], output.shape, source.shape)):
-                put(source, place)  # views of parts of the output are views of this
+            order = memory_order(output) if source is not output else None
+            if order is not None:
+                self._orders[index] = order
+                self._put(self.places[index], output, source, order)
             edge = get_gradient_edge(source)
             metadata(edge.node).setdefault(KEY, {})[edge.output_nr] = (self, index)
             self.outputs.append((output.shape, output.dtype, output.device))
             handle = source.register_hook(_Arrival(self, index))
             self._hooks.append((weakref.ref(gradient_hooks(source)), handle.id))
+
+    def _put(self, place: Place, output: Tensor, source: Tensor, order: list[int]) -> None:
+        """Views of parts of an output are views of what the output is a view of, which is therefore known too."""
+        moved = place if place.axis is None else place.at(order.index(place.axis))
+        known = reshaped(moved, output.permute(order).shape, source.shape)
+        if known is not None:
+            put(source, known)
+
+    def in_shape(self, index: int, g: Tensor) -> Tensor:
+        """The gradient that arrived for an output, in the output's shape."""
+        shape, order = self.outputs[index][0], self._orders.get(index)
+        if order is None:
+            return g.reshape(shape)
+        back = [order.index(axis) for axis in range(len(order))]
+        return g.reshape([shape[axis] for axis in order]).permute(back)
 
     def hook_last(self) -> None:
         """Let the hooks that were put on the outputs after this tap change the gradient first."""

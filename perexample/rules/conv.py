@@ -90,10 +90,18 @@ class Windows(Term):
             return self.unfolded().dense()
         return torch.stack([self._native(x[None], g[None]) for x, g in zip(self.x, self.g, strict=True)])
 
+    def _few_windows(self) -> bool:
+        positions, outputs, entries = self._sizes
+        return 2 * positions * (outputs + entries) < outputs * entries
+
+    def norm_method(self) -> str:
+        """By the number of windows."""
+        return "Gram matrices of the windows" if self._few_windows() else "per-example gradients"
+
     def batch_l2(self) -> Tensor:
         """Squared norms, by the Gram matrices of the windows where these are few, else by the gradients."""
-        positions, outputs, entries = self._sizes
-        if 2 * positions * (outputs + entries) < outputs * entries:
+        positions, _, _ = self._sizes
+        if self._few_windows():
             return self.unfolded().batch_l2()
         if keeps(self.shape.numel(), self.x[0].numel() + self.g[0].numel()):
             self._dense = self.dense()
