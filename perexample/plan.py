@@ -138,7 +138,7 @@ def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int
     rows = Plan()
 
     def note(tap: Tap, rule: Rule, terms: dict[str, Term]) -> None:
-        shapes = {name: tuple(p.shape) for name, p in tap.params.items()}
+        shapes = {_described(tap, name, p): tuple(p.shape) for name, p in tap.params.items()}
         norms = "; ".join(f"{name}: {term.norm_method()}" for name, term in terms.items())
         rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), norms))
 
@@ -149,6 +149,14 @@ def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int
         _total(outputs).backward()
     rows.reverse()  # the backward begins at the end
     return rows
+
+
+def _described(tap: Tap, name: str, given: Tensor) -> str:
+    """A parameter by its name; what was computed from parameters, by theirs."""
+    if given.grad_fn is None or tap.run is None:
+        return name
+    leaves = tap.run.found.sources[id(given)].leaves
+    return f"{name} from {' and '.join(tap.run.names[id(p)][1] for p in leaves if id(p) in tap.run.names)}"
 
 
 def _outputs(output: Any) -> Any:

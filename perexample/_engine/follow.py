@@ -29,7 +29,7 @@ from .._tree import map_tensors, tensors_in
 from ..place import Lost, Place, Space, broadcast, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
-from .kinds import Kind, base_name, kind_of, writes_in_place
+from .kinds import KINDS, Kind, base_name, kind_of, permuted_axis, writes_in_place
 from .oracle import Form, fits, form_key, forms_of
 from .owners import INTO, MOVERS, moved, values_of
 from .state import STATE, resumed
@@ -41,7 +41,7 @@ _FORMS: dict[Any, list[Form]] = {}
 _MOST_FORMS = 20_000
 
 
-_OF_THE_FIRST = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND)  # other tensors only say to what shape or type
+_OF_THE_FIRST = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND, Kind.PERMUTE)  # other tensors only say to what shape or type
 
 
 class Follow(TorchFunctionMode):
@@ -67,7 +67,7 @@ class Follow(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
         kwargs = kwargs or {}
-        kind = kind_of(func)
+        kind = KINDS.get(func) or kind_of(func)
         if kind is Kind.IGNORED or self.ended or STATE.silent():
             return func(*args, **kwargs)
         if self.repeated is not None:
@@ -289,6 +289,8 @@ class _Operation:
             return place if x.shape == out.shape else None
         if kind is Kind.RESHAPE and out.numel() == x.numel():
             return reshaped(place, x.shape, out.shape)
+        if kind is Kind.PERMUTE:
+            return place.at(permuted_axis(self.func, self.args, self.kwargs, place.axis))
         if kind is Kind.EXPAND:
             axis = place.axis + out.dim() - x.dim()
             return place.at(axis) if out.shape[axis] == place.size else None

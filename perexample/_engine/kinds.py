@@ -17,6 +17,7 @@ class Kind(Enum):
     POINTWISE = auto()  # arguments broadcast against each other
     RESHAPE = auto()  # entries keep their order
     EXPAND = auto()  # axes are added in front
+    PERMUTE = auto()  # axes change places
     MOVE = auto()  # entries are moved by indices or orders that may differ from call to call
     COMPOSITE = auto()  # a Python function whose parts are followed instead
     OTHER = auto()  # found out by trying
@@ -35,6 +36,7 @@ _SAME = frozenset(
 )
 _RESHAPE = frozenset("view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split())
 _EXPAND = frozenset("expand broadcast_to expand_as".split())
+_PERMUTE = frozenset("permute transpose swapaxes swapdims t .T .mT adjoint".split())
 _MOVE = frozenset(
     "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add index_add_ "
     "index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ roll flip flipud "
@@ -70,6 +72,8 @@ def _tagged_pointwise(name: str) -> bool:
 
 def _classify(func: Any) -> Kind:
     name = base_name(func)
+    if name in _PERMUTE:
+        return Kind.PERMUTE
     if name.startswith("."):
         if name == ".data":
             return Kind.SAME
@@ -91,15 +95,32 @@ def _classify(func: Any) -> Kind:
     return Kind.POINTWISE if _tagged_pointwise(plain) else Kind.OTHER
 
 
-_KINDS: dict[Any, Kind] = {}
+KINDS: dict[Any, Kind] = {}
 
 
 def kind_of(func: Any) -> Kind:
     """The kind of a torch function, method or property."""
-    kind = _KINDS.get(func)
+    kind = KINDS.get(func)
     if kind is None:
-        kind = _KINDS[func] = _classify(func)
+        kind = KINDS[func] = _classify(func)
     return kind
+
+
+def permuted_axis(func: Any, args: tuple, kwargs: dict, axis: int) -> int:
+    """Where an axis of the first argument goes when axes change places."""
+    t, name, rest = args[0], base_name(func), args[1:]
+    if name == "permute":
+        order = kwargs.get("dims") or (rest[0] if isinstance(rest[0], (tuple, list)) else rest)
+        return [a % t.dim() for a in order].index(axis)
+    if name in (".mT", "adjoint"):
+        pair: Any = (-2, -1)
+    elif name in ("t", ".T"):
+        return t.dim() - 1 - axis if name == ".T" or t.dim() == 2 else axis
+    else:
+        names = (("dim0", "axis0"), ("dim1", "axis1"))
+        pair = [rest[i] if i < len(rest) else next(kwargs[n] for n in names[i] if n in kwargs) for i in (0, 1)]
+    first, second = (a % t.dim() for a in pair)
+    return {first: second, second: first}.get(axis, axis)
 
 
 _IN_PLACE: dict[Any, bool] = {}
