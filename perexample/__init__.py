@@ -21,7 +21,7 @@ from .extension import Extension, ParameterView
 from .model import extend, unextend
 from .optim import DP_SGD, privatize
 from .plan import Plan, plan
-from .rule import Call, Rule, register_rule, registered_rules
+from .rule import Bound, Call, Rule, register_rule, registered_functions, registered_rules
 from .rules import GenericRule
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DP_SGD",
     "BatchAxisError",
+    "Bound",
     "Call",
     "CheckFailedError",
     "CheckReport",
@@ -53,6 +54,7 @@ __all__ = [
     "plan",
     "privatize",
     "register_rule",
+    "registered_functions",
     "registered_rules",
     "unextend",
 ]

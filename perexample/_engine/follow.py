@@ -67,6 +67,8 @@ class Follow(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         kind = KINDS.get(func) or kind_of(func)
         if kind is Kind.IGNORED or self.ended or STATE.silent():
             return func(*args, **kwargs)

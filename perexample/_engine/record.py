@@ -291,6 +291,8 @@ class Exit:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Leave a tap if a rule answers for this module and its output carries gradients."""
+        if torch.compiler.is_compiling():
+            return None
         frames = STATE.frames
         if STATE.quiet or not any(frame.module is module for frame in frames):
             return None
