@@ -77,10 +77,16 @@ OPERATIONS: dict[str, Callable] = {
     "``F.batch_norm(x, None, None, training=True)``": lambda m, x: m.layer(F.batch_norm(x, None, None, training=True)),
     "neighbours: ``x + x.roll(1, 0)``": lambda m, x: m.layer(x + x.roll(1, 0)),
     "another order in the output: ``x.flip(0)``": lambda m, x: m.layer(x).flip(0),
-    "the batch on two axes: ``x.view(2, N // 2, ...)``": lambda m, x: m.layer(x.view(2, len(x) // 2, 5, 4)).reshape(x.shape),
-    "a ``torch.autograd.Function`` with a parameter, in a module with children": lambda m, x: Doubled.apply(x, m.layer.bias),
+    "the batch on two axes: ``x.view(2, N // 2, ...)``": lambda m, x: m.layer(x.view(2, len(x) // 2, 5, 4)).reshape(
+        x.shape
+    ),
+    "a ``torch.autograd.Function`` with a parameter, in a module with children": lambda m, x: Doubled.apply(
+        x, m.layer.bias
+    ),
     "a penalty on parameters in the loss": lambda m, x: m.layer(x).square().mean() + m.other.weight.square().sum(),
-    "``torch.compile`` of a part, where operations are hidden": lambda m, x: torch.compile(m.other, backend="aot_eager")(m.layer(x)),
+    "``torch.compile`` of a part, where operations are hidden": lambda m, x: torch.compile(
+        m.other, backend="aot_eager"
+    )(m.layer(x)),
 }
 
 

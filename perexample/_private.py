@@ -37,7 +37,8 @@ def metadata(node: Node) -> dict[str, Any]:
 
 def memory_order(tensor: Tensor) -> list[int] | None:
     """The axes in the order in which they lie in memory; ``None`` if there are gaps or entries shown twice."""
-    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
     return order if tensor.permute(order).is_contiguous() else None
 
 
@@ -95,7 +96,7 @@ def follow_recomputation(around: Callable[[], AbstractContextManager]) -> bool:
     pack = hooks[0] if hooks else None
     if getattr(pack, "__closure__", None) is None or not pack.__qualname__.startswith("_checkpoint_hook"):
         return False
-    frame = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))["frame"].cell_contents
+    frame = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))["frame"].cell_contents
     recompute = frame.recompute_fn
     if getattr(recompute, "perexample", False):
         return True

@@ -122,8 +122,8 @@ def check(
     """Compare with one ``torch.autograd.grad`` per example, in float64, for every parameter.
 
     The loss is ``loss_fn(model(*inputs, **named), target)`` with the last of ``batch`` as target, or
-    ``loss_fn(model(x))`` if there is only one. Then, example by example, one is exchanged, and no other's gradient may move. A copy of the model
-    is used, with dropout off; yours is left as it is.
+    ``loss_fn(model(x))`` if there is only one. Then, example by example, one is exchanged, and no other's gradient may
+    move. A copy of the model is used, with dropout off; yours is left as it is.
 
     Args:
         model: The model; it need not be extended.

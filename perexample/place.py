@@ -218,11 +218,8 @@ def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: boo
 
 
 def _regular(owner: Tensor, axis: int, whole: Space) -> Place | None:
-    """A place in the space of all examples, if the owners repeat 0 ... N-1 in order.
-
-    Entries of no known owner are taken to be those of the examples that are missing there, as where a constant has been
-    written over all that was an example's.
-    """
+    """A place in the space of all examples, if the owners repeat 0 ... N-1 in order, where they are known."""
+    # A constant may have been written over all that was an example's: its owner is then the one that is missing.
     size, n = owner.numel(), whole.rows
     if n < 2 or size % n or whole.owner is not None:
         return None

@@ -52,8 +52,8 @@ class Plan(list[PlanRow]):
         """The rows as a table."""
         if any(row.axis for row in self):
             header = ("tap", "class", "rule", "trainable", "examples", "norm")
-            rows = [(row.path, row.module, row.rule, _parameters(row), row.axis, row.norm) for row in self]
-            return table(header, rows)
+            taps = [(row.path, row.module, row.rule, _parameters(row), row.axis, row.norm) for row in self]
+            return table(header, taps)
         rows = [(row.path or "(model)", row.module, row.rule, _parameters(row), row.note) for row in self]
         return table(("module", "class", "rule", "trainable", "note"), rows)
 
@@ -145,7 +145,9 @@ def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int
     with listening(note), perex(_Nothing(), loss_reduction="sum", grad=False):
         outputs = [t for t in tensors_in(_outputs(model(*inputs, **named))) if t.requires_grad]
         if not outputs:
-            raise ConfigurationError("The model gives no tensor with a gradient for these inputs, so there are no taps.")
+            raise ConfigurationError(
+                "The model gives no tensor with a gradient for these inputs, so there are no taps."
+            )
         _total(outputs).backward()
     rows.reverse()  # the backward begins at the end
     return rows

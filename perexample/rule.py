@@ -141,7 +141,9 @@ class Rule:
         rows = first if features is not None else first.each(0, x.shape[0])
         return rows, [first] * len(outputs)
 
-    def _located_by_itself(self, module: Any, first: Place, outputs: Sequence[Tensor]) -> tuple[Place, list[Place]] | str:
+    def _located_by_itself(
+        self, module: Any, first: Place, outputs: Sequence[Tensor]
+    ) -> tuple[Place, list[Place]] | str:
         axis = self.input_axis(module)
         out = self.output_axes(module, outputs)
         if first.axis is not None and first.axis != axis:
@@ -326,7 +328,7 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
                     f"replace it."
                 )
         for target in targets:
-            (_REGISTRY if isinstance(target, type) else _FUNCTIONS)[target] = rule  # type: ignore[index]
+            (_REGISTRY if isinstance(target, type) else _FUNCTIONS)[target] = rule
         return rule_class
 
     return decorate

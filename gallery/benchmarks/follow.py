@@ -117,7 +117,10 @@ def table(results: dict[str, dict[str, float]]) -> list[str]:
     for row in rows:
         lines += [f"   {'* -' if number == 0 else '  -'} {cell}" for number, cell in enumerate(row)]
     system = f"torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
-    lines += ["", f"Written by ``python gallery/benchmarks/follow.py`` with {system}, {torch.get_num_threads()} CPU threads."]
+    lines += [
+        "",
+        f"Written by ``python gallery/benchmarks/follow.py`` with {system}, {torch.get_num_threads()} CPU threads.",
+    ]
     return lines
 
 

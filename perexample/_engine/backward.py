@@ -52,7 +52,7 @@ class Backward:
         trainable = [(p, name) for p, name in self.names.values() if p.requires_grad]
         self.views = {id(p): ParameterView(name, p, self.n, scale, forwards) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
-        # What a tap was given for a parameter waits for all its taps, and a parameter for all that was computed from it.
+        # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
         self.computed = {key: source for key, source in found.sources.items() if source.tensor.grad_fn is not None}
         self.parts: dict[int, list[Term]] = {key: [] for key in self.computed}
         self.pending = dict.fromkeys([*self.views, *self.computed], 0)
@@ -102,9 +102,9 @@ class Backward:
             if p.grad is not grad or (grad is not None and version(grad) != count):
                 p.grad = grad
                 raise UncoveredParameterError(
-                    f"Parameter `{self.names[id(p)][1]}` was given a gradient past the graph, by a torch.autograd.Function "
-                    f"that calls backward itself (a reversible or offloading layer?), so its use cannot be seen. Run "
-                    f"this part of the model without that function."
+                    f"Parameter `{self.names[id(p)][1]}` was given a gradient past the graph, by a "
+                    f"torch.autograd.Function that calls backward itself (a reversible layer?), so its use cannot be "
+                    f"seen. Run this part of the model without that function."
                 )
 
     def arrive(self, tap: Tap, index: int, g: Tensor | None) -> None:
@@ -138,7 +138,7 @@ class Backward:
             self._whole(leaf)
 
     def _pull_back(self, source: Source, terms: list[Term]) -> None:
-        """From a tensor to the parameters that it was computed from: one batched product with the graph that is there."""
+        """From a tensor to the parameters that it was computed from, by one batched product with their graph."""
         leaves = [p for p in source.leaves if id(p) in self.views]
         cotangents = combine(terms).dense().to(source.tensor.dtype)
         for p, rows in zip(leaves, pulled_back([source.tensor], leaves, [cotangents]), strict=True):
@@ -147,8 +147,8 @@ class Backward:
     def _add_terms(self, tap: Tap, call: Call, gradients: dict[int, Tensor]) -> None:
         if tap.of_nobody(gradients):
             raise BatchAxisError(
-                f"`{tap.name}` ({tap.kind}) has rows that belong to no example, such as padding put between the examples, "
-                f"and the loss depends on them. Leave them out of the loss, or add them to each example."
+                f"`{tap.name}` ({tap.kind}) has rows that belong to no example, such as padding put between the "
+                f"examples, and the loss depends on them. Leave them out of the loss, or add them to each example."
             )
         g: Any = _upstream(tap, gradients)
         if not tap.rule.own_axes:

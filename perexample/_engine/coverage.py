@@ -30,10 +30,10 @@ def parameter_names(found: Walk) -> dict[int, tuple[Tensor, str]]:
     for model in models:
         if any(id(p) in used for p in model.values()):
             taken = {name for _, name in names.values()}
-            for name, p in model.items():
+            for name, own in model.items():
                 while name in taken:
                     name += "'"  # a parameter of another model with the same name
-                names.setdefault(id(p), (p, name))
+                names.setdefault(id(own), (own, name))
     for tap in found.taps:
         for name, given in tap.params.items():
             for p in found.sources[id(given)].leaves:
@@ -121,10 +121,10 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"the forward again."
         )
     return UncoveredParameterError(
-        f"{where} ({kind}) reaches the loss outside of any module call that has a rule: used as a bare parameter, by "
-        f"another module, or in a penalty. Move its use into a module of its own, register the generic rule for the "
-        f"class that uses it (register_rule(ThatClass)(GenericRule)), add penalties in the optimizer (weight_decay), "
-        f"or freeze it with requires_grad_(False)."
+        f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, or through an operation that "
+        f"could not be followed, such as a torch.autograd.Function in a module with children. Add penalties in the "
+        f"optimizer (weight_decay), put such a function into a module without children, register a rule for the module "
+        f"that uses it (register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False)."
     )
 
 
@@ -137,8 +137,8 @@ def check_divisors(found: Walk, n: int) -> None:
         total, targets, ignored = over
         if targets.numel() >= n and total != targets.numel() and not _as_many_each(total, targets, ignored, n):
             raise LossError(
-                f"The loss ({node.name()}) is a mean with the divisor {total:g} over {targets.numel()} targets (ignored "
-                f"targets or class weights), which all examples share, so none has a loss of its own. Use "
+                f"The loss ({node.name()}) is a mean with the divisor {total:g} over {targets.numel()} targets "
+                f"(ignored targets or class weights), which all examples share, so none has a loss of its own. Use "
                 f"reduction='none', average over each example's own targets, then take the mean."
             )
 
@@ -150,7 +150,9 @@ def _as_many_each(total: float, targets: Tensor, ignored: Tensor, n: int) -> boo
         return False
     place = place_of(targets)
     if isinstance(place, Place) and place.axis is not None:
-        each = torch.zeros(n, dtype=torch.long).index_add_(0, place.owner_of_entry().cpu(), counted.flatten().long().cpu())
+        each = torch.zeros(n, dtype=torch.long).index_add_(
+            0, place.owner_of_entry().cpu(), counted.flatten().long().cpu()
+        )
         return bool((each == each[0]).all()) if targets.dim() == 1 else False
     each = counted.reshape(n, -1).sum(1)
     return bool((each == each[0]).all())

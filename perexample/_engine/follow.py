@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class Follow(TorchFunctionMode):
     """Follows the operations of one outermost forward.
 
     Args:
-        repeated: The forward a part of which a checkpoint runs again. Inside of another checkpoint its tensors come back
-            as other objects, which are known by the memory or the place in the graph that they share.
+        repeated: The forward a part of which a checkpoint runs again. Inside of another checkpoint its tensors come
+            back as other objects, which are known by the memory or the place in the graph that they share.
     """
 
     ended = False
@@ -250,9 +250,9 @@ class _Operation:
         if space.rows <= 1 and not self._fills():
             place = Place(space, None)
             return [place] * len(outputs)
-        place = self._simple(outputs)
-        if place is not None:
-            return [place]
+        simple = self._simple(outputs)
+        if simple is not None:
+            return [simple]
         if self._moves_by_data():
             return self._moved(self.args, outputs)
         return self._tried(outputs, space.rows)
@@ -362,8 +362,9 @@ class _Operation:
         self.inputs = [t for t, _ in self.tracked]
         edges = Tap.edges_of(self.inputs)
         view = self._part_written() if self.in_place else None
-        if view is not None:
-            edges = Tap.edges_of([*self.inputs, view._base])
+        base = None if view is None else view._base
+        if base is not None:
+            edges = Tap.edges_of([*self.inputs, base])
         frame = STATE.frames[-1] if STATE.frames else None
         where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
         name = self.record.numbered((where,), where)
@@ -373,14 +374,15 @@ class _Operation:
             self.tap = self._leave_bound(rule, bound, name, edges)
             return
         rule = self._general() if view is None else _FUNCTION
-        saved, params = rule.prepare(self.func, self.args, self.kwargs, _named(targets), place_of, origin_of, self.in_place)
+        saved, params = rule.prepare(
+            self.func, self.args, self.kwargs, _named(targets), place_of, origin_of, self.in_place
+        )
         if view is not None:
             saved |= rule.part_of_base(view)
 
         def leave(outputs: list[Tensor], places: list[Place], chosen: list[int]) -> None:
-            if view is not None:
-                base = view._base
-                outputs, places = [base], [place_of(base)]
+            if base is not None:
+                outputs, places = [base], [cast("Place", place_of(base))]
             saved.update(rule.conclude(saved, outputs, places, chosen), any_rows=self.any_rows)
             tap = Tap(name, rule, self.func, params, self.record, saved, places[0], places)
             tap.attach(outputs, edges, self.inputs)
@@ -388,10 +390,7 @@ class _Operation:
         self.tap = leave
 
     def _part_written(self) -> Tensor | None:
-        """The view that is written to, if it shows a part only of what it is a view of.
-
-        What is computed later depends on the whole, through another node than the view's.
-        """
+        """The view that is written to, if it shows a part only; what comes later depends on the whole."""
         target = self.args[0]
         base = target._base if isinstance(target, Tensor) else None
         if base is None or whole_base(target) is base:

@@ -23,30 +23,37 @@ class Kind(Enum):
     OTHER = auto()  # found out by trying
 
 
-_IGNORED = frozenset(
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+_IGNORED = names(
     "size dim ndim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous item "
     "tolist numpy backward register_hook retain_grad __len__ __bool__ __int__ __float__ __index__ __repr__ __str__ "
-    "__format__ __hash__ __contains__ element_size data_ptr is_signed get_device untyped_storage storage "
-    "_is_view is_pinned is_shared is_same_size result_type can_cast is_tensor __dlpack__ __array__ names "
-    "is_nonzero equal allclose is_inference is_set_to requires_grad_ detach_ sym_size _version".split()
+    "__format__ __hash__ __contains__ element_size data_ptr is_signed get_device untyped_storage storage _is_view "
+    "is_pinned is_shared is_same_size result_type can_cast is_tensor __dlpack__ __array__ names is_nonzero equal "
+    "allclose is_inference is_set_to requires_grad_ detach_ sym_size _version"
 )
-_SAME = frozenset(
-    "contiguous clone detach to float double half bfloat16 type type_as cuda cpu int long short bool alias dropout dropout1d "
-    "dropout2d dropout3d alpha_dropout feature_alpha_dropout pin_memory positive __pos__ _to_copy nan_to_num".split()
+_SAME = names(
+    "contiguous clone detach to float double half bfloat16 type type_as cuda cpu int long short bool alias dropout "
+    "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout pin_memory positive __pos__ _to_copy "
+    "nan_to_num"
 )
-_RESHAPE = frozenset("view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split())
-_EXPAND = frozenset("expand broadcast_to expand_as".split())
-_PERMUTE = frozenset("permute transpose swapaxes swapdims t .T .mT adjoint".split())
-_MOVE = frozenset(
-    "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add index_add_ "
-    "index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ roll flip flipud "
-    "fliplr rot90 as_strided repeat_interleave index_fill index_fill_ _pack_padded_sequence _pad_packed_sequence".split()
+_RESHAPE = names("view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze _unsafe_view")
+_EXPAND = names("expand broadcast_to expand_as")
+_PERMUTE = names("permute transpose swapaxes swapdims t .T .mT adjoint")
+_MOVE = names(
+    "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add "
+    "index_add_ index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ "
+    "roll flip flipud fliplr rot90 as_strided repeat_interleave index_fill index_fill_ _pack_padded_sequence "
+    "_pad_packed_sequence"
 )
-_POINTWISE = frozenset(
-    "copy_ __and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ __rfloordiv__ "
-    "__mod__ __rmod__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __iand__ __ior__ __ipow__ "
-    "__rand__ __ror__ __lshift__ __rshift__ relu6 hardtanh softsign tanhshrink hardswish hardsigmoid logsigmoid "
-    "threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh".split()
+_POINTWISE = names(
+    "copy_ __and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ "
+    "__rfloordiv__ __mod__ __rmod__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __iand__ __ior__ "
+    "__ipow__ __rand__ __ror__ __lshift__ __rshift__ relu6 hardtanh softsign tanhshrink hardswish hardsigmoid "
+    "logsigmoid threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh"
 )
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
@@ -131,7 +138,9 @@ def writes_in_place(func: Any) -> bool:
     known = _IN_PLACE.get(func)
     if known is None:
         name = getattr(func, "__name__", "")
-        operators = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
+        operators = (
+            name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
+        )
         known = name == "__setitem__" or operators or (name.endswith("_") and not name.endswith("__"))
         _IN_PLACE[func] = known
     return known

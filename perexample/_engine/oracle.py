@@ -76,7 +76,8 @@ class _Made:
         new = []
         for t, old in zip(self.tracked, self.values, strict=True):
             place = place_of(t)
-            assert isinstance(place, Place) and place.axis is not None
+            assert isinstance(place, Place)
+            assert place.axis is not None
             mask = rows.view(1, -1, 1).expand(place.outer, -1, place.inner).reshape(-1).to(old.device)
             shape = [1] * old.dim()
             shape[place.axis] = -1

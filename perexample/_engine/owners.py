@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._tree import map_tensors, tensors_in
 from ..place import Lost, Place, Space, from_owners
-from .kinds import base_name
+from .kinds import base_name, names
 from .table import place_of
 
 # Positions of the arguments that hold values; all others are indices, masks and sizes. The default is the first.
@@ -25,11 +25,12 @@ _VALUES = {
 }  # fmt: skip
 INTO = frozenset(_VALUES) - {"_pad_packed_sequence"}
 _NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source", "src", "value", "padding_value")}
-_ADDING = frozenset("index_add index_add_ scatter_add scatter_add_".split())
-MOVERS = frozenset(
-    "__getitem__ cat concat concatenate stack hstack vstack dstack row_stack column_stack split split_with_sizes chunk "
-    "tensor_split unbind select narrow movedim moveaxis transpose swapaxes swapdims permute tile repeat unfold diagonal "
-    "pad take_along_dim index_select unsafe_chunk unsafe_split t T mT adjoint block_diag tril triu meshgrid".split()
+_ADDING = names("index_add index_add_ scatter_add scatter_add_")
+MOVERS = names(
+    "__getitem__ cat concat concatenate stack hstack vstack dstack row_stack column_stack split split_with_sizes "
+    "chunk tensor_split unbind select narrow movedim moveaxis transpose swapaxes swapdims permute tile repeat "
+    "unfold diagonal pad take_along_dim index_select unsafe_chunk unsafe_split t T mT adjoint block_diag tril triu "
+    "meshgrid"
 )
 
 
@@ -69,17 +70,17 @@ def moved(
     shapes = [t.shape for t in outputs][: len(results)]
     if not results or [t.shape for t in results] != shapes:
         return [None] * len(outputs)
-    if base_name(func) in INTO and _stays(args[0], results[0]):
-        return [place_of(args[0])]
+    if base_name(func) in INTO and (place := _stays(args[0], results[0])) is not None:
+        return [place]
     return [from_owners(owner, space, made, one_example=base_name(func) not in INTO) for owner in results]
 
 
-def _stays(target: Any, owner: Tensor) -> bool:
-    """Whether only constants, or entries of the same examples, were written into a tensor that holds examples."""
+def _stays(target: Any, owner: Tensor) -> Place | None:
+    """The place of a tensor that was written to, if only constants or entries of the same examples were."""
     place = place_of(target) if isinstance(target, Tensor) else None
     if not isinstance(place, Place) or owner.shape != target.shape:
-        return False
-    return bool(((owner < 0) | (owner == entry_owners(target, place))).all())
+        return None
+    return place if bool(((owner < 0) | (owner == entry_owners(target, place))).all()) else None
 
 
 def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -137,7 +138,7 @@ def _added(args: list, kwargs: dict, func: Callable) -> list[Tensor]:
     """Adding into a tensor: the largest owner that meets in an entry, if the smallest is the same."""
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     index = args[2] if len(args) > 2 else kwargs["index"]
-    source = args[3] if len(args) > 3 else kwargs.get("source", kwargs.get("src"))
+    source: Tensor = args[3] if len(args) > 3 else kwargs["source" if "source" in kwargs else "src"]
     if "index_add" in func.__name__:
         shape = [1] * source.dim()
         shape[dim] = -1

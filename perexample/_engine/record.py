@@ -103,8 +103,8 @@ class Record:
                 continue
             square = t.dim() == 2 and t.shape[0] == t.shape[1] == self.space.rows
             if not (number and square and not t.requires_grad and self.space.rows > 1):
-                self._places[number] = Place(self.space, self.batch_dim)
-                put(t, self._places[number])
+                place = self._places[number] = Place(self.space, self.batch_dim)
+                put(t, place)
 
     def inputs(self) -> list[tuple[Tensor, Place]]:
         """Those of the inputs that hold the examples, as far as they are alive."""
@@ -139,7 +139,9 @@ class Record:
             place = place_of(t)
             if lost is None and isinstance(place, Place) and self._reordered(place):
                 where = f"`{self.root_name}`"
-                why = "returns the examples in another order than it was given them, so that their targets are not theirs"
+                why = (
+                    "returns the examples in another order than it was given them, so that their targets are not theirs"
+                )
                 lose([t], Lost(self, where, why, True))
             elif lost is not None and t.grad_fn is not None:
                 metadata(t.grad_fn)[LOST] = lost
@@ -148,7 +150,9 @@ class Record:
         """Whether rows are all examples, but each in another's place."""
         if place.axis is None or place.space.owner is None or place.space.rows != self.space.rows:
             return False
-        return torch.equal(place.space.owner.sort().values, torch.arange(self.space.rows, device=place.space.owner.device))
+        return torch.equal(
+            place.space.owner.sort().values, torch.arange(self.space.rows, device=place.space.owner.device)
+        )
 
     @property
     def n(self) -> int:
@@ -357,7 +361,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         lose(tensors_in(output), lost)
         return output
     args, kwargs = _bound(module, args, kwargs)
-    record = frame.record or next(p.space.record for t in inputs if (p := place_of(t)) is not None)
+    record = frame.record or next(p.space.record for t in inputs if isinstance(p := place_of(t), Place))
     located = _located(rule, frame, args, kwargs, output, record)
     if isinstance(located, str):
         where = f"`{frame.name}` ({type(module).__name__})"

@@ -34,9 +34,10 @@ _ORIGINS: dict[int, _Entry] = {}
 
 
 def _drop(entry: Any) -> None:
+    key = entry.key
     for table in (_PLACES, _ORIGINS):
-        if table.get(entry.key) is entry:
-            del table[entry.key]
+        if table.get(key) is entry:
+            del table[key]
 
 
 def place_of(tensor: Tensor) -> Place | Lost | None:

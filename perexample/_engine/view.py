@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..rule import at_least_float32
 from ..terms import Term, combine
@@ -46,7 +46,7 @@ class ParameterView:
     """
 
     def __init__(
-        self, name: str, param: nn.Parameter, n: int, scale: float = 1.0, forwards: frozenset[object] = frozenset()
+        self, name: str, param: Tensor, n: int, scale: float = 1.0, forwards: frozenset[object] = frozenset()
     ) -> None:
         """A parameter that nothing has reached yet: its gradients are zero."""
         self.name, self.param, self.n, self.forwards = name, param, n, forwards

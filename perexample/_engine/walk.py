@@ -183,10 +183,10 @@ def refuse_lost(found: Walk) -> None:
             source = found.sources[id(p)]
             if source.problem:
                 raise BatchAxisError(
-                    f"`{tap.name}` was given a tensor (`{name}`, shape {list(p.shape)}) that depends on `{source.problem}` "
-                    f"through an operation that could not be followed, such as a torch.autograd.Function, torch.func or a "
-                    f"compiled part. Put that operation into a module without children, or register a rule for the "
-                    f"module around it (@register_rule, docs/extending)."
+                    f"`{tap.name}` was given a tensor (`{name}`, shape {list(p.shape)}) that depends on "
+                    f"`{source.problem}` through an operation that could not be followed, such as a "
+                    f"torch.autograd.Function, torch.func or a compiled part. Put that operation into a module without "
+                    f"children, or register a rule for the module around it (@register_rule, docs/extending)."
                 )
 
 

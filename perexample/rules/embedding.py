@@ -55,7 +55,9 @@ class EmbeddingRule(_TableRule):
                 return None
             options: dict[str, Any] = {}
         else:
-            options = named_arguments("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs)
+            options = named_arguments(
+                "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs
+            )
             ids, weight = options["input"], options["weight"]
         padding_idx = options.get("padding_idx")
         if padding_idx is not None and padding_idx < 0:

@@ -23,8 +23,10 @@ from ..rule import Call, Rule, at_least_float32
 from ..terms import Dense, Term
 from .generic import autocast_state, random_state, restored
 
-JOINS = frozenset("cat concat concatenate stack".split())
-_ADDS = frozenset("add add_ sub sub_ subtract subtract_ __iadd__ __isub__ __add__ __radd__ __sub__".split())
+JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+_ADDS = frozenset(
+    ("add", "add_", "sub", "sub_", "subtract", "subtract_", "__iadd__", "__isub__", "__add__", "__radd__", "__sub__")
+)
 
 
 class Slot:
@@ -265,7 +267,9 @@ class PointwiseRule(FunctionRule):
         gradients: dict[str, Tensor] = {}
         for position, a in enumerate(args):
             if isinstance(a, Slot):
-                factor = 1.0 if position == 0 else kwargs.get("alpha", 1) * (-1.0 if "sub" in call.module.__name__ else 1.0)
+                factor = (
+                    1.0 if position == 0 else kwargs.get("alpha", 1) * (-1.0 if "sub" in call.module.__name__ else 1.0)
+                )
                 before = gradients.get(a.name)
                 gradients[a.name] = factor * g if before is None else before + factor * g
         return gradients
@@ -273,7 +277,8 @@ class PointwiseRule(FunctionRule):
     def _local(self, call: Call, g: Tensor) -> dict[str, Tensor]:
         """One gradient per entry of the result."""
         params = {
-            name: at_least_float32(b.detach()).expand(g.shape).clone().requires_grad_() for name, b in call.params.items()
+            name: at_least_float32(b.detach()).expand(g.shape).clone().requires_grad_()
+            for name, b in call.params.items()
         }
         with torch.enable_grad():
             outputs = self._run(call, params, list(tensors_in(call.saved["arguments"])))
@@ -307,7 +312,12 @@ class JoinRule(FunctionRule):
         saved, params = super().prepare(function, args, kwargs, *rest)
         tensors = list(args[0] if args else kwargs.get("tensors", ()))
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        return saved | {"sizes": [t.shape for t in tensors], "dim": dim, "targets": dict(rest[0]), "of": tensors}, params
+        return saved | {
+            "sizes": [t.shape for t in tensors],
+            "dim": dim,
+            "targets": dict(rest[0]),
+            "of": tensors,
+        }, params
 
     def conclude(
         self, saved: Mapping[str, Any], outputs: Sequence[Tensor], places: Sequence[Place], chosen: Sequence[int]
@@ -317,7 +327,7 @@ class JoinRule(FunctionRule):
         dim, start, parts = saved["dim"] % outputs[0].dim(), 0, []
         for t in saved["of"]:
             length = 1 if stacked else (t.shape[dim] if t.dim() == outputs[0].dim() else 0)
-            parts += [(name, start, length, t.shape) for name, b in saved["targets"].items() if b is t]
+            parts += [(name, start, length) for name, b in saved["targets"].items() if b is t]
             start += length
         cut = {"of": None, "targets": None, "parts": parts, "dim": dim, "stacked": stacked}
         return super().conclude(saved, outputs, places, chosen) | cut
@@ -330,7 +340,7 @@ class JoinRule(FunctionRule):
         """Parts of the gradient, summed over what was expanded."""
         place, dim = call.saved["out_places"][0], call.saved["dim"]
         sums: dict[str, Tensor] = {}
-        for name, start, length, shape in call.saved["parts"]:
+        for name, start, length in call.saved["parts"]:
             b = call.params[name]
             if place.axis == dim:  # the tensor stands among the rows, and only those of its own entries count
                 kept = torch.where(row_mask(place, g), g, 0).narrow(dim + 1, start, length)

@@ -59,7 +59,7 @@ class LinearRule(Rule):
 
 @register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm)
 class MatmulRule(Rule):
-    """``y = x W``, with a bias for ``addmm``: weight ``G_n = sum_t x_nt g_nt^T``; x is ``[N, *T, I]``, W is ``[I, O]``."""
+    """``y = x W``, with a bias for ``addmm``: weight ``G_n = sum_t x_nt g_nt^T``; x is ``[N, *T, I]``."""
 
     reads_parameters = False
 
@@ -71,7 +71,8 @@ class MatmulRule(Rule):
         """``matmul(input, weight)``, or ``addmm(bias, input, weight)`` without factors."""
         if function.__name__ != "addmm":
             named = named_arguments("input other", args, kwargs)
-            x, weight, bias = named["input"], named.get("other", named.get("mat2")), None
+            x, bias = named["input"], None
+            weight: Tensor = named["other"] if "other" in named else named["mat2"]
         else:
             named = named_arguments("input mat1 mat2", args, kwargs)
             if named.get("beta", 1) != 1 or named.get("alpha", 1) != 1 or named["input"].dim() != 1:
