@@ -21,7 +21,7 @@ from .clip import Clip, _positive, bounded, make_clip
 class _Entry:
     """What is known of one parameter's clipped sum."""
 
-    param: weakref.ref[nn.Parameter]
+    param: weakref.ref[Tensor]
     name: str
     sum: weakref.ref[Tensor]
     used: bool = False
@@ -226,7 +226,7 @@ class ClippedGrad(Extension):
                 stacklevel=2,
             )
 
-    def _accumulated(self, p: nn.Parameter, value: Tensor) -> Tensor:
+    def _accumulated(self, p: Tensor, value: Tensor) -> Tensor:
         """Add to the sum under way; start a new one after a step, or where the field is not ours any more."""
         entry = self._entries.get(id(p))
         before: Tensor | None = getattr(p, self.field, None)

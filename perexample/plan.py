@@ -33,7 +33,7 @@ class PlanRow:
         parameters: Its trainable parameters and their shapes.
         note: Why it is refused, or what will happen.
         axis: Of a tap, where it holds the examples: ``axis 0``, ``axis 1 [2 x N x 4]`` if others are folded into it.
-        norm: Of a tap, how the norms of its gradients will be taken, for each parameter.
+        norm: Of a tap, how the norms of its gradients will be taken.
     """
 
     path: str
@@ -91,8 +91,8 @@ def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, **named: Any) -> Pl
         2      | PReLU  | PReLURule  | weight [1]              |
         >>> print(plan(nn.Linear(4, 3, bias=False), torch.ones(8, 50, 4)))
         tap    | class  | rule       | trainable     | examples | norm
-        -------+--------+------------+---------------+----------+---------------------
-        Linear | Linear | LinearRule | weight [3, 4] | axis 0   | weight: per-example gradients
+        -------+--------+------------+---------------+----------+----------------------
+        Linear | Linear | LinearRule | weight [3, 4] | axis 0   | per-example gradients
     """
     return _taps(model, inputs, named, batch_dim) if inputs or named else _modules(model)
 
@@ -139,8 +139,7 @@ def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int
 
     def note(tap: Tap, rule: Rule, terms: dict[str, Term]) -> None:
         shapes = {_described(tap, name, p): tuple(p.shape) for name, p in tap.params.items()}
-        norms = "; ".join(f"{name}: {term.norm_method()}" for name, term in terms.items())
-        rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), norms))
+        rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), _norms(terms)))
 
     with listening(note), perex(_Nothing(), loss_reduction="sum", grad=False):
         outputs = [t for t in tensors_in(_outputs(model(*inputs, **named))) if t.requires_grad]
@@ -155,10 +154,22 @@ def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int
 
 def _described(tap: Tap, name: str, given: Tensor) -> str:
     """A parameter by its name; what was computed from parameters, by theirs."""
-    if given.grad_fn is None or tap.run is None:
+    if tap.run is None:
         return name
+    if given.grad_fn is None:
+        return tap.run.names[id(given)][1] if name.startswith("argument") else name
     leaves = tap.run.found.sources[id(given)].leaves
     return f"{name} from {' and '.join(tap.run.names[id(p)][1] for p in leaves if id(p) in tap.run.names)}"
+
+
+def _norms(terms: dict[str, Term]) -> str:
+    """How norms are taken; which parameter's is said only where they differ."""
+    methods: dict[str, list[str]] = {}
+    for name, term in terms.items():
+        methods.setdefault(term.norm_method(), []).append(name)
+    if len(methods) == 1:
+        return next(iter(methods))
+    return "; ".join(f"{', '.join(names)}: {method}" for method, names in methods.items())
 
 
 def _outputs(output: Any) -> Any:

@@ -154,6 +154,10 @@ class Rule:
         """Whether this call is one that the rule knows; otherwise the operations inside are tapped one by one."""
         return True
 
+    def states(self, module: Any, args: tuple, kwargs: dict) -> list[tuple[Tensor, int]]:
+        """Arguments beside the first that hold a row for each of its rows, and on which axis, as initial states do."""
+        return []
+
     def before(self, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the module's forward that `capture` cannot know any more; becomes part of what is saved."""
         return {}

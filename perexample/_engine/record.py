@@ -215,25 +215,28 @@ class Enter:
         """Hooks hold no reference to any module, so copies and pickles of a model stay whole."""
         self.name, self.batch_dim, self.root = name, batch_dim, root
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note what is called, and whether a tap is to be left."""
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Note what is called, and whether a tap is to be left; returns other arguments if some are to be tapped."""
         if STATE.quiet or torch.compiler.is_compiling():
-            return
+            return None
         frames = STATE.frames
         if self.root and frames and calls_under_way(frames[0].module) <= (frames[0].module is module):
             forget_forwards()  # an interrupt has left them behind
         if not torch.is_grad_enabled():
             if frames:  # so that the call's end does not take another frame for its own
                 frames.append(Frame(module, frames[-1].record, self.name, inside=frames[-1].inside))
-            return
+            return None
         run_first(module, Exit)
         frame = self._inner(module) if frames or repeats_forward() else self._outermost(module, args, kwargs)
+        tied = None if frame.inside else _with_tied_states(module, args, kwargs)
         frames.append(frame)
+        args, kwargs = tied or (args, kwargs)
         if not frame.inside:
             if has_backward_hooks(module):
                 for t in tensors_in((args, kwargs)):
                     put_on_edge(t)
             self._prepare(frame, args, kwargs)
+        return tied
 
     def _inner(self, module: nn.Module) -> Frame:
         frames, name = STATE.frames, self.name or type(module).__name__
@@ -271,6 +274,29 @@ class Enter:
                 frame.rule, frame.before = rule, rule.before(module, args, kwargs)
         elif may_be_opaque(module) and _tracked((args, kwargs)):
             frame.opaque, frame.before = True, _GENERIC.before(module, args, kwargs)
+
+
+def _with_tied_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The arguments with learned states brought to the rows of the data, by an addition of zeros that is tapped."""
+    rule = rule_for(module)
+    states = [] if rule is None else rule.states(module, args, kwargs)
+    learned = {id(t): axis for t, axis in states if t.requires_grad and place_of(t) is None}
+    if rule is None or not learned:
+        return None
+    x = next(tensors_in((args, kwargs)))
+    place, rows = place_of(x), x.shape[rule.input_axis(module)]
+    if not isinstance(place, Place):
+        return None
+
+    def tied(t: Tensor) -> Tensor:
+        axis = learned.get(id(t))
+        if axis is None or t.shape[axis] != rows:
+            return t
+        zeros = t.new_zeros(()).expand(t.shape).clone()
+        put(zeros, place.at(axis))
+        return torch.add(t, zeros)
+
+    return map_tensors(tied, args), map_tensors(tied, kwargs)
 
 
 def _tracked(tree: Any) -> bool:

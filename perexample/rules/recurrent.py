@@ -364,6 +364,10 @@ class RecurrentCellRule(Rule):
     batched = ()
     own_axes = True
 
+    def states(self, module: Any, args: tuple, kwargs: dict) -> list[tuple[Tensor, int]]:
+        """``[N, H]``."""
+        return [(t, 0) for t in tensors_in((*args, *kwargs.values(), None)[1]) if t.dim() == 2]
+
     def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
         """Not a single step without an axis of examples."""
         return args[0].dim() == 2
@@ -412,6 +416,10 @@ class RecurrentRule(Rule):
     def input_axis(self, module: Any) -> int:
         """As ``batch_first`` says."""
         return 0 if module.batch_first else 1
+
+    def states(self, module: Any, args: tuple, kwargs: dict) -> list[tuple[Tensor, int]]:
+        """``[layers, N, H]``."""
+        return [(t, 1) for t in tensors_in((*args, *kwargs.values(), None)[1]) if t.dim() == 3]
 
     def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
         """Not a single sequence without an axis of examples."""
