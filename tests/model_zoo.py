@@ -764,9 +764,11 @@ _VISION = [
     Row("videomae", build(
         "VideoMAEModel", **_VIT, num_frames=4, tubelet_size=2, use_mean_pooling=False,
     ), given(pixel_values=lambda n: normal(n, 4, 3, 8, 8)), hidden),
+    # Its embeddings take the class tokens of all N examples from the first N rows of [N * frames], which are those of
+    # the first examples' frames: rows of example 0 serve other examples. Only the values are the same.
     Row("timesformer", build(
         "TimesformerModel", **_VIT, num_frames=2, attention_type="divided_space_time", drop_path_rate=0,
-    ), given(pixel_values=lambda n: normal(n, 2, 3, 8, 8)), hidden),
+    ), given(pixel_values=lambda n: normal(n, 2, 3, 8, 8)), hidden, either=True),
     Row("bit-group-norm", build(
         "BitModel", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2, drop_path_rate=0.0,
         layer_type="preactivation",

@@ -777,6 +777,7 @@ PRODUCTS = [
     net("mm-vectors", lambda m, x: x.mm(m.w), vectors, w=(D, 6), traps=(6, D)),
     net("mm-weights-first", lambda m, x: torch.mm(m.w, x.t()).t(), vectors, w=(6, D), traps=(6, D)),
     net("addmm", _conv1d_of_gpt2, w=(D, 6), b=(6,), empty=True),
+    net("addmm-method", lambda m, x: m.b.addmm(x, m.w), vectors, w=(D, 6), b=(6,), traps=(6, D)),
     net("addmm-alpha", lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2), vectors, w=(D, 6), b=(1, 6)),
     net("addmm-data-first", lambda m, x: torch.addmm(x, x, m.w), vectors, w=(D, D), traps=(D,)),
     net("mv-folded", lambda m, x: torch.mv(x.reshape(-1, D), m.w).view(-1, T), w=(D,)),
@@ -918,6 +919,9 @@ NORMS = [
     net("F.rms_norm", lambda m, x: F.rms_norm(x, (D,), m.w), w=(D,), empty=True),
     net("F.group_norm", lambda m, x: F.group_norm(x, 3, m.w, m.b), image, w=(6,), b=(6,), traps=(6, 3), empty=True),
     net("F.group_norm-1", lambda m, x: F.group_norm(x, 1, weight=m.w), image, w=(6,)),
+    net("torch.layer_norm", lambda m, x: torch.layer_norm(x, (D,), m.w, m.b), w=(D,), b=(D,)),
+    net("torch.rms_norm", lambda m, x: torch.rms_norm(x, (D,), m.w), w=(D,)),
+    net("torch.group_norm", lambda m, x: torch.group_norm(x, 3, m.w, m.b), image, w=(6,), b=(6,), traps=(6, 3)),
     net("F.instance_norm", lambda m, x: F.instance_norm(x, weight=m.w, bias=m.b), image, w=(6,), b=(6,), traps=(6,)),
     net("F.local_response_norm", _local_response, image, p=(6, 1, 1)),
     net(

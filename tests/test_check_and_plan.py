@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from perexample import (
-    BatchAxisError,
     CheckFailedError,
     ConfigurationError,
     CrossExampleError,
@@ -95,11 +94,22 @@ def test_a_wrong_fast_path_fails(registry, quantity):
     assert row.weighted_sum > 0.1 or quantity != "weighted_sum"
 
 
-def test_a_batch_mean_is_caught():
-    with pytest.raises(CrossExampleError, match=r"`linear\.weight`"):
-        check(BatchMean(), nn.MSELoss(), *batch())
-    report = check(BatchMean(), nn.MSELoss(), *batch(), raises=False)
-    assert "linear.weight" in [row.parameter for row in report.mixed]
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_batch_mean_in_the_model_is_caught_by_the_name_of_the_operation(raises):
+    """There are no gradients of examples that a report could compare."""
+    with pytest.raises(CrossExampleError, match=r"`mean` in `BatchMean` \(BatchMean\) mixes examples"):
+        check(BatchMean(), nn.MSELoss(), *batch(), raises=raises)
+
+
+def test_a_batch_mean_in_the_loss_is_caught():
+    def centred(out, y):
+        return (out - out.mean(0) - y).square().mean()
+
+    with pytest.raises(CrossExampleError, match=r"moves the gradients of others, at `weight`"):
+        check(nn.Linear(3, 2), centred, *batch())
+    report = check(nn.Linear(3, 2), centred, *batch(), raises=False)
+    assert not report.ok
+    assert "weight" in [row.parameter for row in report.mixed]
     assert "FAIL" in str(report)
 
 
@@ -147,7 +157,7 @@ class Noisy(nn.Linear):
         return nn.functional.dropout(super().forward(x))
 
 
-def test_plan_lists_rules_frozen_generic_and_bare():
+def test_plan_lists_rules_frozen_refused_and_what_is_seen_through():
     class Bare(nn.Module):
         def __init__(self):
             super().__init__()
@@ -158,10 +168,11 @@ def test_plan_lists_rules_frozen_generic_and_bare():
     rows = {row.path: row for row in plan(nn.Sequential(nn.Conv1d(1, 2, 3), Gain(), frozen, Bare(), nn.BatchNorm1d(3)))}
     assert rows["0"].rule == "ConvRule"
     assert rows["0"].parameters == {"weight": (2, 1, 3), "bias": (2,)}
-    assert rows["1"].rule == "GenericRule"
-    assert "repeated" in rows["1"].note
+    assert rows["1"].rule == rows["3"].rule == "operations"
+    assert rows["1"].parameters == {"gain": (3,)}
+    assert rows["3"].parameters == {"token": (3,)}
+    assert "seen through" in rows["1"].note
     assert rows["2"].rule == "frozen"
-    assert rows["3"].rule == "none"
     assert rows["3.inner"].rule == "LinearRule"
     assert rows["4"].rule == "refused"
     assert "whole batch" in rows["4"].note
@@ -175,6 +186,39 @@ def test_plan_takes_a_registered_container_as_one(registry):
     rows = plan(nn.Sequential(Block(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)), nn.Linear(2, 1)))
     assert [(row.path, row.rule) for row in rows] == [("0", "GenericRule"), ("1", "LinearRule")]
     assert list(rows[0].parameters) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_plan_for_given_inputs_lists_every_tap_in_the_order_of_the_forward():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.gain, self.h = nn.Linear(3, 3), Gain(), nn.Linear(3, 2, bias=False)
+
+        def forward(self, x):
+            x = self.a(self.gain(self.a(x.flatten(0, 1)).unflatten(0, x.shape[:2])))
+            return self.h(x.transpose(0, 1)).transpose(0, 1) @ self.h.weight
+
+    model = Net()
+    taps = plan(model, torch.randn(4, 5, 3))
+    assert [(row.path, row.rule, row.axis) for row in taps] == [
+        ("a", "LinearRule", "axis 0 [N x 5]"),
+        ("gain:mul", "PointwiseRule", "axis 0"),
+        ("a#2", "LinearRule", "axis 0"),
+        ("h", "LinearRule", "axis 1"),
+        ("Net:matmul", "MatmulRule", "axis 0"),
+    ]
+    assert taps[1].parameters == {"gain": (3,)}
+    assert all(row.path in str(taps) and row.norm in str(taps) for row in taps)
+    assert plan(model, x=torch.randn(4, 5, 3)) == taps
+    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(hasattr(p, "grad_batch") or p.grad is not None for p in model.parameters())
+
+
+def test_plan_for_given_inputs_raises_what_a_backward_would():
+    with pytest.raises(CrossExampleError, match=r"`mean` in `BatchMean`"):
+        plan(BatchMean(), batch()[0])
+    with pytest.raises(ConfigurationError, match="no tensor with a gradient"):
+        plan(nn.Linear(3, 2).requires_grad_(False), batch()[0])
 
 
 def test_plan_prints_the_same_for_an_extended_model():
@@ -207,8 +251,11 @@ def test_the_axis_of_the_examples_is_found_where_sizes_are_equal(n, time_major):
     assert check(Positions(expanded=True, time_major=time_major), nn.MSELoss(), ids, target).ok
 
 
-@pytest.mark.parametrize("n", [5, 7])
-def test_one_table_for_all_examples_is_an_error_where_sizes_are_equal_too(n):
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("n", [2, 5, 7])
+def test_one_table_for_all_examples_where_sizes_are_equal_too(n, time_major):
+    torch.manual_seed(0)
     ids, target = torch.randint(0, 11, (n, 7)), torch.randn(n, 3)
-    with pytest.raises(BatchAxisError, match=r"`positions`.*shared"):
-        check(Positions(expanded=False, time_major=False), nn.MSELoss(), ids, target)
+    report = check(Positions(expanded=False, time_major=time_major), nn.MSELoss(), ids, target)
+    assert max(row.error for row in report.rows) <= 1e-10
+    assert "positions.weight" in [row.parameter for row in report.rows]

@@ -1,10 +1,31 @@
 """Notice when a private name of torch, used in perexample/_private.py, changes its meaning."""
 
+import ast
+import inspect
+import math
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from perexample import _private
+
+
+def test_every_function_of_the_module_is_tested_here():
+    functions = {n.name for n in ast.parse(inspect.getsource(_private)).body if isinstance(n, ast.FunctionDef)}
+    here = ast.walk(ast.parse(Path(__file__).read_text()))
+    tested = {node.attr for node in here if isinstance(node, ast.Attribute)}
+    assert functions <= tested
+
+
+def leaf(*shape):
+    return torch.ones(*shape, requires_grad=True)
 
 
 def test_functorch_wrappers_are_recognised():
@@ -70,6 +91,33 @@ def test_losses_tell_their_reduction(loss, reduction):
     assert _private.loss_reduction_of(node) == reduction
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 4.0])])
+@pytest.mark.parametrize("tail", [(), (2,), (2, 3)])
+def test_a_mean_cross_entropy_tells_its_divisor_and_what_it_ignores(tail, weight):
+    x, target = leaf(4, 3, *tail), torch.arange(4 * math.prod(tail)).remainder(3).view(4, *tail)
+    for ignore_index in (-100, 1):
+        node = F.cross_entropy(x, target, weight, ignore_index=ignore_index).grad_fn
+        total, targets, ignored = _private.mean_is_over(node)
+        counts = torch.ones(3) if weight is None else weight
+        assert total == float(torch.where(target == ignore_index, 0, counts[target]).sum())
+        assert torch.equal(targets.reshape(target.shape), target)
+        assert torch.equal(ignored.reshape(target.shape), target == ignore_index)
+
+
+def test_other_losses_have_no_divisor_that_depends_on_targets():
+    x, target = leaf(4, 3), torch.tensor([0, 1, 2, 0])
+    assert _private.mean_is_over(F.cross_entropy(x, target, reduction="sum").grad_fn) is None
+    assert _private.mean_is_over(F.cross_entropy(x, target, reduction="none").grad_fn) is None
+    assert _private.mean_is_over(F.mse_loss(x, torch.zeros(4, 3)).grad_fn) is None
+    assert _private.mean_is_over(x.mean().grad_fn) is None
+
+
+def test_a_freed_graph_has_no_divisor():
+    loss = F.cross_entropy(leaf(4, 3), torch.tensor([0, 1, 2, 0]))
+    loss.backward()
+    assert _private.mean_is_over(loss.grad_fn) is None
+
+
 def test_calls_under_way_are_counted():
     class Outer(nn.Module):
         def forward(self, depth):
@@ -99,11 +147,304 @@ def test_gradient_hooks_are_listed_in_their_order():
 
 
 def test_the_whole_base_of_a_view():
-    base = torch.ones(2, 3, requires_grad=True) * 2
+    base = leaf(2, 3) * 2
     assert _private.whole_base(base.view(3, 2)) is base
     assert _private.whole_base(base) is base
     part = base[:1]
     assert _private.whole_base(part) is part
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda base: base.permute(2, 0, 1),
+        lambda base: base.transpose(0, 2),
+        lambda base: base.view(6, 4).t(),
+        lambda base: base.transpose(0, 1).unsqueeze(0),
+        lambda base: base.unflatten(2, (2, 2)).movedim(3, 0),
+    ],
+)
+def test_the_whole_base_of_a_view_in_another_order(view):
+    base = leaf(2, 3, 4) * 2
+    assert _private.whole_base(view(base)) is base
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda base: base[:, :2].transpose(0, 1),
+        lambda base: base[..., ::2],
+        lambda base: base[:1].expand(2, 3, 4),  # as many entries as the base
+        lambda base: base.as_strided((2, 3, 4), (0, 4, 1)),
+        lambda base: base.detach(),
+        lambda base: base.clone(),
+    ],
+)
+def test_the_whole_base_of_a_view_of_a_part_is_the_view(view):
+    t = view(leaf(2, 3, 4) * 2)
+    assert _private.whole_base(t) is t
+
+
+def test_the_whole_base_of_a_view_of_a_leaf_is_the_view():
+    """A leaf has no place in the graph of its own to hang a tap on."""
+    view = leaf(2, 3).view(6)
+    assert _private.whole_base(view) is view
+
+
+def test_what_a_module_returns_may_be_a_view_of_what_it_computed():
+    out = nn.Linear(3, 4)(torch.ones(2, 5, 3))
+    base = _private.whole_base(out)
+    assert base.numel() == out.numel()
+    assert base.data_ptr() == out.data_ptr()
+    assert base.grad_fn is not None
+
+
+@pytest.mark.parametrize(
+    ("t", "order"),
+    [
+        (torch.empty(2, 3, 4), [0, 1, 2]),
+        (torch.empty(2, 3, 4).permute(2, 0, 1), [1, 2, 0]),
+        (torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last), [0, 2, 3, 1]),
+        (torch.empty(2, 1, 4).transpose(0, 1), [1, 0, 2]),
+        (torch.empty(()), []),
+        (torch.empty(2, 3)[:, :2], None),
+        (torch.empty(1, 3).expand(2, 3), None),
+        (torch.empty(6).as_strided((2, 3), (2, 1)), None),
+    ],
+)
+def test_the_order_of_axes_in_memory(t, order):
+    found = _private.memory_order(t)
+    if order is None:
+        assert found is None
+    else:
+        assert [axis for axis in found if t.shape[axis] != 1] == [axis for axis in order if t.shape[axis] != 1]
+        assert t.permute(found).is_contiguous()
+
+
+def test_our_hook_is_brought_to_the_front():
+    class Hook:
+        def __call__(self, module, args, output):
+            seen.append("ours")
+
+    module, seen = nn.Linear(1, 1), []
+    module.register_forward_hook(Hook())
+    module.register_forward_hook(lambda *_: seen.append("other"), prepend=True)
+    _private.run_first(module, Hook)
+    module(torch.ones(1, 1))
+    assert seen == ["ours", "other"]
+
+
+def test_forward_hooks_are_silenced_and_come_back():
+    module, seen = nn.Linear(1, 1), []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    with _private.without_forward_hooks(module):
+        module(torch.ones(1, 1))
+    assert not seen
+    module(torch.ones(1, 1))
+    assert seen == [1]
+
+
+def test_a_backward_under_way_is_noticed():
+    seen = []
+    x = leaf(2)
+    y = x.sin()
+    y.register_hook(lambda g: seen.append(_private.repeats_forward()))
+    assert not _private.repeats_forward()
+    y.sum().backward()
+    assert seen == [True]
+    assert not _private.repeats_forward()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_that_a_checkpoint_repeats_is_noticed(fails):
+    seen = []
+
+    def part(x):
+        seen.append(_private.repeats_forward())
+        if fails and len(seen) > 1:
+            raise MemoryError
+        return x.sin().cos()
+
+    loss = checkpoint(part, leaf(2), use_reentrant=False).sum()
+    if fails:
+        with pytest.raises(MemoryError):
+            loss.backward()
+    else:
+        loss.backward()
+    assert seen == [False, True]
+    assert not _private.repeats_forward()
+
+
+def test_a_backward_in_another_thread_is_not_ours():
+    """As of a forward that runs beside a backward."""
+    seen = []
+    y = leaf(2).sin()
+
+    def other(g):
+        thread = threading.Thread(target=lambda: seen.append(_private.repeats_forward()))
+        thread.start()
+        thread.join()
+
+    y.register_hook(other)
+    y.sum().backward()
+    assert seen == [False]
+
+
+class Noting(TorchFunctionMode):
+    """Notes the functions that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_are_listed_outermost_first():
+    first, second = Noting(), Noting()
+    assert not _private.function_modes()
+    with first, second:
+        assert _private.function_modes() == [first, second]
+        threads = []
+        thread = threading.Thread(target=lambda: threads.append(_private.function_modes()))
+        thread.start()
+        thread.join()
+        assert threads == [[]]
+    assert not _private.function_modes()
+
+
+def test_a_mode_can_be_taken_off_by_others():
+    """As after an interrupt: the innermost one ends without its own ``with``."""
+    first, second = Noting(), Noting()
+    with first:
+        second.__enter__()
+        _private.function_modes()[-1].__exit__(None, None, None)
+        assert _private.function_modes() == [first]
+    assert not _private.function_modes()
+
+
+def test_a_mode_does_not_see_what_it_calls_itself():
+    with Noting() as outer, Noting() as inner:
+        torch.ones(1)
+    assert len(outer.seen) == len(inner.seen) == 1
+
+
+def test_parts_of_a_python_function_are_seen_without_its_own_dispatch():
+    """Of the one function that is followed in parts."""
+    torch.manual_seed(0)
+    function, x = F.multi_head_attention_forward, torch.randn(3, 2, 8)
+    settings = {
+        "embed_dim_to_check": 8, "num_heads": 2, "in_proj_weight": torch.randn(24, 8), "in_proj_bias": torch.randn(24),
+        "bias_k": None, "bias_v": None, "add_zero_attn": False, "dropout_p": 0.0, "out_proj_weight": torch.randn(8, 8),
+        "out_proj_bias": torch.randn(8), "need_weights": False,
+    }  # fmt: skip
+    with Noting() as whole:
+        wanted = function(x, x, x, **settings)[0]
+    with Noting() as parts:
+        found = _private.without_dispatch(function)(x, x, x, **settings)[0]
+    assert whole.seen == [function]
+    assert function not in parts.seen
+    assert {F.linear, F.scaled_dot_product_attention} <= set(parts.seen)
+    assert torch.equal(found, wanted)
+    assert _private.without_dispatch(function) is _private.without_dispatch(function)
+    parameters = [inspect.signature(f).parameters for f in (_private.without_dispatch(function), function)]
+    assert len({tuple((p.name, p.kind, p.default) for p in each.values()) for each in parameters}) == 1
+
+
+def followed(part, x, times=1):
+    """Run a part in a checkpoint, asked ``times`` in its forward to follow it; returns what happened."""
+    seen = []
+
+    @contextmanager
+    def around():
+        seen.append("enter")
+        try:
+            yield
+        finally:
+            seen.append("leave")
+
+    def inside(x):
+        if _private.repeats_forward():
+            seen.append("again")
+        else:
+            seen.extend(_private.follow_recomputation(around) for _ in range(times))
+        return part(x)
+
+    checkpoint(inside, x, use_reentrant=False).sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_recomputation_of_a_checkpoint_runs_in_a_context(early_stop, times):
+    x, y = leaf(3), leaf(3)
+    with set_checkpoint_early_stop(early_stop):
+        seen = followed(lambda x: x.sin().cos() * x, x, times)
+    assert seen == [True] * times + ["enter", "again", "leave"]
+    (y.sin().cos() * y).sum().backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_a_checkpoint_in_a_checkpoint_is_followed():
+    """The outer one by itself, as its recomputation runs the inner one again."""
+    seen = followed(lambda x: checkpoint(lambda x: x.sin().cos(), x, use_reentrant=False).sin(), leaf(3))
+    assert seen[:2] == [True, "enter"]
+    assert seen.count("enter") == seen.count("leave") == seen.count("again")
+
+
+def test_no_checkpoint_is_under_way():
+    """Nor one that keeps its frame elsewhere, nor other hooks on saved tensors."""
+
+    def never():
+        raise AssertionError("nothing is to be repeated")
+
+    assert not _private.follow_recomputation(never)
+    with torch.autograd.graph.save_on_cpu():
+        assert not _private.follow_recomputation(never)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert not _private.follow_recomputation(never)
+    seen = []
+
+    def reentrant(x):
+        seen.append(_private.follow_recomputation(never))
+        return x.sin()
+
+    checkpoint(reentrant, leaf(2), use_reentrant=True)
+    assert seen == [False]
+    checkpoint(torch.sin, leaf(2), use_reentrant=False)
+    assert not _private.follow_recomputation(never)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module, hook: module.register_full_backward_hook(hook),
+        lambda module, hook: module.register_full_backward_pre_hook(hook),
+        lambda module, hook: nn.modules.module.register_module_full_backward_hook(hook),
+        lambda module, hook: nn.modules.module.register_module_full_backward_pre_hook(hook),
+    ],
+)
+def test_backward_hooks_and_their_nodes_are_noticed(register):
+    module, x = nn.Linear(2, 2), leaf(1, 2)
+    assert not _private.has_backward_hooks(module)
+    plain = module(x)
+    handle = register(module, lambda *_: None)
+    try:
+        assert _private.has_backward_hooks(module)
+        hooked = module(x)
+    finally:
+        handle.remove()
+    assert not _private.has_backward_hooks(module)
+    assert not _private.handed_through(plain.grad_fn)
+    below, nodes = [hooked.grad_fn], []
+    while below:
+        node = below.pop()
+        nodes.append(node)
+        below.extend(after for after, _ in node.next_functions if after is not None)
+    assert any(map(_private.handed_through, nodes))
+    assert not all(map(_private.handed_through, nodes))
 
 
 def test_state_of_a_module_is_put_back():

@@ -28,8 +28,9 @@ from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 
 PROGRAMS = int(os.environ.get("PEREX_PROGRAMS", "150"))
 FIRST = int(os.environ.get("PEREX_FIRST", "0"))
-MOST_REFUSED = 0.15  # of programs without an operation that mixes
+MOST_REFUSED = 0.03  # of programs without an operation that mixes; measured: 0.2 %
 TOLERANCE = 1e-9
+ONCE_WRONG = (463, 747, 1199, 1327, 1503, 1937, 1983, 2962, 3018, 3196, 3691, 5914, 5931, 5963)
 NUMBERS = (1, 2, 3, 3, 4, 6)
 SIZES = (1, 2, 3, 3, 4, 6)
 
@@ -249,7 +250,7 @@ def over_axis(p: Program, r: random.Random, axis: int | None = None) -> None:
         ("index-mean", lambda h: h + h.select(a, 0).unsqueeze(a)),
         ("narrow", lambda h: h * h.narrow(a, h.shape[a] - 1, 1)),
         ("cummax", lambda h: h + h.cummax(a).values),
-        ("median", lambda h: h + h.median(a, keepdim=True).values),
+        ("median", lambda h: h + h.contiguous().median(a, keepdim=True).values),
         ("renorm-like", lambda h: h / h.abs().amax(a, keepdim=True).clamp_min(1.0)),
         ("setitem", lambda h: _written_first(h, a)),
         ("loop", lambda h: _looped(h, a)),
@@ -298,7 +299,12 @@ def rearranged(p: Program, r: random.Random, axis: int | None = None) -> None:
         ("index_add", lambda h: (h * 0.1).index_add(a, index(h), h)),
         ("getitem", lambda h: h[(slice(None),) * a + (index(h),)]),
         ("setitem", lambda h: _set_index(h, a, index(h))),
-        ("cat", lambda h: torch.cat([h.narrow(a, h.shape[a] // 2, h.shape[a] - h.shape[a] // 2), h.narrow(a, 0, h.shape[a] // 2)], a)),
+        (
+            "cat",
+            lambda h: torch.cat(
+                [h.narrow(a, h.shape[a] // 2, h.shape[a] - h.shape[a] // 2), h.narrow(a, 0, h.shape[a] // 2)], a
+            ),
+        ),
         ("chunk", lambda h: torch.cat(list(h.chunk(3, a))[::-1], a)),
         ("split", lambda h: torch.cat(list(h.split(1, a))[::-1], a)),
         ("scatter_add", lambda h: torch.zeros_like(h).scatter_add(a, _along(h, index(h), a), h)),
@@ -330,7 +336,9 @@ def resized(p: Program, r: random.Random) -> None:
         return
     axis = r.choice(p.layout.free)
     size, rank = p.layout.size(axis), len(p.layout.axes)
-    kind = r.choice(["einsum", "matmul", "pad", "catself", "catparam", "unfold", "mean", "stack", "linear", "repeat", "bmm"])
+    kind = r.choice(
+        ["einsum", "matmul", "pad", "catself", "catparam", "unfold", "mean", "stack", "linear", "repeat", "bmm"]
+    )
     new = new_size(p, r)
     fresh = p.layout.sizes[new]
     letters = "abcdefgh"[:rank]
@@ -552,7 +560,7 @@ def mixing(p: Program, r: random.Random) -> None:
 def canonical(p: Program) -> None:
     """Back to ``[N, ...]``: factors apart, that of the examples first.
 
-    Meeting the input there tells apart an output that holds the examples elsewhere, which no forward can know to be wrong.
+    Meeting the input there tells apart an output that holds the examples elsewhere, which no forward can know.
     """
     axes, sizes = frozen(p)
     factors = [f for axis in axes for f in axis]
@@ -607,12 +615,14 @@ def losses(output: Tensor, targets: Tensor) -> Tensor:
 
 
 def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float, what: str) -> None:
-    """Equal shapes, and values relative to each parameter's largest entry, or to 1e-4 of all where that is nearly zero."""
+    """Equal shapes, and values relative to each parameter's largest entry, or 1e-4 where it is nearly zero."""
     floor = max(1e-4 * largest(wanted), 1e-4)
     for name, value in wanted.items():
         assert found[name].shape == value.shape, f"{what} of {name}: shape {list(found[name].shape)}"
         error, scale = (found[name] - value).abs().max().item(), value.abs().max().item()
-        assert error <= tolerance * max(scale, floor), f"{what} of {name}: off by {error:.2e}, largest entry {scale:.2e}"
+        assert error <= tolerance * max(scale, floor), (
+            f"{what} of {name}: off by {error:.2e}, largest entry {scale:.2e}"
+        )
 
 
 def gradients(model: nn.Module, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -693,6 +703,12 @@ def test_random_programs_are_exact_or_refused() -> None:
     print(outcomes, f"{refused} of {clean} refused without need")
     assert not wrong, "\n".join(wrong)
     assert refused <= MOST_REFUSED * clean
+
+
+@pytest.mark.parametrize("seed", ONCE_WRONG)
+def test_programs_that_were_once_wrong(seed: int) -> None:
+    """Writes through views, and scatters whose indices differ between calls of one form."""
+    verdict(program(seed))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import textwrap
 
+import operation_cases
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import perexample
 import perexample.extensions
+from perexample import extend
+from perexample.rule import registered_functions
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(p for folder in ("perexample", "extensions") for p in (ROOT / folder).rglob("*.py"))
@@ -45,9 +49,56 @@ def test_imports_point_one_way(path):
         assert not any(name.startswith("perexample.extensions") for name in imports)
 
 
-def test_the_engine_knows_no_particular_rule_but_the_generic_one():
+def test_the_engine_knows_no_particular_rule_but_the_generic_ones():
+    """Of modules, and of functions."""
+    generic = {"perexample.rules.generic", "perexample.rules.function"}
     for path in (ROOT / "perexample" / "_engine").glob("*.py"):
-        assert {name for name in _imports(path) if ".rules" in name} <= {"perexample.rules.generic"}, path
+        assert {name for name in _imports(path) if ".rules" in name} <= generic, path
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")  # of nn.Transformer, time-major
+def test_every_function_that_has_a_rule_occurs_in_a_row_of_operation_cases(monkeypatch):
+    """The forward of every row, with notes of what the engine handed to a rule by way of which function."""
+    rules = registered_functions()
+    used: dict = {}
+
+    def noted(bind):
+        def wrapped(self, function, args, kwargs):
+            bound = bind(self, function, args, kwargs)
+            if bound is not None:
+                used.setdefault(function, set()).add(type(self))
+            return bound
+
+        return wrapped
+
+    for rule in {type(rule) for rule in rules.values()}:
+        monkeypatch.setattr(rule, "bind", noted(rule.bind))
+    for row in operation_cases.ROWS:
+        model, inputs = row.build(2)
+        extend(model, batch_dim=row.batch_dim)
+        _ = model(*inputs) if row.forward is None else row.forward(model, *inputs)
+    missing = [function for function in rules if function not in used and function not in HIDDEN]
+    assert not missing
+    assert all(used[function] == {type(rules[function])} for function in used)
+
+
+HIDDEN = {torch.Tensor.__matmul__: torch.Tensor.matmul}  # methods that torch reports to modes as another
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_hidden_functions_are_reported_as_another_that_has_the_same_rule(hidden):
+    seen = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, 2)
+    with Noting():
+        hidden(x, x)
+    assert seen == [HIDDEN[hidden]]
+    assert type(registered_functions()[hidden]) is type(registered_functions()[HIDDEN[hidden]])
 
 
 def test_core_needs_torch_and_einops_only():
@@ -79,7 +130,7 @@ def test_examples_in_docstrings(path):
     torch.manual_seed(0)
     known = dict(perexample.rule._REGISTRY)
     try:
-        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+        result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
     finally:
         for cls in set(perexample.rule._REGISTRY) - set(known):
             del perexample.rule._REGISTRY[cls]

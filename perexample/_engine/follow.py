@@ -327,11 +327,16 @@ class _Operation:
         if movable and any(form.why or form.axis is None for form in forms):
             return self._moved(self.args, outputs)
         forms = [self._constant(form, t) for form, t in zip(forms, outputs, strict=True)]
-        if key is not None:
+        if key is not None and self._for_all_calls(few):
             if len(_FORMS) > _MOST_FORMS:
                 _FORMS.clear()
             _FORMS[key if few else (key, rows)] = forms
         return [self._from(form) for form in forms]
+
+    def _for_all_calls(self, few: bool) -> bool:
+        """Whether what was found holds for all calls of the same form, and not for these indices or constants only."""
+        others = [t for t in tensors_in((self.args, self.kwargs)) if place_of(t) is None and t.dim()]
+        return not others if not few else all(t.is_floating_point() or t.dtype == torch.bool for t in others)
 
     def _constant(self, form: Form, out: Tensor) -> Form:
         """A result of the same shape that no trial could change, as a softmax over one entry, is where its input is."""

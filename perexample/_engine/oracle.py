@@ -48,7 +48,9 @@ class _Made:
     def __init__(self, args: tuple, kwargs: dict, rows: int, trial: int) -> None:
         self.args, self.kwargs, self.rows = args, kwargs, rows
         self.scale = (1.0, 3.0)[trial % 2]
+        self.real = trial >= 2  # at last with all that does not depend on the batch as it is
         self.generator = torch.Generator().manual_seed(rows + 1000 * trial)
+        self.constants: dict[int, Tensor] = {}
         self.tracked = [t for t in tensors_in((args, kwargs)) if isinstance(place_of(t), Place)]
         self.values = [self._values(t) for t in self.tracked]
 
@@ -68,8 +70,11 @@ class _Made:
                 return torch.randint(low, high + 1, shape, generator=self.generator).to(t)
             step = torch.randint(1, high - low + 1, shape, generator=self.generator).to(t)
             return low + (old - low + step) % (high - low + 1)
+        return self._numbers(shape).to(t)
+
+    def _numbers(self, shape: Any) -> Tensor:
         made = torch.randn(shape, generator=self.generator, dtype=torch.float64) * self.scale
-        return (made.abs() if self.scale != 1 else made).to(t)
+        return made.abs() if self.scale != 1 else made
 
     def changed(self, rows: Tensor) -> list[Tensor]:
         """The values with those of some rows exchanged; ``rows`` is a mask ``[rows]``."""
@@ -84,6 +89,21 @@ class _Made:
             new.append(torch.where(mask.view(shape), self._values(t, old), old))
         return new
 
+    def _seed(self) -> None:
+        """Let a random function draw the same numbers each time; other devices are left alone."""
+        torch.default_generator.manual_seed(0)
+        for device in {t.device for t in self.tracked if t.device.type == "cuda"}:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+
+    def _constant(self, t: Tensor) -> Tensor:
+        """What does not depend on the batch: in general, and not as it happens to be, since a zero would hide much."""
+        if self.real or not t.is_floating_point():
+            return t.detach().clone()
+        if id(t) not in self.constants:
+            self.constants[id(t)] = self._numbers(t.shape).to(t)
+        return self.constants[id(t)].clone()
+
     def call(self, func: Callable, values: list[Tensor]) -> list[Tensor]:
         """The outputs for these values; everything else is as it was, and kept from being written to."""
         chosen = {id(t): v for t, v in zip(self.tracked, values, strict=True)}
@@ -91,11 +111,11 @@ class _Made:
 
         def replaced(t: Tensor) -> Tensor:
             if id(t) not in copies:
-                copies[id(t)] = chosen[id(t)].clone() if id(t) in chosen else t.detach().clone()
+                copies[id(t)] = chosen[id(t)].clone() if id(t) in chosen else self._constant(t)
             return copies[id(t)]
 
         args, kwargs = map_tensors(replaced, (self.args, self.kwargs))
-        torch.manual_seed(0)
+        self._seed()
         result = func(*args, **kwargs)
         if base_name(func) == "__setitem__":
             result = args[0]
