@@ -194,6 +194,18 @@ def broadcast(places: list[tuple[Place, torch.Size]], shape: torch.Size) -> Plac
     return first
 
 
+def entry_owners(t: Tensor, place: Place | None) -> Tensor:
+    """Example of each entry, in the tensor's shape."""
+    if place is None:
+        return torch.full((), -1, device=t.device).expand(t.shape)
+    if place.axis is None:
+        owner = place.space.owners(t.device)
+        return (owner[0] if owner.numel() else torch.full((), -1, device=t.device)).expand(t.shape)
+    shape = [1] * t.dim()
+    shape[place.axis] = -1
+    return place.owner_of_entry(t.device).view(shape).expand(t.shape)
+
+
 def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: bool = True) -> Place | None:
     """The place of a tensor whose entries are the examples they belong to, -1 for none.
 

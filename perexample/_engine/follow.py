@@ -33,7 +33,7 @@ from .kinds import KINDS, Kind, base_name, kind_of, permuted_axis, writes_in_pla
 from .oracle import Form, fits, form_key, forms_of
 from .owners import INTO, MOVERS, moved, values_of
 from .state import STATE, resumed
-from .table import origin_of, place_of, put, put_on_edge, put_origin
+from .table import origin_of, place_of, put, put_on_edge, put_origin, wrote
 from .tap import LOST, Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
@@ -78,6 +78,8 @@ class Follow(TorchFunctionMode):
         targets: list[Tensor] = []
         if kind in _OF_THE_FIRST:
             _scan(args[:1], tracked, targets)
+        elif kind is Kind.FILL or kind is Kind.SET:
+            _scan((*args[1:], *kwargs.values()), tracked, targets)
         else:
             _scan(args, tracked, targets)
             if kwargs:
@@ -87,6 +89,10 @@ class Follow(TorchFunctionMode):
         if kind is Kind.COMPOSITE:
             with self:
                 return without_dispatch(func)(*args, **kwargs)
+        if kind is Kind.SET:
+            out = func(*args, **kwargs)
+            put(args[0], tracked[0][1])
+            return out
         call = _Operation(func, kind, args, kwargs, tracked)
         if targets and torch.is_grad_enabled():
             call.meet(targets)
@@ -196,6 +202,7 @@ class _Operation:
     def run(self) -> Any:
         """Run it, and note the places of what it gives."""
         early = self._early()
+        before = [(t, place_of(t)) for t in self._written()]
         out = self.func(*self.args, **self.kwargs)
         outputs = [self.args[0]] if base_name(self.func) == "__setitem__" else list(tensors_in(out))
         if not outputs:
@@ -204,6 +211,8 @@ class _Operation:
             return out
         if self.lost is not None:
             lose(outputs, self.lost)
+            for t, place in before:
+                wrote(t, place, self.lost)
             return out
         places = self._unpacked(early(outputs) if early is not None else self._places(outputs), outputs)
         lost = [place for place in places if isinstance(place, Lost)]
@@ -212,6 +221,10 @@ class _Operation:
                 lose([t], place)
             elif place is not None:
                 put(t, place)
+        for t, place in before:
+            now = place_of(t)
+            if now is not None:
+                wrote(t, place, now)
         if self.tap is not None and not lost:
             chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
             if len(chosen) > 1:
@@ -223,6 +236,11 @@ class _Operation:
             if chosen:
                 self.tap([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
         return out
+
+    def _written(self) -> list[Tensor]:
+        """The tensors that the call writes into."""
+        into = [self.args[0]] if self.in_place and self.args else []
+        return [t for t in tensors_in((into, self.kwargs.get("out"))) if t.layout == torch.strided]
 
     def _unpacked(self, places: list[Any], outputs: list[Tensor]) -> list[Any]:
         """The sizes that packing returns belong to nobody."""
@@ -244,6 +262,8 @@ class _Operation:
     # -- places -------------------------------------------------------------------------------------------------------
 
     def _places(self, outputs: list[Tensor]) -> list[Any]:
+        if self.kind is Kind.FILL:
+            return [self._lost("fills a tensor with what depends on examples", False)] * len(outputs)
         space = self._space()
         if space is None:
             return self._apart(outputs)

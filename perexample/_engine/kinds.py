@@ -18,6 +18,8 @@ class Kind(Enum):
     RESHAPE = auto()  # entries keep their order
     EXPAND = auto()  # axes are added in front
     PERMUTE = auto()  # axes change places
+    SET = auto()  # the first argument becomes another tensor
+    FILL = auto()  # a new tensor in the shape of the first argument, filled with the others
     MOVE = auto()  # entries are moved by indices or orders that may differ from call to call
     COMPOSITE = auto()  # a Python function whose parts are followed instead
     OTHER = auto()  # found out by trying
@@ -46,7 +48,7 @@ _PERMUTE = names("permute transpose swapaxes swapdims t .T .mT adjoint")
 _MOVE = names(
     "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add "
     "index_add_ index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ "
-    "roll flip flipud fliplr rot90 as_strided repeat_interleave index_fill index_fill_ _pack_padded_sequence "
+    "roll flip flipud fliplr rot90 as_strided scatter_reduce scatter_reduce_ index_reduce index_reduce_ put put_ repeat_interleave index_fill index_fill_ _pack_padded_sequence "
     "_pad_packed_sequence"
 )
 _POINTWISE = names(
@@ -55,6 +57,8 @@ _POINTWISE = names(
     "__ipow__ __rand__ __ror__ __lshift__ __rshift__ relu6 hardtanh softsign tanhshrink hardswish hardsigmoid "
     "logsigmoid threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh"
 )
+_FILLS = names("full_like new_full new_tensor")
+_SIZED = names("arange zeros ones empty eye linspace rand randn")  # data says at most how large it is
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
@@ -85,7 +89,11 @@ def _classify(func: Any) -> Kind:
         if name == ".data":
             return Kind.SAME
         return Kind.OTHER if name[1:] in _VIEW_PROPERTIES else Kind.IGNORED
-    if name == "__set__" or name in _IGNORED or name.endswith("_like") or name.startswith("new_"):
+    if name in ("__set__", "set_"):
+        return Kind.SET if name == "set_" or func == torch.Tensor.data.__set__ else Kind.IGNORED
+    if name in _FILLS:
+        return Kind.FILL
+    if name in _IGNORED or name in _SIZED or name.endswith("_like") or name.startswith("new_"):
         return Kind.IGNORED
     if func is F.multi_head_attention_forward:
         return Kind.COMPOSITE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._tree import map_tensors, tensors_in
-from ..place import Lost, Place, Space, from_owners
+from ..place import Lost, Place, Space, entry_owners, from_owners
 from .kinds import base_name, names
 from .table import place_of
 
@@ -21,11 +21,14 @@ _VALUES = {
     "__setitem__": (0, 2), "index_put": (0, 2), "index_put_": (0, 2), "index_add": (0, 3), "index_add_": (0, 3),
     "index_copy": (0, 3), "index_copy_": (0, 3), "scatter": (0, 3), "scatter_": (0, 3), "scatter_add": (0, 3),
     "scatter_add_": (0, 3), "masked_scatter": (0, 2), "masked_scatter_": (0, 2), "index_fill": (0, 3),
-    "index_fill_": (0, 3), "_pad_packed_sequence": (0, 3),
+    "index_fill_": (0, 3), "scatter_reduce": (0, 3), "scatter_reduce_": (0, 3), "index_reduce": (0, 3),
+    "index_reduce_": (0, 3), "put": (0, 2), "put_": (0, 2), "_pad_packed_sequence": (0, 3),
 }  # fmt: skip
 INTO = frozenset(_VALUES) - {"_pad_packed_sequence"}
 _NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source", "src", "value", "padding_value")}
-_ADDING = names("index_add index_add_ scatter_add scatter_add_")
+_ADDING = names(
+    "index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_reduce index_reduce_"
+)
 MOVERS = names(
     "__getitem__ cat concat concatenate stack hstack vstack dstack row_stack column_stack split split_with_sizes "
     "chunk tensor_split unbind select narrow movedim moveaxis transpose swapaxes swapdims permute tile repeat "
@@ -116,18 +119,6 @@ def _outputs_that_move(name: str) -> int | None:
     return 1 if name in ("_pack_padded_sequence", "_pad_packed_sequence") else None
 
 
-def entry_owners(t: Tensor, place: Any) -> Tensor:
-    """Example of each entry, in the tensor's shape."""
-    if place is None:
-        return torch.full((), -1, device=t.device).expand(t.shape)
-    if place.axis is None:
-        owner = place.space.owners(t.device)
-        return (owner[0] if owner.numel() else torch.full((), -1, device=t.device)).expand(t.shape)
-    shape = [1] * t.dim()
-    shape[place.axis] = -1
-    return place.owner_of_entry(t.device).view(shape).expand(t.shape)
-
-
 def _replaced(value: Any, owner: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (int, float, bool)):
         return -1
@@ -139,7 +130,7 @@ def _added(args: list, kwargs: dict, func: Callable) -> list[Tensor]:
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     index = args[2] if len(args) > 2 else kwargs["index"]
     source: Tensor = args[3] if len(args) > 3 else kwargs["source" if "source" in kwargs else "src"]
-    if "index_add" in func.__name__:
+    if "index_" in func.__name__:
         shape = [1] * source.dim()
         shape[dim] = -1
         index = index.view(shape).expand(source.shape)

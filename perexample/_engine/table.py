@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._private import handed_through, metadata
-from ..place import Lost, Place
+from .._private import handed_through, inside_functorch, metadata
+from ..place import Lost, Place, entry_owners, from_owners
 
 _EDGES = "perexample places"  # under which a graph node's metadata holds the places of its outputs
 
@@ -45,6 +47,9 @@ def place_of(tensor: Tensor) -> Place | Lost | None:
     entry = _PLACES.get(id(tensor))
     if entry is not None and entry() is tensor:
         return entry.known
+    if _WRITTEN and (found := _by_storage(tensor)) is not None:
+        put(tensor, found)
+        return found
     return None if tensor.grad_fn is None else _adopted(tensor)
 
 
@@ -72,6 +77,77 @@ def put_on_edge(tensor: Tensor) -> None:
 def put(tensor: Tensor, place: Place | Lost) -> None:
     """Note where a tensor holds the examples."""
     _PLACES[id(tensor)] = _Entry(tensor, place)
+
+
+class _Written:
+    """A piece of memory that data was written into, through one of the tensors that show it.
+
+    Attributes:
+        storage: The memory, held weakly.
+        writes: What shows which part of it, and where it holds the examples; later ones count.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = StorageWeakRef(storage)
+        self.writes: list[tuple[tuple, Place | Lost]] = []
+
+    def place(self, tensor: Tensor) -> Place | Lost | None:
+        """Where a tensor that shows a part of the memory holds the examples."""
+        lost = [place for _, place in self.writes if isinstance(place, Lost)]
+        if lost:
+            return lost[0]
+        place = self.writes[-1][1]
+        assert isinstance(place, Place)
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        flat = torch.full((size,), -1)
+        for (shape, stride, offset), known in self.writes:
+            assert isinstance(known, Place)
+            flat.as_strided(shape, stride, offset).copy_(entry_owners(torch.empty(()).expand(shape), known))
+        owner = flat.as_strided(*_geometry(tensor))
+        if not bool((owner >= 0).any()):
+            return None
+        whole = place.space.record.space
+        found = from_owners(owner, whole, one_example=False)
+        where, why = "a write into part of a tensor", "leaves no axis that tells the examples apart"
+        return found or Lost(whole.record, where, why, False)
+
+
+_WRITTEN: dict[int, _Written] = {}
+
+
+def _geometry(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+
+
+def _by_storage(tensor: Tensor) -> Place | Lost | None:
+    if tensor.layout != torch.strided or inside_functorch(tensor):
+        return None
+    written = _WRITTEN.get(tensor.untyped_storage()._cdata)
+    return None if written is None or written.storage.expired() else written.place(tensor)
+
+
+def wrote(tensor: Tensor, before: Place | Lost | None, after: Place | Lost) -> None:
+    """Note that a tensor was written to, if it holds the examples elsewhere since: so do all that show its memory."""
+    if isinstance(before, Place) and isinstance(after, Place) and (before is after or _equal(before, after)):
+        return
+    storage = tensor.untyped_storage()
+    for key in [key for key, written in _WRITTEN.items() if written.storage.expired()]:
+        del _WRITTEN[key]
+    written = _WRITTEN.setdefault(storage._cdata, _Written(storage))
+    for entry in list(_PLACES.values()):
+        other = entry()
+        if other is None or other is tensor or other.layout != torch.strided:
+            continue
+        if other.untyped_storage()._cdata == storage._cdata:
+            written.writes.append((_geometry(other), entry.known))
+            forget(other)  # found again by its memory
+    if before is not None:
+        written.writes.append((_geometry(tensor), before))
+    written.writes.append((_geometry(tensor), after))
+
+
+def _equal(a: Place, b: Place) -> bool:
+    return a.axis == b.axis and a.agrees(b)
 
 
 def forget(tensor: Tensor) -> None:

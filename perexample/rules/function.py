@@ -140,7 +140,7 @@ class FunctionRule(Rule):
             base = call.saved["base"].clone()
             args = (base.as_strided(*call.saved["part"]), *args[1:])
         elif call.saved["in_place"]:
-            args = (args[0].clone(), *args[1:])
+            args = (map_tensors(torch.clone, args[0]), *args[1:])
         with torch.autocast(**call.saved["autocast"]):
             result = call.module(*args, **kwargs)
         if "part" in call.saved:
@@ -253,7 +253,8 @@ class PointwiseRule(FunctionRule):
             gradients = self._signed(call, g) if adds else self._local(call, g)
         except RuntimeError:  # a function that does not broadcast what it was given here
             return super().terms(call, g)
-        return {name: Dense(rows_of(gradients[name], place, b.shape)) for name, b in call.params.items()}
+        real = {name: _real(gradients[name], b) for name, b in call.params.items()}
+        return {name: Dense(rows_of(real[name], place, b.shape)) for name, b in call.params.items()}
 
     def _broadcasts(self, call: Call, g: Tensor) -> bool:
         try:
@@ -355,7 +356,12 @@ class JoinRule(FunctionRule):
                     moved = place
                 one = rows_of(part, moved, b.shape)
             sums[name] = one if name not in sums else sums[name] + one
-        return {name: Dense(rows) for name, rows in sums.items()}
+        return {name: Dense(_real(rows, call.params[name])) for name, rows in sums.items()}
+
+
+def _real(gradient: Tensor, param: Tensor) -> Tensor:
+    """The gradient of a real parameter in a complex result."""
+    return gradient.real if gradient.is_complex() and not param.is_complex() else gradient
 
 
 def _padded(shape: Size, dims: int) -> tuple[int, ...]:
