@@ -38,6 +38,22 @@ def squared_norms(dense: Tensor) -> Tensor:
     return norms_of(dense.reshape(dense.shape[0], -1) if dense.numel() else dense.new_zeros(dense.shape[0], 1)).square()
 
 
+_SHORT_PRODUCT = 64  # float32 products added up at once in a matrix product: some kernels drift over more
+
+
+def summed_products(g: Tensor, x: Tensor) -> Tensor:
+    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in short sums where these are float32."""
+    positions = x.shape[2]
+    if g.dtype == torch.float64 or positions <= 2 * _SHORT_PRODUCT or not g.shape[0]:
+        return torch.matmul(g.transpose(2, 3), x)
+    left, right = g.transpose(2, 3).flatten(0, 1), x.flatten(0, 1)
+    total = torch.bmm(left[:, :, :_SHORT_PRODUCT], right[:, :_SHORT_PRODUCT])
+    for start in range(_SHORT_PRODUCT, positions, _SHORT_PRODUCT):
+        part = slice(start, start + _SHORT_PRODUCT)
+        total.baddbmm_(left[:, :, part], right[:, part])
+    return total.unflatten(0, g.shape[:2])
+
+
 def gram_norms(g: Tensor, x: Tensor) -> Tensor:
     """``sum_ts <g_t, g_s> <x_t, x_s>`` per example, the products in the factors' dtype, the sum in float64."""
     n, groups, positions, _ = g.shape

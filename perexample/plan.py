@@ -157,7 +157,7 @@ def _described(tap: Tap, name: str, given: Tensor) -> str:
     if tap.run is None:
         return name
     if given.grad_fn is None:
-        return tap.run.names[id(given)][1] if name.startswith("argument") else name
+        return tap.run.names[id(given)][1] if tap.kind == "function" else name
     leaves = tap.run.found.sources[id(given)].leaves
     return f"{name} from {' and '.join(tap.run.names[id(p)][1] for p in leaves if id(p) in tap.run.names)}"
 

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Size, Tensor
 
-from ._norms import BLOCK, gram_norms, norms_of, squared_norms
+from ._norms import BLOCK, gram_norms, norms_of, squared_norms, summed_products
 
 
 class Term:
@@ -232,7 +232,7 @@ class Outer(Term):
         """The gradients themselves, one batched product."""
         if self._dense is not None:
             return self._dense
-        return torch.matmul(self.g.transpose(2, 3), self.x).reshape(self.n, *self.shape)
+        return summed_products(self.g, self.x).reshape(self.n, *self.shape)
 
     def select(self, rows: Tensor) -> Term:
         """Some examples only."""

@@ -207,7 +207,7 @@ def test_plan_for_given_inputs_lists_every_tap_in_the_order_of_the_forward():
         ("h", "LinearRule", "axis 1"),
         ("Net:matmul", "MatmulRule", "axis 0"),
     ]
-    assert taps[1].parameters == {"gain": (3,)}
+    assert taps[1].parameters == {"gain.gain": (3,)}
     assert all(row.path in str(taps) and row.norm in str(taps) for row in taps)
     assert plan(model, x=torch.randn(4, 5, 3)) == taps
     assert not any(m._forward_hooks for m in model.modules())

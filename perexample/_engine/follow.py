@@ -22,6 +22,7 @@ from .._private import (
     inside_functorch,
     metadata,
     own_parameters,
+    version,
     whole_base,
     without_dispatch,
 )
@@ -84,6 +85,8 @@ class Follow(TorchFunctionMode):
             _scan(args, tracked, targets)
             if kwargs:
                 _scan(kwargs.values(), tracked, targets)
+        if tracked and kind is not Kind.POINTWISE and kind is not Kind.FILL:
+            tracked = [(t, place) for t, place in tracked if not _one_number(t, place)]
         if not tracked:
             return _underived(func, kind, args, kwargs, targets)
         if kind is Kind.COMPOSITE:
@@ -187,9 +190,11 @@ class _Operation:
         self.func, self.kind, self.args, self.kwargs = func, kind, args, kwargs
         self.tracked = tracked
         if kind is Kind.MOVE or (base_name(func) == "__getitem__" and _has_index(args[1])):
-            values = values_of(func, args, kwargs)  # indices may be anything, as what they choose is looked at
-            moved_values = [(t, place) for t, place in tracked if any(t is v for v in values)]
-            tracked = self.tracked = moved_values or tracked
+            values = values_of(func, args, kwargs)  # what indices choose is looked at
+            indices = [(t, place) for t, place in tracked if not any(t is v for v in values)]
+            if not any(_chooses_across(t, place, values) for t, place in indices):
+                kept = [(t, place) for t, place in tracked if any(t is v for v in values)]
+                tracked = self.tracked = kept or tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
         self.record = (self.lost or tracked[0][1].space).record
         self.in_place = writes_in_place(func)
@@ -203,7 +208,12 @@ class _Operation:
         """Run it, and note the places of what it gives."""
         early = self._early()
         before = [(t, place_of(t)) for t in self._written()]
+        statistics = self._statistics()
         out = self.func(*self.args, **self.kwargs)
+        for t, count in statistics:
+            if version(t) != count:
+                self.record.wrote = True
+                put(t, self._lost("writes statistics of the examples into a buffer", True))
         outputs = [self.args[0]] if base_name(self.func) == "__setitem__" else list(tensors_in(out))
         if not outputs:
             return out
@@ -212,6 +222,7 @@ class _Operation:
         if self.lost is not None:
             lose(outputs, self.lost)
             for t, place in before:
+                self.record.wrote |= place is None
                 wrote(t, place, self.lost)
             return out
         places = self._unpacked(early(outputs) if early is not None else self._places(outputs), outputs)
@@ -224,6 +235,7 @@ class _Operation:
         for t, place in before:
             now = place_of(t)
             if now is not None:
+                self.record.wrote |= place is None
                 wrote(t, place, now)
         if self.tap is not None and not lost:
             chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
@@ -236,6 +248,13 @@ class _Operation:
             if chosen:
                 self.tap([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
         return out
+
+    def _statistics(self) -> list[tuple[Tensor, int]]:
+        """Running statistics that the call may change, and how often they were written to."""
+        if base_name(self.func) not in ("batch_norm", "instance_norm"):
+            return []
+        tensors = tensors_in((self.args[1:], self.kwargs))
+        return [(t, version(t)) for t in tensors if not t.requires_grad and place_of(t) is None]
 
     def _written(self) -> list[Tensor]:
         """The tensors that the call writes into."""
@@ -361,7 +380,7 @@ class _Operation:
     def _constant(self, form: Form, out: Tensor) -> Form:
         """A result of the same shape that no trial could change, as a softmax over one entry, is where its input is."""
         x, place = self.tracked[0]
-        if form.axis is None and form.why and not form.mixes and out.shape == x.shape and len(self.tracked) == 1:
+        if form.unseen and out.shape == x.shape and len(self.tracked) == 1:
             return Form(place.axis, place.outer, place.inner)
         return form
 
@@ -483,6 +502,21 @@ def _named(targets: list[Tensor]) -> dict[str, Tensor]:
     own = own_parameters(STATE.frames[-1].module) if STATE.frames else {}
     names = {id(p): name for name, p in own.items() if p is not None}
     return {names.get(id(t), f"argument {number}"): t for number, t in enumerate(targets)}
+
+
+def _one_number(t: Tensor, place: Any) -> bool:
+    """Whether a tensor is a single whole number found out from several examples, and as good as a Python number."""
+    return isinstance(place, Lost) and t.numel() == 1 and not t.is_floating_point() and t.dtype != torch.bool
+
+
+def _chooses_across(index: Tensor, place: Any, values: list[Tensor]) -> bool:
+    """Whether what an index chooses of one example depends on others; the order of all entries may."""
+    if not (isinstance(place, Lost) and place.mixes):
+        return False
+    if index.dtype == torch.bool or index.is_floating_point() or not values:
+        return True
+    everything = torch.arange(index.numel(), device=index.device)
+    return index.numel() not in values[0].shape or not torch.equal(index.flatten().sort().values, everything)
 
 
 def _has_index(index: Any) -> bool:

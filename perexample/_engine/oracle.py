@@ -20,7 +20,7 @@ from .kinds import base_name
 from .table import place_of
 
 _TRIALS = 4
-_FEW = 3  # rows; a power of two would hide rotations
+_FEW = (3, 5)  # rows; powers of two would hide rotations
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Form:
         inner: As in `Place`.
         why: What is wrong, if the rows cannot be told.
         mixes: Whether rows were seen to meet in one entry.
+        unseen: Whether no trial showed any dependence at all.
     """
 
     axis: int | None = None
@@ -40,6 +41,7 @@ class Form:
     inner: int = 1
     why: str = ""
     mixes: bool = False
+    unseen: bool = False
 
 
 class _Made:
@@ -47,7 +49,7 @@ class _Made:
 
     def __init__(self, args: tuple, kwargs: dict, rows: int, trial: int) -> None:
         self.args, self.kwargs, self.rows = args, kwargs, rows
-        self.scale = (1.0, 3.0)[trial % 2]
+        self.trial, self.scale = trial, (1.0, 3.0)[trial % 2]
         self.real = trial >= 2  # at last with all that does not depend on the batch as it is
         self.generator = torch.Generator().manual_seed(rows + 1000 * trial)
         self.constants: dict[int, Tensor] = {}
@@ -61,16 +63,34 @@ class _Made:
         shape = list(t.shape)
         if place.axis is not None:
             shape[place.axis] = place.outer * self.rows * place.inner
+        if self.trial == _TRIALS and old is None:
+            return t.detach().clone()
         if t.dtype == torch.bool:
-            return ~old if old is not None else (torch.rand(shape, generator=self.generator) < 0.5).to(t.device)
+            share = (0.5, 0.02, 0.98)[self.trial % 3]
+            return ~old if old is not None else (torch.rand(shape, generator=self.generator) < share).to(t.device)
         if not (t.is_floating_point() or t.is_complex()):
             low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
-            low = min(low, 0)
+            low, high = min(low, 0), high + (low == high and self.trial % 2 == 0)
             if old is None or high == low:
                 return torch.randint(low, high + 1, shape, generator=self.generator).to(t)
             step = torch.randint(1, high - low + 1, shape, generator=self.generator).to(t)
             return low + (old - low + step) % (high - low + 1)
+        if t.is_complex():
+            return torch.complex(self._numbers(shape), self._numbers(shape)).to(t)
         return self._numbers(shape).to(t)
+
+    def rolled(self, rows: Tensor) -> list[Tensor]:
+        """The real values, with those of some rows replaced by their neighbours'."""
+        new = []
+        for t, old in zip(self.tracked, self.values, strict=True):
+            place = place_of(t)
+            assert isinstance(place, Place)
+            assert place.axis is not None
+            mask = rows.view(1, -1, 1).expand(place.outer, -1, place.inner).reshape(-1).to(old.device)
+            shape = [1] * old.dim()
+            shape[place.axis] = -1
+            new.append(torch.where(mask.view(shape), old.roll(place.inner, place.axis), old))
+        return new
 
     def _numbers(self, shape: Any) -> Tensor:
         made = torch.randn(shape, generator=self.generator, dtype=torch.float64) * self.scale
@@ -98,8 +118,10 @@ class _Made:
 
     def _constant(self, t: Tensor) -> Tensor:
         """What does not depend on the batch: in general, and not as it happens to be, since a zero would hide much."""
-        if self.real or not t.is_floating_point():
+        if self.real or not (t.is_floating_point() or t.dtype == torch.bool):
             return t.detach().clone()
+        if t.dtype == torch.bool:
+            self.constants.setdefault(id(t), (torch.rand(t.shape, generator=self.generator) < 0.5).to(t.device))
         if id(t) not in self.constants:
             self.constants[id(t)] = self._numbers(t.shape).to(t)
         return self.constants[id(t)].clone()
@@ -138,17 +160,50 @@ def forms_of(
     Returns:
         A form for each output, and whether what few rows have shown holds for any number of them.
     """
+    few, more = (_over_trials(func, args, kwargs, outputs, rows, count) for count in _FEW)
+    if few == more or any(form.mixes for form in more):
+        forms, any_rows = more, not any(form.why for form in more) and rows not in _FEW
+    else:  # a number in the call happens to suit one of the counts
+        forms, any_rows = [Form(why="does something else on another number of rows")] * len(outputs), False
+    if not only_few and any(form.why and not form.mixes for form in forms):
+        forms = _over_trials(func, args, kwargs, outputs, rows, rows)
+    if all(not form.why for form in forms) and not _confirmed(func, args, kwargs, forms, rows):
+        forms, any_rows = (
+            [Form(why="mixes examples with the values that it was given", mixes=True)] * len(outputs),
+            False,
+        )
+    return forms, any_rows
+
+
+def _over_trials(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, count: int) -> list[Form]:
+    """What the trials on one number of rows show together."""
     forms: list[Form] = []
-    for count in (_FEW,) if only_few else dict.fromkeys((_FEW, rows)):
-        for trial in range(_TRIALS):
-            forms = _judged(func, args, kwargs, outputs, rows, (count, trial))
-            if all(form.axis is not None for form in forms):
-                return forms, count != rows
-            if any(form.mixes for form in forms):
-                return forms, False
-        if all(not form.why for form in forms):
-            return forms, count != rows
-    return forms, False
+    for trial in range(_TRIALS):
+        forms = _judged(func, args, kwargs, outputs, rows, (count, trial))
+        if all(not form.why for form in forms) or any(form.mixes for form in forms):
+            return forms
+    return forms
+
+
+def _confirmed(func: Callable, args: tuple, kwargs: dict, forms: list[Form], rows: int) -> bool:
+    """Whether it holds for the real values too: with half of the rows exchanged among each other, the others stay."""
+    devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        made = _Made(args, kwargs, rows, _TRIALS)
+        exchanged = torch.arange(rows) % 2 == 0
+        try:
+            base, after = made.call(func, made.values), made.call(func, made.rolled(exchanged))
+        except Exception:  # noqa: BLE001 - in place on what has been changed since, for one
+            return True
+        for form, a, b in zip(forms, base, after, strict=False):
+            if form.axis is None or a.shape != b.shape:
+                continue
+            pattern = (~exchanged).view(1, -1, 1).expand(form.outer, -1, form.inner).reshape(-1).to(a.device)
+            if pattern.numel() != a.shape[form.axis]:
+                return False
+            if bool(_differs(a, b).movedim(form.axis, 0)[pattern].any()):
+                return False
+    return True
 
 
 def _judged(
@@ -163,18 +218,13 @@ def _judged(
     if len(forms) != len(outputs):
         return [Form(why="gives a number of results that depends on the examples")] * len(outputs)
     return [
-        form if form.why or (fits(form, t, rows) and _told(form, t)) else Form(why=_unclear(t))
+        form if form.why or fits(form, t, rows) else Form(why=_unclear(t))
         for form, t in zip(forms, outputs, strict=True)
     ]
 
 
 def _unclear(t: Tensor) -> str:
     return f"has a result of shape {list(t.shape)}, no axis of which was seen to follow the examples"
-
-
-def _told(form: Form, t: Tensor) -> bool:
-    """A result with a gradient depends on the rows, even if no trial showed it."""
-    return form.axis is not None or bool(form.why) or not t.requires_grad
 
 
 def fits(form: Form, t: Tensor, rows: int) -> bool:
@@ -221,7 +271,7 @@ def _form(owner: Tensor, mixed: Tensor, rows: int) -> Form:
         return Form(why="mixes examples: entries of its result depend on several of them", mixes=True)
     seen = owner >= 0
     if not bool(seen.any()):
-        return Form()
+        return Form(why="has a result that no trial could change", unseen=True)
     candidates = []
     for axis in range(owner.dim()):
         size = owner.shape[axis]

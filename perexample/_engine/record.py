@@ -31,7 +31,7 @@ from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
 from .follow import Follow, forget_followers, lose, lost_inputs, repeating
 from .state import STATE, Frame
-from .table import forget, place_of, put, put_on_edge
+from .table import forget, forget_memory, place_of, put, put_on_edge
 from .tap import LOST, Tap
 from .walk import sees_through, tapped_only
 
@@ -71,6 +71,7 @@ class Record:
         batch_dim: Axis of the inputs that holds the examples.
         refused: Modules called in it that mix examples, with the reason.
         checkpointed: Whether a part of it will be run again.
+        wrote: Whether data was written into a tensor that did not depend on the batch before.
         space: The examples; without rows as long as their number is not known.
     """
 
@@ -85,7 +86,7 @@ class Record:
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
         self.refused: list[tuple[str, str]] = []
         self.calls: dict[Any, int] = {}
-        self.checkpointed = False
+        self.checkpointed = self.wrote = False
         self._inputs = [weakref.ref(t) for t in tensors]
         self._places: list[Place | None] = [None] * len(tensors)
         self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)
@@ -139,9 +140,8 @@ class Record:
             place = place_of(t)
             if lost is None and isinstance(place, Place) and self._reordered(place):
                 where = f"`{self.root_name}`"
-                why = (
-                    "returns the examples in another order than it was given them, so that their targets are not theirs"
-                )
+                by = f" (from {place.space.made})" if place.space.made else ""
+                why = f"returns the examples in another order than it was given them{by}, so that targets do not fit"
                 lose([t], Lost(self, where, why, True))
             elif lost is not None and t.grad_fn is not None:
                 metadata(t.grad_fn)[LOST] = lost
@@ -335,7 +335,7 @@ class Exit:
                 output = _leave_opaque(frame, args, kwargs, output)
         finally:
             _close(frame)
-        _refuse_written_buffers(frame)
+        _refuse_written_buffers(frame, frame.module if frames else None)
         checkpointed = frame.record is not None and frame.record.checkpointed
         if (checkpointed or has_backward_hooks(module)) and output is not None:
             for t in tensors_in(output):
@@ -345,21 +345,27 @@ class Exit:
         return output
 
 
-def _refuse_written_buffers(frame: Frame) -> None:
-    """Data that a forward writes into a buffer reaches the model past all gradients."""
-    for name, buffer in frame.module._buffers.items():
-        if buffer is None or place_of(buffer) is None:
-            continue
-        forget(buffer)
-        if frame.record is not None:
-            kind = type(frame.module).__name__
-            frame.record.refused.append(
-                (
-                    frame.name,
-                    f"({kind}) changes its buffer `{name}` in the forward according to the data, past all gradients; "
-                    f"keep data out of buffers, or call .eval() if it then leaves them alone",
+def _refuse_written_buffers(frame: Frame, inner: nn.Module | None) -> None:
+    """Data that a forward writes into a buffer reaches the model past all gradients.
+
+    Most modules write their own buffers; all others are looked at when the outermost call ends, if data was written.
+    """
+    record = frame.record
+    if record is None or not (inner is None and record.wrote):
+        named = [(frame.name, frame.module)] if frame.module._buffers else []
+    else:
+        named = [(path or frame.name, module) for path, module in frame.module.named_modules()]
+    for path, module in named:
+        for name, buffer in module._buffers.items():
+            if buffer is None or place_of(buffer) is None:
+                continue
+            forget_memory(buffer)
+            if record is not None:
+                reason = (
+                    f"({type(module).__name__}) has a buffer `{name}` that the forward changes according to the data, past "
+                    f"all gradients; keep data out of buffers, or call .eval() if they are then left alone"
                 )
-            )
+                record.refused.append((path, reason))
 
 
 def _close(frame: Frame) -> None:

@@ -161,6 +161,12 @@ def origin_of(tensor: Tensor) -> Tensor:
     return tensor if entry is None or entry() is not tensor else entry.known
 
 
+def forget_memory(tensor: Tensor) -> None:
+    """The same, and nothing that shows its memory does either."""
+    forget(tensor)
+    _WRITTEN.pop(tensor.untyped_storage()._cdata, None)
+
+
 def put_origin(tensor: Tensor, source: Tensor) -> None:
     """Note that a tensor repeats another one along axes of size 1."""
     _ORIGINS[id(tensor)] = _Entry(tensor, source)

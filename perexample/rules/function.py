@@ -221,13 +221,6 @@ def rows_of(values: Tensor, place: Place, shape: Size) -> Tensor:
 class PointwiseRule(FunctionRule):
     """Functions that act elementwise on arguments broadcast against each other."""
 
-    def part_of_base(self, view: Tensor) -> dict[str, Any]:
-        """What to save of a view that shows a part of its base, and is written to: the base, and which part it is."""
-        base = view._base
-        assert base is not None
-        part = (list(view.shape), list(view.stride()), view.storage_offset() - base.storage_offset())
-        return {"base": base.detach().clone(memory_format=torch.preserve_format), "part": part}
-
     def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
         """An expanded tensor by what it repeats, as broadcasting is all that was done to it."""
         return origin_of(t)
@@ -292,13 +285,6 @@ class PointwiseRule(FunctionRule):
 
 class JoinRule(FunctionRule):
     """``cat`` and ``stack``: each tensor's gradient is its part of that of the result."""
-
-    def part_of_base(self, view: Tensor) -> dict[str, Any]:
-        """What to save of a view that shows a part of its base, and is written to: the base, and which part it is."""
-        base = view._base
-        assert base is not None
-        part = (list(view.shape), list(view.stride()), view.storage_offset() - base.storage_offset())
-        return {"base": base.detach().clone(memory_format=torch.preserve_format), "part": part}
 
     def target(self, t: Tensor, origin_of: Callable[[Tensor], Tensor]) -> Tensor:
         """An expanded tensor by what it repeats."""
