@@ -42,7 +42,7 @@ _SHORT_PRODUCT = 64  # float32 products added up at once in a matrix product: so
 
 
 def summed_products(g: Tensor, x: Tensor) -> Tensor:
-    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in short sums where these are float32."""
+    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in short sums if in float32."""
     positions = x.shape[2]
     if g.dtype == torch.float64 or positions <= 2 * _SHORT_PRODUCT or not g.shape[0]:
         return torch.matmul(g.transpose(2, 3), x)

@@ -48,8 +48,8 @@ _PERMUTE = names("permute transpose swapaxes swapdims t .T .mT adjoint")
 _MOVE = names(
     "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add "
     "index_add_ index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ "
-    "roll flip flipud fliplr rot90 as_strided scatter_reduce scatter_reduce_ index_reduce index_reduce_ put put_ repeat_interleave index_fill index_fill_ _pack_padded_sequence "
-    "_pad_packed_sequence"
+    "roll flip flipud fliplr rot90 as_strided scatter_reduce scatter_reduce_ index_reduce index_reduce_ put put_ "
+    "repeat_interleave index_fill index_fill_ _pack_padded_sequence  _pad_packed_sequence"
 )
 _POINTWISE = names(
     "copy_ __and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ "
@@ -90,7 +90,8 @@ def _classify(func: Any) -> Kind:
             return Kind.SAME
         return Kind.OTHER if name[1:] in _VIEW_PROPERTIES else Kind.IGNORED
     if name in ("__set__", "set_"):
-        return Kind.SET if name == "set_" or func == torch.Tensor.data.__set__ else Kind.IGNORED
+        data = getattr(getattr(func, "__self__", None), "__name__", "") == "data"
+        return Kind.SET if name == "set_" or data else Kind.IGNORED
     if name in _FILLS:
         return Kind.FILL
     if name in _IGNORED or name in _SIZED or name.endswith("_like") or name.startswith("new_"):

@@ -362,8 +362,8 @@ def _refuse_written_buffers(frame: Frame, inner: nn.Module | None) -> None:
             forget_memory(buffer)
             if record is not None:
                 reason = (
-                    f"({type(module).__name__}) has a buffer `{name}` that the forward changes according to the data, past "
-                    f"all gradients; keep data out of buffers, or call .eval() if they are then left alone"
+                    f"({type(module).__name__}) has a buffer `{name}` that the forward changes according to the data, "
+                    f"past all gradients; keep data out of buffers, or call .eval() if they are then left alone"
                 )
                 record.refused.append((path, reason))
 
