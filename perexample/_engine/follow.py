@@ -33,8 +33,8 @@ from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import KINDS, Kind, base_name, kind_of, permuted_axis, writes_in_place
 from .oracle import Form, fits, form_key, forms_of
 from .owners import INTO, MOVERS, moved, values_of
-from .state import STATE, resumed
-from .table import origin_of, place_of, put, put_on_edge, put_origin, wrote
+from .state import STATE, quiet, resumed
+from .table import origin_of, place_of, put, put_all_on_edges, put_on_edge, put_origin, wrote
 from .tap import LOST, Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
@@ -158,6 +158,13 @@ def lost_inputs(tensors: Iterable[Tensor]) -> Lost | None:
     return None
 
 
+def parted(output: Any) -> Any:
+    """Outputs of their own: one may be computed from another inside of a call, which must not count as from outside."""
+    # Copies, as a view would lose its place in the graph when it is written to.
+    with quiet():
+        return map_tensors(lambda t: t.clone() if t.requires_grad else t, output)
+
+
 def lose(outputs: Iterable[Tensor], lost: Lost) -> None:
     """Mark outputs in which the examples cannot be told apart.
 
@@ -240,8 +247,7 @@ class _Operation:
         if self.tap is not None and not lost:
             chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
             if len(chosen) > 1:
-                # One output may be computed from another. Views part what arrives from outside from that.
-                out = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, out)
+                out = parted(out)
                 outputs = list(tensors_in(out))
                 for t, place in zip(outputs, places, strict=True):
                     put(t, place)
@@ -412,7 +418,7 @@ class _Operation:
         frame = STATE.frames[-1] if STATE.frames else None
         where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
         name = self.record.numbered((where,), where)
-        self.record.checkpointed |= follow_recomputation(partial(repeating, self.record))
+        note_checkpoint(self.record)
         bound, rule = self._bound(targets)
         if bound is not None and view is None:
             self.tap = self._leave_bound(rule, bound, name, edges)
@@ -478,6 +484,13 @@ class _Operation:
             tap.attach(outputs, edges, self.inputs)
 
         return leave
+
+
+def note_checkpoint(record: Any) -> None:
+    """If a checkpoint is under way, see to it that what it runs again will be followed."""
+    if follow_recomputation(partial(repeating, record)) and not record.checkpointed:
+        record.checkpointed = True
+        put_all_on_edges()
 
 
 @contextmanager

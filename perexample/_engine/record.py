@@ -6,7 +6,6 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.autograd.graph import get_gradient_edge
 
 from .._private import (
     calls_under_way,
-    follow_recomputation,
     global_forward_hooks,
     has_backward_hooks,
     inside_functorch,
@@ -29,7 +27,7 @@ from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
-from .follow import Follow, forget_followers, lose, lost_inputs, repeating
+from .follow import Follow, forget_followers, lose, lost_inputs, note_checkpoint, parted
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
 from .tap import LOST, Tap
@@ -408,11 +406,10 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
     if isinstance(rule, GenericRule):
         saved |= rule.after(module, frame.before)
     if len(outputs) > 1:
-        # One output may be computed from another inside the module. Views part what arrives from outside from that.
-        output = map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, output)
+        output = parted(output)
         outputs = graded(output)
     _put_all(tensors_in(output), places)
-    record.checkpointed |= follow_recomputation(partial(repeating, record))
+    note_checkpoint(record)
     kept = [p for t, p in zip(tensors_in(output), places, strict=True) if t.requires_grad]
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
     tap.attach(outputs, Tap.edges_of(inputs), inputs)

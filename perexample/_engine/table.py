@@ -79,6 +79,13 @@ def put(tensor: Tensor, place: Place | Lost) -> None:
     _PLACES[id(tensor)] = _Entry(tensor, place)
 
 
+def put_all_on_edges() -> None:
+    """The same for all tensors that are known now."""
+    for entry in list(_PLACES.values()):
+        if (tensor := entry()) is not None:
+            put_on_edge(tensor)
+
+
 class _Written:
     """A piece of memory that data was written into, through one of the tensors that show it.
 
