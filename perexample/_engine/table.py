@@ -39,7 +39,7 @@ def _drop(entry: Any) -> None:
     key = entry.key
     for table in (_PLACES, _ORIGINS):
         if table.get(key) is entry:
-            del table[key]
+            table.pop(key, None)
 
 
 def place_of(tensor: Tensor) -> Place | Lost | None:
@@ -81,7 +81,7 @@ def put(tensor: Tensor, place: Place | Lost) -> None:
 
 def put_all_on_edges() -> None:
     """The same for all tensors that are known now."""
-    for entry in list(_PLACES.values()):
+    for entry in _PLACES.copy().values():
         if (tensor := entry()) is not None:
             put_on_edge(tensor)
 
@@ -138,10 +138,10 @@ def wrote(tensor: Tensor, before: Place | Lost | None, after: Place | Lost) -> N
     if isinstance(before, Place) and isinstance(after, Place) and (before is after or _equal(before, after)):
         return
     storage = tensor.untyped_storage()
-    for key in [key for key, written in _WRITTEN.items() if written.storage.expired()]:
-        del _WRITTEN[key]
+    for key in [key for key, written in _WRITTEN.copy().items() if written.storage.expired()]:
+        _WRITTEN.pop(key, None)
     written = _WRITTEN.setdefault(storage._cdata, _Written(storage))
-    for entry in list(_PLACES.values()):
+    for entry in _PLACES.copy().values():  # other threads and the garbage collector change it
         other = entry()
         if other is None or other is tensor or other.layout != torch.strided:
             continue
