@@ -731,6 +731,29 @@ RECURRENT = [
 ]
 
 
+def cell(cls: type[nn.Module], *, states: int = 1, state: bool = False, n: int = 3, **options: Any) -> ModuleCase:
+    """One step of a recurrent cell, with or without an initial state."""
+
+    def x(n: int) -> tuple:
+        initial = tuple(rand(n, 4) for _ in range(states))
+        return (rand(n, 3), initial if states == 2 else initial[0]) if state else (rand(n, 3),)
+
+    name = f"{cls.__name__.lower()}{'-state' if state else ''}{_name(options)}-n{n}"
+    return ModuleCase(name, lambda: cls(3, 4, **options), x, n)
+
+
+RECURRENT += [
+    row
+    for cls, states in ((nn.RNNCell, 1), (nn.LSTMCell, 2), (nn.GRUCell, 1))
+    for row in (
+        cell(cls, states=states),
+        cell(cls, states=states, state=True),
+        cell(cls, states=states, state=True, bias=False, n=4),
+        cell(cls, states=states, n=1),
+    )
+]
+
+
 # --------------------------------------------------------------------------------------------------------- attention
 
 
