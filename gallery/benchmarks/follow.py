@@ -90,10 +90,11 @@ def measure(make: Callable[[], nn.Module], data: Callable[[], Tensor], repeats: 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     plain, followed, first = [], [], 0.0
     for number in tqdm(range(repeats + 2), leave=False):
-        unextend(model)
-        a = step(model, optimizer, x, y)
-        extend(model)
-        b = step(model, optimizer, x, y)
+        seconds = {}
+        for kind in (unextend, extend) if number % 2 else (extend, unextend):  # neither always comes first
+            kind(model)
+            seconds[kind] = step(model, optimizer, x, y)
+        a, b = seconds[unextend], seconds[extend]
         if number == 0:
             first = b
         if number >= 2:
