@@ -5,6 +5,7 @@ Everything is trainable and nothing has dropout or batch statistics, so that all
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ def mlp(width: int = 512, depth: int = 2) -> nn.Module:
     """784-512-512-10 with ReLU."""
     widths = [784] + [width] * depth
     layers: list[nn.Module] = []
-    for i, o in zip(widths[:-1], widths[1:], strict=True):
+    for i, o in itertools.pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, ids: Tensor) -> Tensor:
-        where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()  # as Opacus wants it
         return self.head(self.layers(self.tokens(ids) + self.positions(where)).mean(1))
 
 
@@ -148,7 +149,7 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()  # as Opacus wants it
         return self.head(self.norm(self.blocks(self.tokens(ids) + self.positions(where))))
 
 

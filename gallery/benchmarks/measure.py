@@ -1,0 +1,249 @@
+"""Seconds of steps beside plain steps, and peak memory of steps in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from systems import SYSTEMS, Loop, Problem, System, disagreement
+from tqdm import tqdm
+
+TOLERANCE = 1e-3
+MIB = 2**20
+TURN = 0.05
+# Memory that is freed goes back at once: every tensor of 64 KiB or more is a mapping of its own.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong, with the kind of error."""
+    lines = str(error).strip().splitlines()
+    kind = "" if type(error).__name__ == "NotInstalledError" else f"{type(error).__name__}: "
+    return f"{kind}{lines[0] if lines else 'no message'}"
+
+
+def loop(problem: Problem) -> Loop:
+    """One backward per example, done."""
+    found = Loop(problem)
+    found.step()
+    return found
+
+
+def make(
+    problem: Problem, names: list[str], kinds: Mapping[str, type[System]] = SYSTEMS
+) -> tuple[dict[str, System], dict[str, str]]:
+    """The systems that can do the model, checked against the loop after one step; and why others cannot.
+
+    The loop is one in float32 or, should they differ, in float64.
+    """
+    reference = loop(problem)
+    exact: Loop | None = None
+    ready: dict[str, System] = {}
+    failed: dict[str, str] = {}
+    for name in tqdm(names, desc="checks", leave=False, disable=None):
+        try:
+            system = kinds[name](problem)
+            system.step()
+            worst = disagreement(system, reference)
+            if not worst <= TOLERANCE:  # float32 of another order may take the other side of a ReLU or maximum
+                exact = loop(problem.double()) if exact is None else exact
+                worst = min(worst, disagreement(system, exact))
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its answer
+            failed[name] = reason(error)
+            continue
+        system.zero()
+        if not worst <= TOLERANCE:  # NaN is wrong too
+            failed[name] = f"wrong: relative difference {worst:.1e} from one backward per example"
+        else:
+            ready[name] = system
+    return ready, failed
+
+
+def seconds_of(action: Callable[[], None], device: str) -> float:
+    """How long it takes."""
+    if device == "cpu":
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    action()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def timed(system: System, device: str, count: int = 1) -> float:
+    """Seconds of a step and of letting its results go, the mean of some."""
+
+    def action() -> None:
+        for _ in range(count):
+            system.step()
+            system.zero()
+
+    return seconds_of(action, device) / count
+
+
+def warmed(system: System, device: str) -> int:
+    """How many steps make up a turn, from one or two that warm up: a second forward may be another one."""
+    seconds = timed(system, device)
+    if seconds < TURN:
+        seconds = timed(system, device)
+    return min(20, max(1, round(TURN / seconds)))
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The first, the median and the third."""
+    if len(values) == 1:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def compare(
+    systems: dict[str, System], plain: System, repeats: int, cap: float, device: str = "cpu"
+) -> dict[str, dict[str, object]]:
+    """Quartiles of seconds, and of ratios to the plain step beside each.
+
+    Systems take turns, each time beginning with another one; plain steps are right before or right after, in turns.
+    A turn is as many steps as take `TURN` seconds. A system that has used up its seconds stops after three turns.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
+    names = list(systems)
+    counts = dict.fromkeys(names, 1) if repeats == 1 else {name: warmed(systems[name], device) for name in names}
+    beside_count = 1 if repeats == 1 else warmed(plain, device)
+    gc.collect()
+    for number in tqdm(range(repeats), desc="steps", leave=False, disable=None):
+        turn = number % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            if len(pairs[name]) >= 3 and counts[name] * sum(s for _, s in pairs[name]) > cap:
+                continue
+            if number % 2:
+                own = timed(systems[name], device, counts[name])
+                beside = timed(plain, device, beside_count)
+            else:
+                beside = timed(plain, device, beside_count)
+                own = timed(systems[name], device, counts[name])
+            pairs[name].append((beside, own))
+    results: dict[str, dict[str, object]] = {}
+    for name, found in pairs.items():
+        ratios = quartiles([own / beside for beside, own in found])
+        results[name] = {"seconds": quartiles([own for _, own in found]), "ratio": ratios, "repeats": len(found)}
+    return results
+
+
+def timings(
+    problem: Problem,
+    names: list[str],
+    repeats: int,
+    cap: float,
+    device: str = "cpu",
+    kinds: Mapping[str, type[System]] = SYSTEMS,
+) -> dict[str, dict[str, object]]:
+    """Check the systems and time those that are right; the others' entries say why they are not."""
+    ready, failed = make(problem, [name for name in names if name != "plain"], kinds)
+    results: dict[str, dict[str, object]] = {}
+    plain = System(problem)
+    if "plain" in names:
+        ready = {"plain": System(problem), **ready}  # against itself, which shows the noise
+    results.update(compare(ready, plain, repeats, cap, device))
+    for name, system in ready.items():
+        if system.note:
+            results[name]["note"] = system.note
+    results.update({name: {"failed": why} for name, why in failed.items()})
+    return results
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where that can be asked for."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _status(key: str) -> float:
+    """A figure of the process in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def peak_over_base(action: Callable[[], None], device: str = "cpu") -> float:
+    """Peak memory in MiB while it runs, over what there was before.
+
+    On the CPU that is resident memory of the whole process, after its record of the peak was set back.
+
+    Raises:
+        NotImplementedError: On the CPU of systems other than Linux.
+    """
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - base) / MIB
+    if not Path("/proc/self/clear_refs").exists():
+        raise NotImplementedError("peak memory on the CPU is measured on Linux only")
+    trim()
+    Path("/proc/self/clear_refs").write_text("5")
+    base = _status("VmRSS")
+    action()
+    return _status("VmHWM") - base
+
+
+def peak_of(system: System, device: str = "cpu", warm: int = 2, steps: int = 3) -> float:
+    """Peak memory of some steps over that between steps, in MiB."""
+    for _ in range(warm):
+        system.step()
+    system.zero()
+
+    def action() -> None:
+        for _ in range(steps):
+            system.step()
+
+    return peak_over_base(action, device)
+
+
+def peaks(problem: Problem, names: list[str], device: str = "cpu", **counts: int) -> dict[str, float | str]:
+    """Peak memory of each system one after the other in this process, or why there is none."""
+    found: dict[str, float | str] = {}
+    for name in names:
+        try:
+            found[name] = round(peak_of(SYSTEMS[name](problem), device, **counts), 2)
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its answer
+            found[name] = reason(error)
+    return found
+
+
+def in_process(script: Path, *arguments: str, limit: float = 600.0) -> dict[str, float | str]:
+    """What a script prints as JSON on its last line, run by itself with memory that goes back when freed."""
+    command = [sys.executable, str(script), *arguments]
+    try:
+        run = subprocess.run(
+            command, env=os.environ | MALLOC, capture_output=True, text=True, check=True, timeout=limit
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        return {"failed": lines[-1] if lines else f"ended with {error.returncode}"}
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {limit:.0f} seconds"}
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def geometric_mean(values: list[float]) -> float:
+    """The mean of ratios."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))

@@ -1,0 +1,125 @@
+"""The scripts of gallery/benchmarks, as small as they can be made, and the tables that they have written."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "gallery" / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def script(name, *arguments):
+    threads = {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, FOLDER / f"{name}.py", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def measured(entries, names):
+    """These have numbers: they are right, and ran."""
+    for name in names:
+        assert "failed" not in entries[name], (name, entries[name])
+        assert len(entries[name]["seconds"]) == 3
+
+
+@pytest.mark.slow
+def test_suite(tmp_path):
+    script("suite", "--smoke", "--n", 4, "--no-memory", "--out", tmp_path)
+    models = json.loads((tmp_path / "suite.json").read_text())["models"]
+    assert len(models) == 9
+    for entries in models.values():
+        measured(entries, ["plain", "ClippedGrad", "BatchL2Grad", "BatchGrad", "vmap", "loop"])
+    peers = [entry["failed"] for entries in models.values() for entry in entries.values() if "failed" in entry]
+    if any(why.endswith("is not installed") for why in peers):
+        pytest.skip("ran, but without Opacus or BackPACK, which are not installed")
+    measured(models["vgg11"], ["Opacus hooks", "Opacus functorch", "Opacus ghost", "BackPACK"])
+    assert all("seconds" in entries["Opacus hooks"] for entries in models.values())
+
+
+@pytest.mark.slow
+def test_suite_keeps_what_it_does_not_measure(tmp_path):
+    script("suite", "--smoke", "--models", "mlp", "--systems", "plain", "BatchGrad", "--no-memory", "--out", tmp_path)
+    before = json.loads((tmp_path / "suite.json").read_text())["models"]["mlp"]
+    systems = ("--systems", "plain", "ClippedGrad")
+    script("suite", "--smoke", "--models", "mlp", *systems, "--no-time", "--out", tmp_path)
+    after = json.loads((tmp_path / "suite.json").read_text())["models"]["mlp"]
+    assert after["BatchGrad"] == before["BatchGrad"]
+    assert after["plain"]["seconds"] == before["plain"]["seconds"]
+    table = (tmp_path / "suite.md").read_text()
+    assert "Peak memory" in table
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    script("suite", "--tables", "--out", tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == written
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of resident memory are measured on Linux")
+def test_peak_of_a_known_allocation():
+    measure = importlib.import_module("measure")
+
+    def action():
+        torch.ones(64 * 2**18)  # 64 MiB, and let go
+        torch.ones(16 * 2**18)
+
+    action()
+    assert measure.peak_over_base(action) == pytest.approx(64, abs=4)
+
+
+def test_growth(tmp_path):
+    sweeps = ("--sweeps", "mlp-width", "--systems", "plain", "ClippedGrad")
+    script("growth", "--quick", *sweeps, "--no-memory", "--no-fit", "--out", tmp_path)
+    for entries in json.loads((tmp_path / "growth.json").read_text())["sweeps"]["mlp-width"].values():
+        measured(entries, ["plain", "ClippedGrad"])
+
+
+@pytest.mark.parametrize(("base", "slope"), [(100.0, 2.0), (3.0, 50.0), (0.0, 0.03)])
+def test_largest_batch(base, slope):
+    growth = importlib.import_module("growth")
+    asked = []
+
+    def peak(n):
+        asked.append(n)
+        return base + slope * n
+
+    found = growth.largest(peak, 1024.0)
+    assert peak(found) <= 1024.0
+    assert found >= 0.95 * int((1024 - base) / slope)
+    assert len(asked) <= 12
+
+
+def test_seeds(tmp_path):
+    script("seeds", "--smoke", "--out", tmp_path)
+    data = json.loads((tmp_path / "seeds.json").read_text())
+    for entries in data["gradcnn"].values():
+        measured(entries, ["plain", "naive", "multi", "crb", "ClippedGrad"])
+    for entries in data["fastgc"].values():
+        measured(entries, ["plain", "naive", "multi", "reweight", "ClippedGrad"])
+
+
+@pytest.mark.parametrize("name", ["suite", "growth", "seeds"])
+def test_tables_are_those_of_the_numbers(name, tmp_path):
+    module, report = importlib.import_module(name), importlib.import_module("report")
+    data = report.load(FOLDER / f"{name}.json")
+    module.tables(data, argparse.Namespace(out=tmp_path))
+    pages = [report.PAGE, report.README] if name == "suite" else [report.PAGE]
+    for page in pages:
+        assert (
+            report.between(page.read_text(), name, page.suffix)
+            == (tmp_path / f"{name}{page.suffix}").read_text().strip()
+        )
+    if not data:
+        pytest.skip(f"{name}.json: not measured yet")
