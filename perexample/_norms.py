@@ -1,4 +1,4 @@
-"""Norms of rows that hold in float32: no overflow, no underflow, no drift over long sums."""
+"""Norms and products that hold in float32: no overflow, no underflow, no drift over long sums."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ def norms_of(flat: Tensor) -> Tensor:
     if flat.shape[-1] == 0:
         return flat.new_zeros(flat.shape[:-1], dtype=torch.float64)
     norms = _blockwise(flat)
+    if flat.dtype == torch.float64:
+        return norms
     doubtful = ~((norms > 1e-17) & (norms < 1e18))
-    if flat.dtype != torch.float64 and doubtful.any():
+    if doubtful.any():
         norms[doubtful] = torch.linalg.vector_norm(flat[doubtful].double(), dim=-1)
     return norms
 
@@ -41,17 +43,21 @@ def squared_norms(dense: Tensor) -> Tensor:
 _SHORT_PRODUCT = 64  # float32 products added up at once in a matrix product: some kernels drift over more
 
 
-def summed_products(g: Tensor, x: Tensor) -> Tensor:
-    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in short sums if in float32."""
-    positions = x.shape[2]
-    if g.dtype == torch.float64 or positions <= 2 * _SHORT_PRODUCT or not g.shape[0]:
-        return torch.matmul(g.transpose(2, 3), x)
-    left, right = g.transpose(2, 3).flatten(0, 1), x.flatten(0, 1)
-    total = torch.bmm(left[:, :, :_SHORT_PRODUCT], right[:, :_SHORT_PRODUCT])
-    for start in range(_SHORT_PRODUCT, positions, _SHORT_PRODUCT):
+def short_sums(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` for ``[B, O, T]`` and ``[B, T, I]``; in float32 no sum over T runs over many at once."""
+    length = right.shape[1]
+    if left.dtype == torch.float64 or length <= 2 * _SHORT_PRODUCT or not len(left):
+        return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
+    total = torch.bmm(left[:, :, :_SHORT_PRODUCT], right[:, :_SHORT_PRODUCT], out=out)
+    for start in range(_SHORT_PRODUCT, length, _SHORT_PRODUCT):
         part = slice(start, start + _SHORT_PRODUCT)
         total.baddbmm_(left[:, :, part], right[:, part])
-    return total.unflatten(0, g.shape[:2])
+    return total
+
+
+def summed_products(g: Tensor, x: Tensor) -> Tensor:
+    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, as ``[N, groups, O, I]``."""
+    return short_sums(g.transpose(2, 3).flatten(0, 1), x.flatten(0, 1)).unflatten(0, g.shape[:2])
 
 
 def gram_norms(g: Tensor, x: Tensor) -> Tensor:
@@ -61,5 +67,24 @@ def gram_norms(g: Tensor, x: Tensor) -> Tensor:
     sums = []
     for start in range(0, n, block):
         a, b = g[start : start + block], x[start : start + block]
-        sums.append(((a @ a.mT) * (b @ b.mT)).sum((1, 2, 3), dtype=torch.float64))
+        sums.append((a @ a.mT).mul_(b @ b.mT).sum((1, 2, 3), dtype=torch.float64))
     return torch.cat(sums).clamp_min(0.0)
+
+
+def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared norms of gradients that were formed, raised by what rounding may have taken off.
+
+    Errors of a formed gradient are of two kinds. Where all its pieces point one way, sums that run over many at once
+    drift by a share of the result, at most ``drift``. Else they are about one unit of rounding of the ``magnitude``,
+    the sum of the norms of the pieces; where that is no longer small, the pieces cancel and the norm is in doubt.
+
+    Returns:
+        Squared norms, and which of them are in doubt.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    norms, error = l2.sqrt(), unit * magnitude
+    doubtful = ~(error <= _TRUSTED * norms) | ~torch.isfinite(l2)
+    return (norms * (1 + drift) + error).square(), doubtful
+
+
+_TRUSTED = 2e-5  # share of a norm that rounding may account for before it is computed again in float64

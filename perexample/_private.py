@@ -15,6 +15,16 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 
+def undispatched() -> AbstractContextManager:
+    """No torch function modes, whose every call and look at an attribute takes a microsecond; dispatch modes stay."""
+    return torch._C.DisableTorchFunction()
+
+
+def dispatched() -> AbstractContextManager:
+    """Torch function modes again, inside of `undispatched`."""
+    return torch._C._EnableTorchFunction()
+
+
 def inside_functorch(tensor: Tensor) -> bool:
     """Whether the tensor is a wrapper of ``torch.func`` (vmap, grad, ...), where hooks must stay silent."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

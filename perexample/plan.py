@@ -17,6 +17,7 @@ from ._table import table
 from ._tree import tensors_in
 from .errors import ConfigurationError
 from .extension import Extension, ParameterView
+from .methods import Choice, choose
 from .model import extend
 from .rule import Rule, refusal
 from .terms import Term
@@ -64,7 +65,9 @@ def _parameters(row: PlanRow) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in row.parameters.items())
 
 
-def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, **named: Any) -> Plan:
+def plan(
+    model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "measure", **named: Any
+) -> Plan:
     """List which rule will differentiate what.
 
     Without inputs: the modules of the model that hold parameters. A module without a rule is seen through: each torch
@@ -75,6 +78,7 @@ def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, **named: Any) -> Pl
         model: Any model; it need not be extended.
         inputs: Inputs of the model, one batch.
         batch_dim: Axis of the inputs that holds the examples, as for `extend`.
+        strategy: How methods are chosen, as for `perex`.
         named: Inputs by name.
 
     Returns:
@@ -94,7 +98,7 @@ def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, **named: Any) -> Pl
         -------+--------+------------+---------------+----------+----------------------
         Linear | Linear | LinearRule | weight [3, 4] | axis 0   | per-example gradients
     """
-    return _taps(model, inputs, named, batch_dim) if inputs or named else _modules(model)
+    return _taps(model, inputs, named, batch_dim, strategy) if inputs or named else _modules(model)
 
 
 def _modules(model: nn.Module) -> Plan:
@@ -133,13 +137,14 @@ class _Nothing(Extension):
         return None
 
 
-def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int) -> Plan:
+def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int, strategy: str) -> Plan:
     model = extend(copy.deepcopy(model), batch_dim=batch_dim)
     rows = Plan()
 
     def note(tap: Tap, rule: Rule, terms: dict[str, Term]) -> None:
         shapes = {_described(tap, name, p): tuple(p.shape) for name, p in tap.params.items()}
-        rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), _norms(terms)))
+        norms = _norms(terms, Choice(strategy, sums=True))
+        rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), norms))
 
     with listening(note), perex(_Nothing(), loss_reduction="sum", grad=False):
         outputs = [t for t in tensors_in(_outputs(model(*inputs, **named))) if t.requires_grad]
@@ -162,11 +167,11 @@ def _described(tap: Tap, name: str, given: Tensor) -> str:
     return f"{name} from {' and '.join(tap.run.names[id(p)][1] for p in leaves if id(p) in tap.run.names)}"
 
 
-def _norms(terms: dict[str, Term]) -> str:
+def _norms(terms: dict[str, Term], choice: Choice) -> str:
     """How norms are taken; which parameter's is said only where they differ."""
     methods: dict[str, list[str]] = {}
     for name, term in terms.items():
-        methods.setdefault(term.norm_method(), []).append(name)
+        methods.setdefault(choose(term, choice).name, []).append(name)
     if len(methods) == 1:
         return next(iter(methods))
     return "; ".join(f"{', '.join(names)}: {method}" for method, names in methods.items())

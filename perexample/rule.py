@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from ._private import overridden_forward, own_parameters
 from ._tree import tensors_in
 from .errors import ConfigurationError, RuleContractError
+from .methods import Method
 from .place import Place
 from .terms import Dense, Term
 
@@ -210,10 +211,13 @@ class _RuleTerm(Term):
     def dense(self) -> Tensor:
         return self._quantity("grad_batch", (self.n, *self.shape))
 
-    def batch_l2(self) -> Tensor:
+    def factors(self) -> list[Tensor]:
+        return [self.g]
+
+    def methods(self) -> list[Method]:
         if not self._overridden("batch_l2"):
-            return Dense(self.dense()).batch_l2()
-        return self._quantity("batch_l2", (self.n,)).double()
+            return super().methods()
+        return [Method("the rule's own norms", lambda: (self._quantity("batch_l2", (self.n,)).double(), self))]
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         if not self._overridden("weighted_sum"):

@@ -5,6 +5,10 @@ outer products over positions (linear layers; convolutions once unfolded); `Rows
 (embeddings). `combine` adds the terms of all taps of a parameter, so that a shared weight is exact, cross terms
 included, without forming what need not be formed.
 
+Norms come in two steps. A term offers `Method` objects, exact ways that differ in time and memory; `perexample.methods`
+chooses one. It returns the norms and the term to go on with for the weighted sum: the same factors, or the gradients if
+these were formed anyway and take less room, so that no product is computed twice and the other can be freed.
+
 Squared norms from Gram matrices (Goodfellow 2015, arXiv:1510.01799, section 4; Li et al. 2022, arXiv:2110.05679,
 section 4) cancel in float32 where positions oppose each other. Every such norm is therefore compared with the sum of
 the norms of its pieces, and recomputed in float64 where digits may be missing.
@@ -12,13 +16,15 @@ the norms of its pieces, and recomputed in float64 where digits may be missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Size, Tensor
 
-from ._norms import BLOCK, gram_norms, norms_of, squared_norms, summed_products
+from ._norms import BLOCK, direct_norms, gram_norms, norms_of, squared_norms, summed_products
+from .methods import Choice, Method, choose
 
 
 class Term:
@@ -47,9 +53,36 @@ class Term:
         """The same in float64."""
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the gradients are computed."""
+        return self.factors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+        return self.factors()[0].device
+
+    def factors(self) -> list[Tensor]:
+        """The tensors that are held."""
+        raise NotImplementedError
+
+    def form(self) -> tuple[Any, ...]:
+        """What the time of a method depends on: terms of one form are computed alike."""
+        factors = self.factors()
+        return (type(self), self.shape, *((t.shape, t.stride(), t.dtype, t.device) for t in factors))
+
+    def methods(self) -> list[Method]:
+        """The ways to the squared norms."""
+        return [Method("per-example gradients", lambda: (squared_norms(self.dense()), self))]
+
+    def settled(self, choice: Choice) -> tuple[Tensor, Term]:
+        """Squared norms ``[N]`` in float64, by the method that was chosen, and the term to go on with."""
+        return choose(self, choice).run()
+
     def batch_l2(self) -> Tensor:
         """Squared L2 norm of each example's gradient, ``[N]``, in float64."""
-        return squared_norms(self.dense())
+        return self.settled(Choice())[0]
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """``sum_n w_n G_n`` for weights ``[N]``, ``[*shape]``."""
@@ -59,10 +92,6 @@ class Term:
         """Inner products ``<G_n, G_m>``, ``[N, N]``."""
         flat = self.dense().reshape(self.n, self.shape.numel())
         return flat @ flat.T
-
-    def norm_method(self) -> str:
-        """How `batch_l2` will be computed, in words."""
-        return "per-example gradients"
 
     def regrouped(self, owner: Tensor, n: int) -> Term:
         """The same with the rows of each example added up: row m belongs to example ``owner[m]``, -1 for none."""
@@ -77,34 +106,75 @@ class Term:
         """An upper bound of `magnitude` that costs little, ``[N]``, float64."""
         return self.magnitude()
 
+    def limit(self) -> float:
+        """Up to what ratio of squared magnitude and squared norm a norm from inner products is trusted."""
+        return 1.0
 
-def keeps(gradient: int, factors: int) -> bool:
-    """Whether a gradient formed for its norm is kept for the weighted sum: if it takes little more than its factors."""
-    return gradient <= 2 * factors
 
-
-def mended(term: Term, l2: Tensor, pieces: int, limit: float = float("inf")) -> Tensor:
-    """Replace norms that cancellation may have spoiled by ones computed in float64.
-
-    The term remembers these examples as ``doubtful``. Rounding errors are proportional to the sum of the norms of the
-    pieces. For pieces that do not conspire, its square is about ``pieces`` times the squared norm; where it is far
-    more, or more than the proven ``limit``, digits may be missing.
+def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """Norms of gradients that were formed: raised by rounding, and computed in float64 where they are in doubt.
 
     Returns:
-        The squared norms, ``[N]``, float64.
+        The squared norms, and which were in doubt, if any.
     """
-    limit = min(4 * max(pieces, 8), limit)
-    doubtful = ~(term.magnitude_bound().square() <= limit * l2) | ~torch.isfinite(l2)
+    bound = term.magnitude_bound()
+    raised, doubtful = direct_norms(l2, bound, drift, term.dtype)
+    if doubtful.any():  # the bound costs little, the magnitude itself is closer
+        rows = doubtful.clone()
+        raised[rows], doubtful[rows] = direct_norms(l2[rows], term.select(rows).magnitude(), drift, term.dtype)
+    return _mended(term, raised, doubtful)
+
+
+def inner(term: Term, l2: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Norms from inner products of factors: one unit of rounding of the magnitude is added to each square.
+
+    The proven bound of the rounding errors is a multiple of the squared magnitude. Where it is below 2% of the squared
+    norm the norm is trusted: the errors met are by far smaller, and made up for by what is added.
+
+    Returns:
+        The squared norms, and which were in doubt, if any.
+    """
+    unit, limit = torch.finfo(term.dtype).eps / 2, term.limit()
+    square = term.magnitude_bound().square()
+    raised = l2 + unit * square
+    doubtful = ~(square <= limit * raised) | ~torch.isfinite(l2)
     if doubtful.any():
-        some = term.select(doubtful)
-        enough = some.magnitude().square() <= limit * l2[doubtful]
-        doubtful[doubtful.clone()] = ~enough | ~torch.isfinite(l2[doubtful])
-    if doubtful.any():
-        term.doubtful = doubtful
-        chosen = term.select(doubtful).double()
-        parts = [squared_norms(chosen.select(one).dense()) for one in _blocks(chosen)]
-        l2 = l2.masked_scatter(doubtful, torch.cat(parts))
-    return l2
+        rows = doubtful.clone()
+        square = term.select(rows).magnitude().square()
+        raised[rows] = l2[rows] + unit * square
+        doubtful[rows] = ~(square <= limit * raised[rows]) | ~torch.isfinite(l2[rows])
+    return _mended(term, raised, doubtful)
+
+
+def _mended(term: Term, l2: Tensor, doubtful: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Replace the norms that are in doubt by ones of gradients that are formed in float64."""
+    if not doubtful.any():
+        return l2, None
+    chosen = term.select(doubtful).double()
+    parts = [squared_norms(chosen.select(one).dense()) for one in _blocks(chosen)]
+    return l2.masked_scatter(doubtful, torch.cat(parts)), doubtful
+
+
+def remembering(term: Term, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Term]:
+    """Norms, and the term, which knows from now on which of its examples were in doubt."""
+    l2, term.doubtful = found
+    return l2, term
+
+
+def keeping(term: Term, formed: Formed, drift: float = 0.0) -> tuple[Tensor, Term]:
+    """Norms of gradients that were formed, which take the place of the term; only what was in doubt stays behind."""
+    l2, doubtful = direct(term, formed.squares(), drift)
+    formed.doubtful = doubtful
+    if doubtful is not None:
+        formed.exact = term.select(doubtful).double()
+    return l2, formed
+
+
+def blockwise(term: Term, form: Callable[[Any], Tensor], drift: float = 0.0) -> tuple[Tensor, Term]:
+    """Norms of gradients that are formed block by block and let go."""
+    parts = [squared_norms(form(term.select(one))) for one in _blocks(term)]
+    l2 = torch.cat(parts) if parts else term.factors()[0].new_zeros(0, dtype=torch.float64)
+    return remembering(term, direct(term, l2, drift))
 
 
 def _blocks(term: Term) -> list[Tensor]:
@@ -120,6 +190,10 @@ class Dense(Term):
     def __init__(self, value: Tensor) -> None:
         """Keep the gradients ``[N, *shape]``."""
         self.value, self.n, self.shape = value, value.shape[0], value.shape[1:]
+
+    def factors(self) -> list[Tensor]:
+        """The gradients."""
+        return [self.value]
 
     def dense(self) -> Tensor:
         """The gradients themselves."""
@@ -141,6 +215,74 @@ class Dense(Term):
         return Dense(value.new_zeros(n, *self.shape).index_add_(0, owner, value))
 
 
+class Formed(Term):
+    """Gradients that were formed for their norms and are kept for the sum, in the order in which they came.
+
+    Args:
+        value: The gradients, ``[A, N, B]``; ``A * B`` is the number of the parameter's elements.
+        shape: Shape of the parameter.
+        arrange: Brings them into ``[N, *shape]``; by default ``A`` is 1 and they are.
+        exact: The term in float64 of the examples that are ``doubtful``.
+    """
+
+    def __init__(self, value: Tensor, shape: Size, arrange: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Keep them as they are."""
+        self.value, self.n, self.shape, self.arrange = value, value.shape[1], shape, arrange
+        self.exact: Term | None = None
+
+    def factors(self) -> list[Tensor]:
+        """The gradients."""
+        return [self.value]
+
+    def squares(self) -> Tensor:
+        """Squared norms of what was formed, ``[N]``, float64."""
+        return norms_of(self.value).square().sum(0)
+
+    def methods(self) -> list[Method]:
+        """Their norms; what was in doubt is known exactly."""
+        return [Method("per-example gradients", self._norms)]
+
+    def _norms(self) -> tuple[Tensor, Term]:
+        l2 = self.squares()
+        if self.exact is not None and self.doubtful is not None:
+            l2 = l2.masked_scatter(self.doubtful, self.exact.batch_l2())
+        return l2, self
+
+    def dense(self) -> Tensor:
+        """The gradients in the order of the parameter."""
+        if self.arrange is not None:
+            return self.arrange(self.value)
+        return self.value.reshape(self.n, *self.shape)
+
+    def select(self, rows: Tensor) -> Term:
+        """Some examples only."""
+        rows = rows.to(self.value.device)
+        chosen = Formed(self.value[:, rows], self.shape, self.arrange)
+        if self.exact is not None and self.doubtful is not None and bool((rows & self.doubtful).any()):
+            chosen.doubtful = self.doubtful[rows]
+            chosen.exact = self.exact.select(rows[self.doubtful])
+        return chosen
+
+    def double(self) -> Term:
+        """In float64; what was in doubt from its factors."""
+        value = self.value.double()
+        if self.exact is not None and self.doubtful is not None:
+            if bool(self.doubtful.all()):
+                return self.exact
+            return Dense(self.dense().double().masked_scatter(_like(self.doubtful, self.shape), self.exact.dense()))
+        return Formed(value, self.shape, self.arrange)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        """One matrix product with the gradients as they lie."""
+        total = torch.matmul(w.to(self.value.dtype), self.value).unsqueeze(1)
+        return (total.reshape(1, *self.shape) if self.arrange is None else self.arrange(total))[0]
+
+
+def _like(rows: Tensor, shape: Size) -> Tensor:
+    """A mask of rows over all their elements."""
+    return rows.view(-1, *[1] * len(shape)).expand(-1, *shape)
+
+
 class Regrouped(Term):
     """Terms of rows, several of which belong to one example: ``G_n = sum over m with owner_m = n of G_m``.
 
@@ -153,6 +295,10 @@ class Regrouped(Term):
     def __init__(self, inner: Term, owner: Tensor, n: int) -> None:
         """Keep the rows as they are."""
         self.inner, self.owner, self.n, self.shape = inner, owner, n, inner.shape
+
+    def factors(self) -> list[Tensor]:
+        """Those of the rows."""
+        return self.inner.factors()
 
     def _added(self, values: Tensor, owner: Tensor) -> Tensor:
         return values.new_zeros(self.n, *values.shape[1:]).index_add_(0, owner.to(values.device), values)
@@ -183,11 +329,9 @@ class Regrouped(Term):
         """Sum of the bounds of the rows."""
         return self._added(self.inner.magnitude_bound(), self.owner)
 
-    def batch_l2(self) -> Tensor:
-        """Squared norms of the sums."""
-        pieces = int(torch.bincount(self.owner, minlength=1).max()) if self.owner.numel() else 1
-        l2 = torch.cat([squared_norms(self.select(one).dense()) for one in _blocks(self)])
-        return mended(self, l2, pieces)
+    def methods(self) -> list[Method]:
+        """The sums are formed, block by block."""
+        return [Method("per-example gradients", lambda: blockwise(self, lambda term: term.dense()))]
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """The rows' own weighted sum, each with the weight of its example."""
@@ -221,7 +365,10 @@ class Outer(Term):
     def __init__(self, g: Tensor, x: Tensor, shape: Size) -> None:
         """Keep the factors."""
         self.g, self.x, self.n, self.shape = g, x, g.shape[0], shape
-        self._dense: Tensor | None = None
+
+    def factors(self) -> list[Tensor]:
+        """Both."""
+        return [self.g, self.x]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -230,8 +377,6 @@ class Outer(Term):
 
     def dense(self) -> Tensor:
         """The gradients themselves, one batched product."""
-        if self._dense is not None:
-            return self._dense
         return summed_products(self.g, self.x).reshape(self.n, *self.shape)
 
     def select(self, rows: Tensor) -> Term:
@@ -266,55 +411,52 @@ class Outer(Term):
         """``|g_n| |x_n|``, by Cauchy and Schwarz."""
         return norms_of(self.g.flatten(1)) * norms_of(self.x.flatten(1))
 
-    def batch_l2(self) -> Tensor:
-        """Squared norms, by Gram matrices or by the gradients, mended where float32 cancelled."""
-        _, o, i = self.sizes
-        positions = self.g.shape[2]
+    def methods(self) -> list[Method]:
+        """Gram matrices of the positions, or the gradients, which are kept or not."""
+        groups, o, i = self.sizes
+        n, positions = self.n, self.g.shape[2]
         if positions == 1:
-            return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2))
-        # |error| <= (O + I + 2) eps magnitude^2, the last sum being in float64: below 2% of the squared norm it is
-        # trusted, and one eps of the magnitude is added so that the norm errs, if at all, upwards.
-        eps = torch.finfo(self.g.dtype).eps / 2
-        limit = self._limit()
-        if self._dense is None and self._few_positions():
-            l2 = gram_norms(self.g, self.x) + eps * self.magnitude_bound().square()
-            return mended(self, l2, positions, limit)
-        return mended(self, self._norms_of_gradients(keeps(o * i, positions * (o + i))), positions)
+            return [Method("product of the factors' norms", self._of_one_position, held=self._held)]
+        rows, size = n * groups * positions, n * groups * o * i
+        gram = Method(
+            "Gram matrices of the positions", self._by_gram, rows * positions * (o + i) + rows * o * i,
+            rows * (3 * positions + o), calls=6, held=self._held,
+        )  # fmt: skip
+        keep = Method("per-example gradients, kept", self._kept, rows * o * i, 2 * size, calls=3, held=size)
+        drop = Method("per-example gradients", self._dropped, 2 * rows * o * i, size + rows * o, calls=4, held=self._held)
+        return [gram, keep, drop] if positions < self.limit() else [keep, drop]
 
-    def _limit(self) -> float:
-        """Number of positions up to which the rounding error of a Gram norm is trusted where nothing cancels."""
+    @property
+    def _held(self) -> int:
+        return self.g.numel() + self.x.numel()
+
+    def limit(self) -> float:
+        """Number of positions up to which a Gram norm is trusted where nothing cancels."""
         _, o, i = self.sizes
         return 0.02 / ((o + i + 2) * torch.finfo(self.g.dtype).eps / 2)
 
-    def _few_positions(self) -> bool:
-        """Whether Gram matrices of the positions cost less than the gradients."""
-        _, o, i = self.sizes
-        positions = self.g.shape[2]
-        return 2 * positions * (o + i) < o * i and positions < self._limit()
+    def _of_one_position(self) -> tuple[Tensor, Term]:
+        return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2)), self
 
-    def norm_method(self) -> str:
-        """By the number of positions."""
-        if self.g.shape[2] == 1:
-            return "product of the factors' norms"
-        return "Gram matrices of the positions" if self._few_positions() else "per-example gradients"
+    def _by_gram(self) -> tuple[Tensor, Term]:
+        return remembering(self, inner(self, gram_norms(self.g, self.x)))
 
-    def _norms_of_gradients(self, keep: bool) -> Tensor:
-        """Form the gradients, all at once where they are kept for the weighted sum, else block by block."""
-        if keep:
-            self._dense = self.dense()
-        if self._dense is not None:
-            return squared_norms(self._dense)
-        return torch.cat([squared_norms(self.select(rows).dense()) for rows in _blocks(self)])
+    def _kept(self) -> tuple[Tensor, Term]:
+        value = summed_products(self.g, self.x).reshape(1, self.n, -1)
+        return keeping(self, Formed(value, self.shape))
+
+    def _dropped(self) -> tuple[Tensor, Term]:
+        return blockwise(self, lambda term: term.dense())
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One matrix product over all examples and positions; no per-example gradient is formed."""
-        if self._dense is not None:
-            return super().weighted_sum(w)
-        weighted = self.g * w.view(-1, 1, 1, 1)
+        if self.x.shape[-1] < self.g.shape[-1]:  # the smaller factor takes the weights
+            g, x = self.g, self.x * w.view(-1, 1, 1, 1)
+        else:
+            g, x = self.g * w.view(-1, 1, 1, 1), self.x
         if self.g.shape[1] == 1:
-            left, right = weighted.reshape(-1, weighted.shape[-1]), self.x.reshape(-1, self.x.shape[-1])
-            return (left.T @ right).reshape(self.shape)
-        return torch.einsum("ngto,ngti->goi", weighted, self.x).reshape(self.shape)
+            return (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).reshape(self.shape)
+        return torch.einsum("ngto,ngti->goi", g, x).reshape(self.shape)
 
     def batch_dot(self) -> Tensor:
         """For a single position the product of two Gram matrices of the batch."""
@@ -338,6 +480,10 @@ class Rows(Term):
     def __init__(self, example: Tensor, ids: Tensor, rows: Tensor, n: int, shape: Size) -> None:
         """Keep the entries."""
         self.example, self.ids, self.rows, self.n, self.shape = example, ids, rows, n, shape
+
+    def factors(self) -> list[Tensor]:
+        """What is added to the rows."""
+        return [self.rows]
 
     def _summed(self) -> tuple[Tensor, Tensor]:
         """Entries that meet in one row of one example added up: flat positions ``[U]`` and rows ``[U, E]``."""
@@ -369,10 +515,6 @@ class Rows(Term):
         kept = example >= 0
         return Rows(example[kept], self.ids[kept], self.rows[kept], n, self.shape)
 
-    def norm_method(self) -> str:
-        """Never over the whole table."""
-        return "rows that were touched"
-
     def _per_example(self, values: Tensor, example: Tensor) -> Tensor:
         return values.new_zeros(self.n).index_add_(0, example, values)
 
@@ -380,14 +522,14 @@ class Rows(Term):
         """Sum of the norms of the entries."""
         return self._per_example(torch.linalg.vector_norm(self.rows, dim=1).double(), self.example)
 
-    def batch_l2(self) -> Tensor:
-        """Squared norms, from the rows that were touched only."""
-        where, summed = self._summed()
-        return mended(self, self._per_example(squared_norms(summed), where // self.shape[0]), self._longest())
+    def methods(self) -> list[Method]:
+        """From the rows that were touched, never over the whole table."""
+        return [Method("rows that were touched", self._norms)]
 
-    def _longest(self) -> int:
-        """Largest number of entries of one example."""
-        return int(torch.bincount(self.example, minlength=1).max()) if self.example.numel() else 1
+    def _norms(self) -> tuple[Tensor, Term]:
+        where, summed = self._summed()
+        l2 = self._per_example(squared_norms(summed), where // self.shape[0])
+        return remembering(self, direct(self, l2))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One scatter into the table."""
@@ -396,14 +538,14 @@ class Rows(Term):
 
     def inner(self, other: Outer) -> Tensor:
         """``<G_n, G'_n>`` with an `Outer` of the same table, as of a tied output layer, ``[N]``, float64."""
+        table = padded_rows(self.example, self.n)  # [N, K]
         left, right = other.g[:, 0], other.x[:, 0]  # [N, S, V] and [N, S, E]
-        block = max(1, BLOCK // max(1, right[0].numel()))
-        sums = []
-        for start in range(0, self.ids.shape[0], block):
-            part = slice(start, start + block)
-            scores = torch.einsum("me,mse->ms", self.rows[part], right[self.example[part]])
-            sums.append((scores * left[self.example[part], :, self.ids[part]]).sum(1, dtype=torch.float64))
-        return self._per_example(torch.cat(sums) if sums else left.new_zeros(0, dtype=torch.float64), self.example)
+        sums, block = [], max(1, BLOCK // max(1, table.shape[1] * (right.shape[1] + right.shape[2])))
+        for entries, g, x in zip(table.split(block), left.split(block), right.split(block), strict=True):
+            rows = self.rows[entries.clamp_min(0)].masked_fill((entries < 0).unsqueeze(2), 0)
+            ids = self.ids[entries.clamp_min(0)].unsqueeze(1).expand(-1, g.shape[1], -1)
+            sums.append((x @ rows.mT).mul_(g.gather(2, ids)).sum((1, 2), dtype=torch.float64))
+        return torch.cat(sums) if sums else left.new_zeros(0, dtype=torch.float64)
 
 
 class Sum(Term):
@@ -412,6 +554,10 @@ class Sum(Term):
     def __init__(self, parts: Sequence[Term]) -> None:
         """Keep the parts, which all have the same N and shape."""
         self.parts, self.n, self.shape = list(parts), parts[0].n, parts[0].shape
+
+    def factors(self) -> list[Tensor]:
+        """Those of all parts."""
+        return [t for part in self.parts for t in part.factors()]
 
     def dense(self) -> Tensor:
         """The gradients themselves."""
@@ -436,14 +582,23 @@ class Sum(Term):
         """Sum of the bounds of the parts."""
         return torch.stack([part.magnitude_bound() for part in self.parts]).sum(0)
 
-    def batch_l2(self) -> Tensor:
-        """Squared norms; a tied embedding and output layer through their cross term, anything else by `dense`."""
+    def methods(self) -> list[Method]:
+        """For a tied embedding and output layer through their cross term, for anything else the gradients."""
         rows, outer = self.parts[0], self.parts[-1]
         if len(self.parts) == 2 and isinstance(rows, Rows) and isinstance(outer, Outer) and outer.g.shape[1] == 1:
-            l2 = rows.batch_l2() + outer.batch_l2() + 2 * rows.inner(outer)
-        else:
-            l2 = squared_norms(self.dense())
-        return mended(self, l2, len(self.parts))
+            return [Method("norms of the parts and their inner product", self._of_the_parts)]
+        return [Method("per-example gradients", lambda: blockwise(self, lambda term: term.dense()))]
+
+    def limit(self) -> float:
+        """That of the parts."""
+        return min(part.limit() for part in self.parts if isinstance(part, Outer))
+
+    def _of_the_parts(self) -> tuple[Tensor, Term]:
+        rows, outer = self.parts
+        assert isinstance(rows, Rows)
+        assert isinstance(outer, Outer)
+        l2 = rows.batch_l2() + 2 * rows.inner(outer)
+        return remembering(self, inner(self, l2 + outer.batch_l2()))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """Sum of the weighted sums of the parts."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .._private import version
+from .._private import undispatched, version
 from .._vjp import pulled_back
 from ..errors import BatchAxisError, UncoveredParameterError
 from ..extension import Extension
+from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms
 from ..terms import Dense, Term, combine
 from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
@@ -30,6 +31,7 @@ class Context(Protocol):
     extensions: tuple[Extension, ...]
     loss_reduction: str
     grad: bool
+    strategy: str
 
     @property
     def loss_scale(self) -> float:
@@ -41,7 +43,7 @@ class Backward:
 
     def __init__(self, context: Context, found: Walk) -> None:
         """Find out all that can be wrong before anything is computed."""
-        self.context, self.found = context, found
+        self.context, self.found, self.retain = context, found, False
         self.names = parameter_names(found)
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
@@ -50,7 +52,9 @@ class Backward:
         scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(p, name) for p, name in self.names.values() if p.requires_grad]
-        self.views = {id(p): ParameterView(name, p, self.n, scale, forwards) for p, name in trainable}
+        self.joint = any(extension.joint for extension in context.extensions)
+        self.choice = Choice(context.strategy, self.joint)
+        self.views = {id(p): ParameterView(name, p, self.n, scale, forwards, self.choice) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
         self.computed = {key: source for key, source in found.sources.items() if source.tensor.grad_fn is not None}
@@ -62,7 +66,7 @@ class Backward:
             self._count({id(p) for p in source.leaves}, 1)
         self.unreached = [key for key, taps in self.pending.items() if not taps]
         self.results: dict[str, dict[int, Tensor]] = {extension.field: {} for extension in context.extensions}
-        self.joint = any(extension.joint for extension in context.extensions)
+        self.devices = {view.param.device.type for view in self.views.values()}
 
     def _count(self, keys: set[int], step: int) -> list[int]:
         """Count what is waited for up or down; returns those that nothing is missing of any more."""
@@ -73,7 +77,7 @@ class Backward:
 
     def execute(self, backward: Callable[[Any], None], retain: bool) -> None:
         """Run autograd once, then finish; fields are written only if all of it succeeded."""
-        views = list(self.views.values())
+        views, self.retain = list(self.views.values()), retain
         for extension in self.context.extensions:
             extension.start(views)
         for tap in self.found.taps:
@@ -119,6 +123,8 @@ class Backward:
         gradients = self.arrived.pop(tap)
         if self.n and gradients:
             call = tap.call()  # before _plain(): a checkpoint runs its forward again here, taps and all
+            if not self.retain:
+                tap.release()
             with self._plain():
                 self._add_terms(tap, call, gradients)
         for key in self._count({id(p) for p in tap.params.values()}, -1):
@@ -167,14 +173,14 @@ class Backward:
             else:
                 self.views[key].add(term)
 
-    def _plain(self) -> AbstractContextManager:
-        """Rules and extensions compute without gradients, taps or lower precision."""
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(quiet())
-        for kind in {view.param.device.type for view in self.views.values()}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        return stack
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Rules and extensions compute without gradients, taps, function modes or lower precision."""
+        lowered = [kind for kind in self.devices if torch.is_autocast_enabled(kind)]
+        with torch.no_grad(), undispatched(), quiet(), ExitStack() as stack:
+            for kind in lowered:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
 
     def _compute(self, view: ParameterView) -> None:
         with self._plain():

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._private import loss_reduction_of
+from .._private import loss_reduction_of, undispatched
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
+from ..methods import Choice
 from .backward import Backward
 from .record import forget_forwards
 from .walk import walk
@@ -32,6 +33,9 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             example's OWN loss. (``"sum"`` on a mean loss gives quantities of ``loss_n / N``, as BackPACK does.)
         grad: Whether ``p.grad`` is computed too. ``False`` saves its cost; nothing unclipped is then left behind.
         loss_scale: A factor on the loss that is to be divided out again: a number, or a ``GradScaler``.
+        strategy: How the fastest of several exact methods is found for each use of a parameter: ``"measure"`` tries
+            those that have a chance once for each shape; ``"model"`` goes by estimates, so that every run takes the
+            same and gives the same bits. `plan` shows what is taken.
 
     Raises:
         ExtensionError: If an extension is no instance of `Extension`, two share a field, or contexts are nested.
@@ -48,7 +52,12 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
     """
 
     def __init__(
-        self, *extensions: Extension, loss_reduction: str = "mean", grad: bool = True, loss_scale: Any = 1.0
+        self,
+        *extensions: Extension,
+        loss_reduction: str = "mean",
+        grad: bool = True,
+        loss_scale: Any = 1.0,
+        strategy: str = "measure",
     ) -> None:
         """Check the arguments; nothing else happens before ``with``."""
         super().__init__()
@@ -56,7 +65,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         if loss_reduction not in ("mean", "sum"):
             raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
         self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, bool(grad)
-        self._loss_scale = loss_scale
+        self._loss_scale, self.strategy = loss_scale, Choice(strategy).strategy
 
     @property
     def loss_scale(self) -> float:
@@ -116,10 +125,10 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        _check_loss(loss, gradient, inputs, self.loss_reduction)
         forget_forwards()
-        found = walk([loss])
-        run = Backward(self, found)
+        with undispatched():
+            _check_loss(loss, gradient, inputs, self.loss_reduction)
+            run = Backward(self, walk([loss]))
         keep = create_graph if retain_graph is None else retain_graph
         run.execute(lambda inputs: torch.autograd.backward(loss, None, keep, create_graph, inputs=inputs), bool(keep))
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._private import (
+    dispatched,
     follow_recomputation,
     function_modes,
     inside_functorch,
     metadata,
     own_parameters,
+    undispatched,
     version,
     whole_base,
     without_dispatch,
@@ -73,20 +75,10 @@ class Follow(TorchFunctionMode):
         kind = KINDS.get(func) or kind_of(func)
         if kind is Kind.IGNORED or self.ended or STATE.silent():
             return func(*args, **kwargs)
-        if self.repeated is not None:
-            _recognise((args, kwargs), self.repeated)
-        tracked: list[tuple[Tensor, Any]] = []
-        targets: list[Tensor] = []
-        if kind in _OF_THE_FIRST:
-            _scan(args[:1], tracked, targets)
-        elif kind is Kind.FILL or kind is Kind.SET:
-            _scan((*args[1:], *kwargs.values()), tracked, targets)
-        else:
-            _scan(args, tracked, targets)
-            if kwargs:
-                _scan(kwargs.values(), tracked, targets)
-        if tracked and kind is not Kind.POINTWISE and kind is not Kind.FILL:
-            tracked = [(t, place) for t, place in tracked if not _one_number(t, place)]
+        with undispatched():
+            if self.repeated is not None:
+                _recognise((args, kwargs), self.repeated)
+            tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
             return _underived(func, kind, args, kwargs, targets)
         if kind is Kind.COMPOSITE:
@@ -96,13 +88,17 @@ class Follow(TorchFunctionMode):
             out = func(*args, **kwargs)
             put(args[0], tracked[0][1])
             return out
-        call = _Operation(func, kind, args, kwargs, tracked)
-        if targets and torch.is_grad_enabled():
-            call.meet(targets)
-        out = call.run()
-        if call.record.checkpointed:  # a checkpoint inside of this one hands its inputs on as other objects
-            for t in tensors_in(out):
-                put_on_edge(t)
+        with undispatched():
+            call = _Operation(func, kind, args, kwargs, tracked)
+            if targets and torch.is_grad_enabled():
+                call.meet(targets)
+            call.prepare()
+        out = func(*args, **kwargs)
+        with undispatched():
+            out = call.conclude(out)
+            if call.record.checkpointed:  # a checkpoint inside of this one hands its inputs on as other objects
+                for t in tensors_in(out):
+                    put_on_edge(t)
         return out
 
 
@@ -115,6 +111,23 @@ def forget_followers() -> None:
     for mode in modes:
         if isinstance(mode, Follow) and not STATE.frames:
             mode.ended = True
+
+
+def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, Any]], list[Tensor]]:
+    """The arguments of a call that depend on the batch, and those computed from parameters."""
+    tracked: list[tuple[Tensor, Any]] = []
+    targets: list[Tensor] = []
+    if kind in _OF_THE_FIRST:
+        _scan(args[:1], tracked, targets)
+    elif kind is Kind.FILL or kind is Kind.SET:
+        _scan((*args[1:], *kwargs.values()), tracked, targets)
+    else:
+        _scan(args, tracked, targets)
+        if kwargs:
+            _scan(kwargs.values(), tracked, targets)
+    if tracked and kind is not Kind.POINTWISE and kind is not Kind.FILL:
+        tracked = [(t, place) for t, place in tracked if not _one_number(t, place)]
+    return tracked, targets
 
 
 def _scan(values: Iterable[Any], tracked: list[tuple[Tensor, Any]], targets: list[Tensor]) -> None:
@@ -208,16 +221,22 @@ class _Operation:
         self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
         self.inputs: list[Tensor] = []
         self.any_rows = kind is Kind.POINTWISE  # whether the call does the same on any number of rows
+        self._places_early: Callable[[list[Tensor]], list[Any]] | None = None
+        self._before: list[tuple[Tensor, Any]] = []
+        self._counted: list[tuple[Tensor, int]] = []
 
     # -- running it ---------------------------------------------------------------------------------------------------
 
-    def run(self) -> Any:
-        """Run it, and note the places of what it gives."""
-        early = self._early()
-        before = [(t, place_of(t)) for t in self._written()]
-        statistics = self._statistics()
-        out = self.func(*self.args, **self.kwargs)
-        for t, count in statistics:
+    def prepare(self) -> None:
+        """Note what the call may write to."""
+        self._places_early = self._early()
+        self._before = [(t, place_of(t)) for t in self._written()]
+        self._counted = self._statistics()
+
+    def conclude(self, out: Any) -> Any:
+        """Note the places of what it gave, and leave its tap; returns what to go on with."""
+        early, before = self._places_early, self._before
+        for t, count in self._counted:
             if version(t) != count:
                 self.record.wrote = True
                 put(t, self._lost("writes statistics of the examples into a buffer", True))
@@ -244,7 +263,8 @@ class _Operation:
             if now is not None:
                 self.record.wrote |= place is None
                 wrote(t, place, now)
-        if self.tap is not None and not lost:
+        leave, self.tap = self.tap, None  # no cycle may keep the tensors
+        if leave is not None and not lost:
             chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
             if len(chosen) > 1:
                 out = parted(out)
@@ -252,7 +272,7 @@ class _Operation:
                 for t, place in zip(outputs, places, strict=True):
                     put(t, place)
             if chosen:
-                self.tap([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
+                leave([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
         return out
 
     def _statistics(self) -> list[tuple[Tensor, int]]:
@@ -352,7 +372,7 @@ class _Operation:
         return base_name(self.func) == "__getitem__" and _has_index(self.args[1])
 
     def _moved(self, args: tuple, outputs: list[Tensor]) -> list[Any]:
-        with torch.no_grad():
+        with torch.no_grad(), dispatched():
             try:
                 places = moved(self.func, args, self.kwargs, outputs, self.record.space, self._called())
             except Exception:  # noqa: BLE001 - whatever an operation raises on integers
@@ -367,7 +387,8 @@ class _Operation:
                 self.any_rows = known is key
                 return [self._from(form) for form in forms]
         movable = base_name(self.func) in MOVERS
-        forms, few = forms_of(self.func, self.args, self.kwargs, outputs, rows, only_few=movable)
+        with dispatched():  # a default device is such a mode
+            forms, few = forms_of(self.func, self.args, self.kwargs, outputs, rows, only_few=movable)
         self.any_rows = few
         if movable and any(form.why or form.axis is None for form in forms):
             return self._moved(self.args, outputs)

@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .._private import (
     calls_under_way,
+    dispatched,
     global_forward_hooks,
     has_backward_hooks,
     inside_functorch,
@@ -21,6 +22,7 @@ from .._private import (
     own_parameters,
     repeats_forward,
     run_first,
+    undispatched,
 )
 from .._tree import map_tensors, tensors_in
 from ..errors import BatchAxisError
@@ -217,6 +219,10 @@ class Enter:
         """Note what is called, and whether a tap is to be left; returns other arguments if some are to be tapped."""
         if STATE.quiet or torch.compiler.is_compiling():
             return None
+        with undispatched():
+            return self._enter(module, args, kwargs)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         frames = STATE.frames
         if self.root and frames and calls_under_way(frames[0].module) <= (frames[0].module is module):
             forget_forwards()  # an interrupt has left them behind
@@ -292,7 +298,8 @@ def _with_tied_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
             return t
         zeros = t.new_zeros(()).expand(t.shape).clone()
         put(zeros, place.at(axis))
-        return torch.add(t, zeros)
+        with dispatched():
+            return torch.add(t, zeros)
 
     return map_tensors(tied, args), map_tensors(tied, kwargs)
 
@@ -324,6 +331,11 @@ class Exit:
         frames = STATE.frames
         if STATE.quiet or not any(frame.module is module for frame in frames):
             return None
+        with undispatched():
+            return self._leave(module, args, kwargs, output)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        frames = STATE.frames
         while (frame := frames.pop()).module is not module:
             _close(frame)  # calls that ended without their hook
         try:

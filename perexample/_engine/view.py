@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..methods import Choice
 from ..rule import at_least_float32
 from ..terms import Term, combine
 
@@ -46,11 +47,17 @@ class ParameterView:
     """
 
     def __init__(
-        self, name: str, param: Tensor, n: int, scale: float = 1.0, forwards: frozenset[object] = frozenset()
+        self,
+        name: str,
+        param: Tensor,
+        n: int,
+        scale: float = 1.0,
+        forwards: frozenset[object] = frozenset(),
+        choice: Choice | None = None,
     ) -> None:
         """A parameter that nothing has reached yet: its gradients are zero."""
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
-        self._scale = scale
+        self._scale, self._choice = scale, choice or Choice()
         self._terms: list[Term] = []
         self._combined: Term | None = None
         self._grad_batch: Tensor | None = None
@@ -91,7 +98,11 @@ class ParameterView:
         """Their squared L2 norms, ``[N]``, in float64."""
         if self._l2 is None:
             term = self.term
-            self._l2 = self.zeros(self.n, dtype=torch.float64) if term is None else term.batch_l2() * self._scale**2
+            if term is None:
+                self._l2 = self.zeros(self.n, dtype=torch.float64)
+            else:
+                l2, self._combined = term.settled(self._choice)
+                self._terms, self._l2 = [self._combined], l2 * self._scale**2
         return self._l2
 
     def weighted_sum(self, w: Tensor | Weights) -> Tensor:

@@ -8,19 +8,29 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from .._norms import BLOCK, norms_of, squared_norms
+from .._conv import (
+    Geometry,
+    by_offsets,
+    examples_as_groups,
+    from_offsets,
+    native,
+    one_by_one,
+    pixel_gram,
+    windows,
+)
+from .._norms import gram_norms, norms_of
+from ..methods import ROOM, Method
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
-from ..terms import Dense, Outer, Term, keeps, mended
+from ..terms import Dense, Formed, Outer, Term, blockwise, inner, keeping, remembering
 
-_WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -28,24 +38,30 @@ class Windows(Term):
     """Gradient of a convolution weight: ``G_n[k] = sum_l g_n[l] x_n[l stride + k dilation]`` within each group.
 
     Args:
-        x: Input, padded already, ``[N, C_in, *S]``.
+        x: Input, ``[N, C_in, *S]``.
         g: Gradient of the output, ``[N, C_out, *L]``.
-        shape: ``[C_out, C_in / groups, *K]``.
-        stride: Step of the window, per axis.
-        dilation: Distance of the kernel's taps, per axis.
-        groups: Number of groups of channels.
+        geometry: Shape of the weight, stride, dilation and groups.
+        sides: What is added before and after each axis of ``x``.
+        mode: With what.
     """
 
     def __init__(
-        self, x: Tensor, g: Tensor, shape: Size, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+        self, x: Tensor, g: Tensor, geometry: Geometry, sides: list[tuple[int, int]] | None = None, mode: str = "zeros"
     ) -> None:
-        """Keep the factors; nothing is unfolded yet."""
-        self.x, self.g, self.n, self.shape = x, g, x.shape[0], shape
-        self.stride, self.dilation, self.groups = stride, dilation, groups
-        self._dense: Tensor | None = None
+        """Keep the factors; nothing is padded or unfolded yet."""
+        self.x, self.g, self.n, self.shape, self.geometry = x, g, x.shape[0], geometry.shape, geometry
+        self.sides, self.mode = sides or [(0, 0)] * (x.dim() - 2), mode
+
+    def factors(self) -> list[Tensor]:
+        """Both."""
+        return [self.x, self.g]
+
+    def form(self) -> tuple[Any, ...]:
+        """With the geometry."""
+        return (*super().form(), self.geometry, tuple(self.sides), self.mode)
 
     def _like(self, x: Tensor, g: Tensor) -> Windows:
-        return Windows(x, g, self.shape, self.stride, self.dilation, self.groups)
+        return Windows(x, g, self.geometry, self.sides, self.mode)
 
     def select(self, rows: Tensor) -> Windows:
         """Some examples only."""
@@ -56,86 +72,156 @@ class Windows(Term):
         """In float64."""
         return self._like(self.x.double(), self.g.double())
 
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        """Output positions L, and per group the outputs O and the window's entries K."""
-        return self.g.shape[2:].numel(), self.shape[0] // self.groups, self.shape[1:].numel()
+    def padded(self) -> Tensor:
+        """The input as the windows meet it."""
+        return _pad(self.x, self.sides, self.mode)
+
+    def _for_native(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The input, and what zeros a native call is to add on both sides of it."""
+        if self.mode == "zeros" and all(a == b for a, b in self.sides):
+            return self.x, tuple(a for a, _ in self.sides)
+        return self.padded(), (0,) * len(self.sides)
 
     def unfolded(self) -> Outer:
         """The same as outer products of output gradients and input windows."""
-        n, groups, dims = self.n, self.groups, self.g.dim() - 2
-        windows = self.x
-        for axis in range(2, 2 + dims):
-            reach = (self.shape[axis] - 1) * self.dilation[axis - 2] + 1
-            windows = windows.unfold(axis, reach, self.stride[axis - 2])
-        for axis, step in enumerate(self.dilation, start=2 + dims):
-            windows = windows[(slice(None),) * axis + (slice(None, None, step),)]
-        windows = windows.unflatten(1, (groups, self.shape[1]))  # [N, groups, C_in/groups, *L, *K]
-        order = (0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-        positions, outputs, entries = self._sizes
-        x = windows.permute(order).reshape(n, groups, positions, entries)
-        g = self.g.reshape(n, groups, outputs, positions).transpose(2, 3)
-        return Outer(g, x, self.shape)
-
-    def _native(self, x: Tensor, g: Tensor) -> Tensor:
-        """The convolution's own weight gradient, summed over the examples given."""
-        gradient = _WEIGHT_GRADIENT[x.dim() - 2]
-        return gradient(x, list(self.shape), g, stride=self.stride, dilation=self.dilation, groups=self.groups)
+        groups = self.geometry.groups
+        x = windows(self.padded(), self.geometry, self.g.shape[2:])
+        return Outer(self.g.unflatten(1, (groups, -1)).flatten(3).transpose(2, 3), x, self.shape)
 
     def dense(self) -> Tensor:
-        """The gradients: a native call per example where unfolding would copy much, one batched product elsewhere."""
-        if self._dense is not None:
-            return self._dense
-        if not self._unfolding_copies_much():
-            return self.unfolded().dense()
-        return torch.stack([self._native(x[None], g[None]) for x, g in zip(self.x, self.g, strict=True)])
+        """The gradients, by the method that the model holds for the fastest."""
+        if not self.n:
+            return self.g.new_zeros(0, *self.shape)
+        return min(self._ways(), key=lambda way: way.method.seconds).formed().dense()
 
-    def _few_windows(self) -> bool:
-        positions, outputs, entries = self._sizes
-        return 2 * positions * (outputs + entries) < outputs * entries
+    def methods(self) -> list[Method]:
+        """Gram matrices of the pixels or windows, and several ways to form the gradients."""
+        n, groups, length = self.n, self.geometry.groups, self.g.shape[2:].numel()
+        outputs, entries = self.shape[0] // groups, self.shape[1:].numel()
+        pixels = self._pixels()
+        held, rows = self.x.numel() + self.g.numel(), n * groups * length
+        of_g, of_sum = rows * length * outputs, rows * outputs * entries
+        found = [way.method for way in self._ways()]
+        if length < self.limit():
+            by_pixels = n * groups * pixels * pixels * self.shape[1] + of_g + of_sum
+            by_windows = rows * length * entries + of_g + of_sum
+            taps = self.geometry.kernel.numel()
+            found += [
+                Method("Gram matrices of the pixels", self._by_pixels, by_pixels,
+                       rows * length * (2 * taps + 3) + n * groups * pixels**2, taps + 8, held),
+                Method("Gram matrices of the windows", self._by_windows, by_windows,
+                       rows * (3 * length + 3 * entries), 10, held),
+            ]  # fmt: skip
+        least = min(found, key=lambda method: method.seconds)
+        if least.held > ROOM * held:
+            found.append(Method("per-example gradients", self._dropped, 2 * of_sum, 2 * of_sum / max(1, length), 8, held))
+        return found
 
-    def norm_method(self) -> str:
-        """By the number of windows."""
-        return "Gram matrices of the windows" if self._few_windows() else "per-example gradients"
+    def _pixels(self) -> int:
+        return math.prod(size + a + b for size, (a, b) in zip(self.x.shape[2:], self.sides, strict=True))
 
-    def batch_l2(self) -> Tensor:
-        """Squared norms, by the Gram matrices of the windows where these are few, else by the gradients."""
-        positions, _, _ = self._sizes
-        if self._few_windows():
-            return self.unfolded().batch_l2()
-        if keeps(self.shape.numel(), self.x[0].numel() + self.g[0].numel()):
-            self._dense = self.dense()
-            return mended(self, squared_norms(self._dense), positions)
-        if not self._unfolding_copies_much():
-            return self.unfolded().batch_l2()
-        block = max(1, BLOCK // max(1, self.shape.numel()))
-        parts = [self._like(self.x[i : i + block], self.g[i : i + block]) for i in range(0, self.n, block)]
-        return mended(self, torch.cat([squared_norms(part.dense()) for part in parts]), positions)
+    def limit(self) -> float:
+        """Number of positions up to which a Gram norm is trusted where nothing cancels."""
+        outputs, entries = self.shape[0] // self.geometry.groups, self.shape[1:].numel()
+        return 0.02 / ((outputs + entries + 2) * torch.finfo(self.g.dtype).eps / 2)
 
-    def _unfolding_copies_much(self) -> bool:
-        positions, _, entries = self._sizes
-        return positions * entries > 150_000  # where one call per example became faster, on CPU
+    def _ways(self) -> list[_Way]:
+        """Several ways to form the gradients."""
+        n, groups, length = self.n, self.geometry.groups, self.g.shape[2:].numel()
+        size, taps = n * self.shape.numel(), self.geometry.kernel.numel()
+        products, drift = size * length, length * torch.finfo(self.g.dtype).eps / 8
+        grid = products * self._pixels() / max(1, length * math.prod(self.geometry.stride))
+        unfolded = n * groups * length * self.shape[1:].numel()
+        ways = [
+            _Way(self, "kernel offsets", self._by_offsets, grid, 2 * size + self.x.numel() + self.g.numel(), 2 * taps),
+            _Way(self, "unfolded", self._by_unfolding, products, 2 * size + 3 * unfolded, 8),
+        ]
+        if drift < _MOST_DRIFT:
+            small = math.prod(self.geometry.kernel) * 50 / max(1, length)
+            ways += [
+                _Way(self, "one by one", self._one_by_one, products, 3 * size, 4 * n, drift),
+                _Way(self, "examples as groups", self._as_groups, products * (1 + small), 2 * size, 3, drift),
+            ]
+        return ways
+
+    def _by_offsets(self) -> Formed:
+        value = by_offsets(self.padded(), self.g, self.geometry)
+        n, geometry = self.n, self.geometry
+        value = value.view(len(value), n, -1)
+        return Formed(value, self.shape, lambda v: _from_offsets(v, geometry))
+
+    def _by_unfolding(self) -> Formed:
+        return Formed(self.unfolded().dense()[None].flatten(2), self.shape)
+
+    def _one_by_one(self) -> Formed:
+        x, padding = self._for_native()
+        return Formed(one_by_one(x, self.g, self.geometry, padding)[None].flatten(2), self.shape)
+
+    def _as_groups(self) -> Formed:
+        x, padding = self._for_native()
+        return Formed(examples_as_groups(x, self.g, self.geometry, padding)[None].flatten(2), self.shape)
+
+    def _by_pixels(self) -> tuple[Tensor, Term]:
+        return remembering(self, inner(self, pixel_gram(self.padded(), self.g, self.geometry)))
+
+    def _by_windows(self) -> tuple[Tensor, Term]:
+        unfolded = self.unfolded()
+        return remembering(self, inner(self, gram_norms(unfolded.g, unfolded.x)))
+
+    def _dropped(self) -> tuple[Tensor, Term]:
+        return blockwise(self, lambda term: term.dense(), _MOST_DRIFT)
 
     def magnitude(self) -> Tensor:
         """``sum_l |g_n[l]| |window_n[l]|``; the windows' norms are a convolution of the squares with ones."""
-        x, g = (t.unflatten(1, (self.groups, -1)) for t in (self.x, self.g))
+        geometry = self.geometry
+        x, g = (t.unflatten(1, (geometry.groups, -1)) for t in (self.padded(), self.g))
         squares = x.square().sum(2)  # [N, groups, *S]
-        ones = squares.new_ones(self.groups, 1, *self.shape[2:])
+        ones = squares.new_ones(geometry.groups, 1, *geometry.kernel)
         convolve = _CONVOLUTION[self.g.dim() - 2]
-        windows = convolve(squares, ones, stride=self.stride, dilation=self.dilation, groups=self.groups)
-        return (windows.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
+        found = convolve(
+            squares, ones, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
+        )
+        return (found.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
 
     def magnitude_bound(self) -> Tensor:
         """``sqrt(m) |x_n| |g_n|``, where no value of x is in more than m windows."""
-        steps = zip(self.shape[2:], self.stride, self.dilation, strict=True)
-        windows = math.prod(-(-k // s) if d == 1 else k for k, s, d in steps)
-        return math.sqrt(windows) * norms_of(self.x.flatten(1)) * norms_of(self.g.flatten(1))
+        geometry = self.geometry
+        steps = zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+        most = math.prod(-(-k // s) if d == 1 else k for k, s, d in steps)
+        x = self.x if self.mode == "zeros" else self.padded()
+        return math.sqrt(most) * norms_of(x.flatten(1)) * norms_of(self.g.flatten(1))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One native weight gradient for the whole batch, of ``w_n g_n``."""
-        if self._dense is not None:
-            return super().weighted_sum(w)
-        return self._native(self.x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)))
+        x, padding = self._for_native()
+        return native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), self.geometry, padding)
+
+
+_MOST_DRIFT = 5e-5  # share of a sum that a native call over many positions may be off by
+
+
+class _Way:
+    """One way to form the gradients of a convolution.
+
+    Attributes:
+        formed: Forms them.
+        method: The norms of what was formed.
+    """
+
+    def __init__(
+        self, term: Windows, name: str, formed: Callable[[], Formed], products: float, moved: float, calls: int,
+        drift: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.formed = formed
+        size = term.n * term.shape.numel()
+        self.method = Method(
+            f"per-example gradients, {name}", lambda: keeping(term, formed(), drift), products, moved + size, calls + 4,
+            size,
+        )  # fmt: skip
+
+
+def _from_offsets(value: Tensor, geometry: Geometry) -> Tensor:
+    return from_offsets(value.view(len(value), value.shape[1] * geometry.groups, -1, geometry.shape[1]), value.shape[1], geometry)
 
 
 def _padding(module: Any) -> list[tuple[int, int]]:
@@ -203,8 +289,8 @@ class ConvRule(Rule):
     def windows(self, call: Call, g: Tensor) -> Term:
         """The weight's gradient as a correlation of the padded input with ``g``."""
         module = call.module
-        x = _pad(call.x, _padding(module), module.padding_mode)
-        return Windows(x, g, call.params["weight"].shape, module.stride, module.dilation, module.groups)
+        geometry = Geometry(call.params["weight"].shape, module.stride, module.dilation, module.groups)
+        return Windows(call.x, g, geometry, _padding(module), module.padding_mode)
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """Windows for the weight, a sum over positions for the bias."""
@@ -237,7 +323,7 @@ class ConvTransposeRule(ConvRule):
             zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True), start=2
         ):
             padded = padded.narrow(axis, 0, (length - 1) * s + (k - 1) * d + 1)
-        return Windows(padded, x, call.params["weight"].shape, module.stride, module.dilation, module.groups)
+        return Windows(padded, x, Geometry(call.params["weight"].shape, module.stride, module.dilation, module.groups))
 
 
 __all__ = ["ConvRule", "ConvTransposeRule", "Windows"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .._norms import squared_norms
+from ..methods import Method
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Rows, Term
 
@@ -164,8 +165,11 @@ class _Entries(Term):
     def double(self) -> Term:
         return _Entries(self.chosen, self.values.double(), self.shape)
 
-    def batch_l2(self) -> Tensor:
-        return squared_norms(self.values)
+    def factors(self) -> list[Tensor]:
+        return [self.values]
+
+    def methods(self) -> list[Method]:
+        return [Method("entries that were chosen", lambda: (squared_norms(self.values), self))]
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         return self.values.new_zeros(self.shape).scatter_add_(0, self.chosen, self.values * w.unsqueeze(1))

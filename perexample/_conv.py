@@ -1,0 +1,162 @@
+"""Per-example weight gradients of convolutions, and their norms, in several exact ways.
+
+All of them take the input ``x`` ``[N, C_in, *S]``, padded already, and the gradient ``g`` ``[N, C_out, *L]`` of the
+output, and a `Geometry`. ``G_n[k] = sum_l g_n[l] x_n[l stride + k dilation]`` within each group of channels.
+
+References:
+    Rochette et al. 2019, arXiv:1912.06015 (gradients of all examples as one grouped convolution); Bu et al. 2022,
+    arXiv:2205.10683 (norms from unfolded inputs). That the Gram matrix of the windows is a sum of shifted blocks of
+    that of the pixels, and that kernel offsets are slices of the flattened image, we have not found elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from ._norms import BLOCK, short_sums
+
+_WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a convolution.
+
+    Attributes:
+        shape: Shape of the weight, ``[C_out, C_in / groups, *K]``.
+        stride: Step of the window, per axis.
+        dilation: Distance of the kernel's taps, per axis.
+        groups: Number of groups of channels.
+    """
+
+    shape: Size
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def kernel(self) -> Size:
+        """Size of the kernel, per axis."""
+        return self.shape[2:]
+
+    def offsets(self) -> list[tuple[int, ...]]:
+        """Where the kernel's taps lie, in the order of the weight."""
+        return list(itertools.product(*(range(0, k * d, d) for k, d in zip(self.kernel, self.dilation, strict=True))))
+
+
+def native(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[int, ...] | int = 0) -> Tensor:
+    """The convolution's own weight gradient, summed over the examples given, ``[*shape]``."""
+    return _WEIGHT_GRADIENT[x.dim() - 2](
+        x, list(geometry.shape), g, stride=geometry.stride, padding=padding, dilation=geometry.dilation,
+        groups=geometry.groups,
+    )  # fmt: skip
+
+
+def one_by_one(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[int, ...] | int = 0) -> Tensor:
+    """One native call for each example, ``[N, *shape]``."""
+    out = g.new_empty(len(x), *geometry.shape)
+    for row, a, b in zip(out, x.split(1), g.split(1), strict=True):
+        row.copy_(native(a, b, geometry, padding))
+    return out
+
+
+def examples_as_groups(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[int, ...] | int = 0) -> Tensor:
+    """One native call in which each example is a group of channels of a single image, ``[N, *shape]``."""
+    n, shape = len(x), geometry.shape
+    wide = Geometry(Size((n * shape[0], *shape[1:])), geometry.stride, geometry.dilation, n * geometry.groups)
+    return native(x.reshape(1, -1, *x.shape[2:]), g.reshape(1, -1, *g.shape[2:]), wide, padding).view(n, *shape)
+
+
+def windows(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
+    """The unfolded input, ``[N, groups, L, C_in / groups * K]``."""
+    dims = x.dim() - 2
+    for axis in range(2, 2 + dims):
+        reach = (geometry.shape[axis] - 1) * geometry.dilation[axis - 2] + 1
+        x = x.unfold(axis, reach, geometry.stride[axis - 2])
+    for axis, step in enumerate(geometry.dilation, start=2 + dims):
+        x = x[(slice(None),) * axis + (slice(None, None, step),)]
+    x = x.unflatten(1, (geometry.groups, geometry.shape[1]))  # [N, groups, C_in/groups, *L, *K]
+    order = (0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    return x.permute(order).reshape(len(x), geometry.groups, positions.numel(), geometry.shape[1:].numel())
+
+
+def by_offsets(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+    """One batched product for each tap of the kernel, ``[K, N groups, C_out / groups, C_in / groups]``; no unfolding.
+
+    On the grid of the padded input, flattened, moving the window by an offset is moving it by a number: what a tap
+    meets is a slice of each channel. For the positions between the rows ``g`` is filled up with zeros.
+    """
+    phases, grid = _phases(x, geometry)
+    steps = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+    size = sum((length - 1) * step for length, step in zip(g.shape[2:], steps, strict=True)) + 1
+    filled = _onto(g, grid).unflatten(1, (geometry.groups, -1)).flatten(0, 1)[:, :, :size]
+    inputs = phases.unflatten(2, (geometry.groups, -1)).flatten(1, 2)  # [phases, N groups, C_in / groups, grid]
+    offsets = geometry.offsets()
+    out = g.new_empty(len(offsets), *filled.shape[:2], inputs.shape[2])
+    for tap, offset in zip(out, offsets, strict=True):
+        phase, shift = 0, 0
+        for o, s, step in zip(offset, geometry.stride, steps, strict=True):
+            phase, shift = phase * s + o % s, shift + o // s * step
+        short_sums(filled, inputs[phase, :, :, shift : shift + size].transpose(1, 2), out=tap)
+    return out
+
+
+def from_offsets(value: Tensor, n: int, geometry: Geometry) -> Tensor:
+    """The result of `by_offsets` as ``[N, *shape]``."""
+    value = value.unflatten(1, (n, geometry.groups)).permute(1, 2, 3, 4, 0)
+    return value.reshape(n, *geometry.shape)
+
+
+def _phases(x: Tensor, geometry: Geometry) -> tuple[Tensor, list[int]]:
+    """The pixels that a strided window can meet at the same tap side by side: ``[prod(stride), N, C, grid]``."""
+    sizes, strides = x.shape[2:], geometry.stride
+    if all(s == 1 for s in strides):
+        return x.flatten(2)[None], list(sizes)
+    grid = [-(-size // s) for size, s in zip(sizes, strides, strict=True)]
+    missing = [(0, a * s - size) for a, s, size in zip(grid, strides, sizes, strict=True)]
+    x = F.pad(x, [amount for pair in reversed(missing) for amount in pair])
+    for axis, s in reversed(list(enumerate(strides, start=2))):
+        x = x.unflatten(axis, (-1, s))
+    dims = len(strides)
+    order = (*range(3, 3 + 2 * dims, 2), 0, 1, *range(2, 2 + 2 * dims, 2))
+    return x.permute(order).flatten(0, dims - 1).flatten(3), grid
+
+
+def _onto(g: Tensor, grid: list[int]) -> Tensor:
+    """The gradient on the grid of the input, flattened: ``[N, C, ...]``."""
+    missing = [(0, a - b) for a, b in zip(grid[1:], g.shape[3:], strict=True)]
+    return F.pad(g, [amount for pair in reversed(missing) for amount in pair]).flatten(2)
+
+
+def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+    """Squared norms ``[N]`` in float64, products in the factors' dtype, from the Gram matrix of the pixels.
+
+    ``<window_t, window_s> = sum over offsets o of <x[t stride + o], x[s stride + o]>``: a sum of shifted blocks of one
+    Gram matrix, which is smaller by the size of the kernel than that of the windows.
+    """
+    per_example = geometry.groups * x.shape[2:].numel() ** 2
+    block = max(1, BLOCK // max(1, per_example))
+    parts = [_pixel_gram(a, b, geometry) for a, b in zip(x.split(block), g.split(block), strict=True)]
+    return torch.cat(parts).clamp_min(0.0) if parts else x.new_zeros(0, dtype=torch.float64)
+
+
+def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+    sizes, length = x.shape[2:], g.shape[2:]
+    flat = x.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
+    pixels = (flat.mT @ flat).view(-1, *sizes, *sizes)
+    total: Tensor | None = None
+    for offset in geometry.offsets():
+        reach = [slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offset, geometry.stride, length, strict=True)]
+        block = pixels[(slice(None), *reach, *reach)]
+        total = block.clone() if total is None else total.add_(block)
+    assert total is not None
+    factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
+    products = (factor.mT @ factor).mul_(total.view(len(flat), length.numel(), length.numel()))
+    return products.view(len(x), geometry.groups, -1).sum((1, 2), dtype=torch.float64)

@@ -1,0 +1,149 @@
+"""The choice of method: of several exact ways to the same norms and sums, the fastest one that fits.
+
+A `Term` offers `Method` objects. `choose` takes the one that was fastest for this shape on this device when all that
+have a chance were tried once, on the real tensors; what it found is remembered for the rest of the process. With
+``strategy="model"`` the estimates of a cost model decide, which are the same in every run.
+
+Which of the ways is fastest is no matter of counting operations: a native weight gradient and a batched product differ
+fourfold in either direction, depending on the shape (docs/performance). All of them are exact, they differ in rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .terms import Term
+
+STRATEGIES = ("measure", "model")
+_RATE = 7e10  # multiply-adds in a second, of a matrix product on two CPU cores
+_MOVED = 1.5e9  # numbers written and read again in a second
+_CALL = 8e-6  # seconds for one call of an operation
+_SHORT = 1e-4  # below these estimated seconds a measurement is worth less than it takes
+_CHANCE = 6.0  # a method estimated to take this many times the least one is not tried
+_LONG = 0.1  # what takes this many seconds is tried once
+_MOST = 4096  # choices remembered
+ROOM = 2.0  # what is held for the sum may be this many times the least that could be
+
+
+@dataclass(frozen=True)
+class Method:
+    """One exact way to the squared norms of a term.
+
+    Attributes:
+        name: What it does, for `plan`.
+        run: Does it; returns squared norms ``[N]`` in float64, and the term to go on with for the sum.
+        products: Multiply-adds of the norms and of the weighted sum.
+        moved: Numbers written and read beside the factors.
+        calls: How many operations it takes.
+        held: Numbers that are held until the weights are known.
+    """
+
+    name: str
+    run: Callable[[], tuple[Tensor, Term]]
+    products: float = 0.0
+    moved: float = 0.0
+    calls: int = 1
+    held: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """The model's estimate. Only its order counts, so it does not know the machine."""
+        return self.products / _RATE + self.moved / _MOVED + self.calls * _CALL
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How methods are chosen.
+
+    Attributes:
+        strategy: ``"measure"`` or ``"model"``.
+        sums: Whether a weighted sum will be asked for after the norms.
+        least: Whether what takes the least memory is wanted, be it slower.
+    """
+
+    strategy: str = "measure"
+    sums: bool = False
+    least: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the strategy."""
+        if self.strategy not in STRATEGIES:
+            raise ConfigurationError(f"strategy must be one of {STRATEGIES}, not {self.strategy!r}.")
+
+
+_FOUND: dict[Any, str] = {}
+
+
+def forget_choices() -> None:
+    """Forget what was measured, as when another number of threads is to be tried."""
+    _FOUND.clear()
+
+
+def choose(term: Term, choice: Choice) -> Method:
+    """The method to take for a term.
+
+    Returns:
+        One of ``term.methods()``, the same for all terms of one form as long as nothing is forgotten.
+    """
+    methods = _that_fit(term.methods(), choice)
+    if len(methods) == 1:
+        return methods[0]
+    methods.sort(key=lambda method: method.seconds)
+    if choice.strategy == "model" or methods[0].seconds < _SHORT:
+        return methods[0]
+    key = (*term.form(), choice, torch.get_num_threads())
+    if key not in _FOUND:
+        if len(_FOUND) >= _MOST:
+            _FOUND.clear()
+        _FOUND[key] = _measured(term, methods, choice)
+    return next(method for method in methods if method.name == _FOUND[key])
+
+
+def _that_fit(methods: list[Method], choice: Choice) -> list[Method]:
+    """Those that hold little until the weights are known; nothing is held where no sum will follow."""
+    if not choice.sums:
+        return methods
+    least = min(method.held for method in methods)
+    return [method for method in methods if method.held <= least * (1.0 if choice.least else ROOM)]
+
+
+def _measured(term: Term, methods: list[Method], choice: Choice) -> str:
+    """The name of the fastest of those that have a chance."""
+    likely = [method for method in methods if method.seconds <= _CHANCE * methods[0].seconds]
+    if len(likely) == 1:
+        return likely[0].name
+    w = torch.ones(term.n, dtype=term.dtype, device=term.device) if choice.sums else None
+    seconds = [_seconds(method, w) for method in likely]
+    return likely[seconds.index(min(seconds))].name
+
+
+def _seconds(method: Method, w: Tensor | None) -> float:
+    """How long a method takes, with the sum that follows; infinity if there is no memory for it."""
+    least = float("inf")
+    for _ in range(3):
+        start = _now(w)
+        try:
+            _, kept = method.run()
+            if w is not None:
+                kept.weighted_sum(w)
+        except torch.OutOfMemoryError:
+            return float("inf")
+        least = min(least, _now(w) - start)
+        if least > _LONG:
+            break
+    return least
+
+
+def _now(w: Tensor | None) -> float:
+    if w is not None and w.is_cuda:
+        torch.cuda.synchronize(w.device)
+    return time.perf_counter()
