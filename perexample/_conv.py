@@ -83,8 +83,9 @@ def windows(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
     for axis, step in enumerate(geometry.dilation, start=2 + dims):
         x = x[(slice(None),) * axis + (slice(None, None, step),)]
     x = x.unflatten(1, (geometry.groups, geometry.shape[1]))  # [N, groups, C_in/groups, *L, *K]
-    order = (0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    return x.permute(order).reshape(len(x), geometry.groups, positions.numel(), geometry.shape[1:].numel())
+    order = (0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))  # rows of pixels are copied whole
+    x = x.permute(order).reshape(len(x), geometry.groups, geometry.shape[1:].numel(), positions.numel())
+    return x.transpose(2, 3)
 
 
 def by_offsets(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
@@ -92,6 +93,9 @@ def by_offsets(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
 
     On the grid of the padded input, flattened, moving the window by an offset is moving it by a number: what a tap
     meets is a slice of each channel. For the positions between the rows ``g`` is filled up with zeros.
+
+    Returns:
+        The gradients, tap by tap; see `from_offsets`.
     """
     phases, grid = _phases(x, geometry)
     steps = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
@@ -108,9 +112,10 @@ def by_offsets(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     return out
 
 
-def from_offsets(value: Tensor, n: int, geometry: Geometry) -> Tensor:
-    """The result of `by_offsets` as ``[N, *shape]``."""
-    value = value.unflatten(1, (n, geometry.groups)).permute(1, 2, 3, 4, 0)
+def from_offsets(value: Tensor, geometry: Geometry) -> Tensor:
+    """The result of `by_offsets`, as ``[K, N, groups C_out / groups C_in / groups]``, in the order ``[N, *shape]``."""
+    taps, n, _ = value.shape
+    value = value.view(taps, n, geometry.groups, -1, geometry.shape[1]).permute(1, 2, 3, 4, 0)
     return value.reshape(n, *geometry.shape)
 
 
@@ -139,7 +144,10 @@ def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     """Squared norms ``[N]`` in float64, products in the factors' dtype, from the Gram matrix of the pixels.
 
     ``<window_t, window_s> = sum over offsets o of <x[t stride + o], x[s stride + o]>``: a sum of shifted blocks of one
-    Gram matrix, which is smaller by the size of the kernel than that of the windows.
+    Gram matrix, which costs less by the size of the kernel than that of the windows.
+
+    Returns:
+        The squared norms.
     """
     per_example = geometry.groups * x.shape[2:].numel() ** 2
     block = max(1, BLOCK // max(1, per_example))

@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 _SHORT = 1024  # float32 squares added up at once: long sums drift
+_FEW = 2**16  # elements whose squares are added up in float64 at once
 BLOCK = 2**24  # elements formed at once where a norm alone is wanted
 
 
 def norms_of(flat: Tensor) -> Tensor:
     """Norms along the last axis in float64, also where a float32 square would over- or underflow."""
-    if flat.shape[-1] == 0:
-        return flat.new_zeros(flat.shape[:-1], dtype=torch.float64)
+    if flat.numel() <= _FEW:  # fewer calls are worth more than speed
+        return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
     norms = _blockwise(flat)
     if flat.dtype == torch.float64:
         return norms
-    doubtful = ~((norms > 1e-17) & (norms < 1e18))
-    if doubtful.any():
+    least, most = torch.aminmax(norms)
+    if not (least > 1e-17 and most < 1e18):
+        doubtful = ~((norms > 1e-17) & (norms < 1e18))
         norms[doubtful] = torch.linalg.vector_norm(flat[doubtful].double(), dim=-1)
     return norms
 
@@ -37,7 +39,9 @@ def _blockwise(flat: Tensor) -> Tensor:
 
 def squared_norms(dense: Tensor) -> Tensor:
     """Squared norm of each row of ``[N, ...]``, in float64."""
-    return norms_of(dense.reshape(dense.shape[0], -1) if dense.numel() else dense.new_zeros(dense.shape[0], 1)).square()
+    if dense.dim() != 2:
+        dense = dense.reshape(dense.shape[0], -1) if dense.numel() else dense.new_zeros(dense.shape[0], 1)
+    return norms_of(dense).square()
 
 
 _SHORT_PRODUCT = 64  # float32 products added up at once in a matrix product: some kernels drift over more

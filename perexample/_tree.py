@@ -8,20 +8,35 @@ from typing import Any
 
 from torch import Tensor
 
+_PLAIN = {int, float, bool, str, type(None)}
+
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield every tensor of a nested structure, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
+    """Every tensor of a nested structure, in order."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return iter(found)
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    """Add the tensors of a structure; what comes in every call of every module is asked for first."""
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        for value in tree:
+            _collect(value, found)
+    elif isinstance(tree, Tensor):
+        found.append(tree)
+    elif kind in _PLAIN:
+        return
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from tensors_in(value)
+            _collect(value, found)
     elif isinstance(tree, (tuple, list)):
         for value in tree:
-            yield from tensors_in(value)
+            _collect(value, found)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
-            yield from tensors_in(getattr(tree, field.name))
+            _collect(getattr(tree, field.name), found)
 
 
 def map_tensors(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:

@@ -65,9 +65,7 @@ def _parameters(row: PlanRow) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in row.parameters.items())
 
 
-def plan(
-    model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "measure", **named: Any
-) -> Plan:
+def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "measure", **named: Any) -> Plan:
     """List which rule will differentiate what.
 
     Without inputs: the modules of the model that hold parameters. A module without a rule is seen through: each torch
@@ -95,8 +93,8 @@ def plan(
         2      | PReLU  | PReLURule  | weight [1]              |
         >>> print(plan(nn.Linear(4, 3, bias=False), torch.ones(8, 50, 4)))
         tap    | class  | rule       | trainable     | examples | norm
-        -------+--------+------------+---------------+----------+----------------------
-        Linear | Linear | LinearRule | weight [3, 4] | axis 0   | per-example gradients
+        -------+--------+------------+---------------+----------+----------------------------
+        Linear | Linear | LinearRule | weight [3, 4] | axis 0   | per-example gradients, kept
     """
     return _taps(model, inputs, named, batch_dim, strategy) if inputs or named else _modules(model)
 

@@ -16,11 +16,11 @@ the norms of its pieces, and recomputed in float64 where digits may be missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Size, Tensor
 
 from ._norms import BLOCK, direct_norms, gram_norms, norms_of, squared_norms, summed_products
@@ -86,7 +86,10 @@ class Term:
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """``sum_n w_n G_n`` for weights ``[N]``, ``[*shape]``."""
-        return torch.tensordot(w, self.dense(), dims=1)
+        dense = self.dense()
+        if dense.dim() == 2:
+            return torch.mv(dense.T, w.to(dense.dtype))
+        return torch.tensordot(w.to(dense.dtype), dense, dims=1)
 
     def batch_dot(self) -> Tensor:
         """Inner products ``<G_n, G_m>``, ``[N, N]``."""
@@ -106,9 +109,9 @@ class Term:
         """An upper bound of `magnitude` that costs little, ``[N]``, float64."""
         return self.magnitude()
 
-    def limit(self) -> float:
-        """Up to what ratio of squared magnitude and squared norm a norm from inner products is trusted."""
-        return 1.0
+    def unit(self) -> float:
+        """Share of the squared magnitude that rounding may add to or take off a squared norm from inner products."""
+        return torch.finfo(self.dtype).eps / 2
 
 
 def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor | None]:
@@ -126,24 +129,36 @@ def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor |
 
 
 def inner(term: Term, l2: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Norms from inner products of factors: one unit of rounding of the magnitude is added to each square.
+    """Norms from inner products of factors, raised by what rounding may have taken off.
 
-    The proven bound of the rounding errors is a multiple of the squared magnitude. Where it is below 2% of the squared
-    norm the norm is trusted: the errors met are by far smaller, and made up for by what is added.
+    Each product is off by a share of about ``sqrt(length) eps``, in all directions unless the factors are all alike;
+    that adds up to `Term.unit` of the squared magnitude. Where that is more than `TRUSTED` of the squared norm, the
+    positions cancel and the norm is in doubt. Where they point one way instead, sums of products drift a little.
 
     Returns:
         The squared norms, and which were in doubt, if any.
     """
-    unit, limit = torch.finfo(term.dtype).eps / 2, term.limit()
-    square = term.magnitude_bound().square()
-    raised = l2 + unit * square
-    doubtful = ~(square <= limit * raised) | ~torch.isfinite(l2)
+    unit, drift = term.unit(), _DRIFT * torch.finfo(term.dtype).eps
+
+    def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        error = unit * magnitude.square()
+        raised = l2 + torch.maximum(error, drift * l2)
+        return raised, ~(error <= TRUSTED * raised) | ~torch.isfinite(l2)
+
+    raised, doubtful = judged(l2, term.magnitude_bound())
     if doubtful.any():
         rows = doubtful.clone()
-        square = term.select(rows).magnitude().square()
-        raised[rows] = l2[rows] + unit * square
-        doubtful[rows] = ~(square <= limit * raised[rows]) | ~torch.isfinite(l2[rows])
+        raised[rows], doubtful[rows] = judged(l2[rows], term.select(rows).magnitude())
     return _mended(term, raised, doubtful)
+
+
+TRUSTED = 1e-4  # share of a squared norm that rounding may account for before it is computed again in float64
+_DRIFT = 25  # units of rounding by which sums of like products may be too small
+
+
+def unit_of_products(dtype: torch.dtype, positions: int, outputs: int, inputs: int) -> float:
+    """`Term.unit` of a sum of outer products: errors of single products average out over many positions."""
+    return torch.finfo(dtype).eps / 2 * max(1.0, (math.sqrt(outputs) + math.sqrt(inputs)) / max(1, 2 * positions))
 
 
 def _mended(term: Term, l2: Tensor, doubtful: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -423,17 +438,19 @@ class Outer(Term):
             rows * (3 * positions + o), calls=6, held=self._held,
         )  # fmt: skip
         keep = Method("per-example gradients, kept", self._kept, rows * o * i, 2 * size, calls=3, held=size)
-        drop = Method("per-example gradients", self._dropped, 2 * rows * o * i, size + rows * o, calls=4, held=self._held)
-        return [gram, keep, drop] if positions < self.limit() else [keep, drop]
+        drop = Method(
+            "per-example gradients", self._dropped, 2 * rows * o * i, size + rows * o, calls=4, held=self._held
+        )
+        return [gram, keep, drop] if positions * self.unit() < TRUSTED else [keep, drop]
 
     @property
     def _held(self) -> int:
         return self.g.numel() + self.x.numel()
 
-    def limit(self) -> float:
-        """Number of positions up to which a Gram norm is trusted where nothing cancels."""
+    def unit(self) -> float:
+        """By the lengths of the products."""
         _, o, i = self.sizes
-        return 0.02 / ((o + i + 2) * torch.finfo(self.g.dtype).eps / 2)
+        return unit_of_products(self.g.dtype, self.g.shape[2], o, i)
 
     def _of_one_position(self) -> tuple[Tensor, Term]:
         return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2)), self
@@ -450,6 +467,11 @@ class Outer(Term):
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One matrix product over all examples and positions; no per-example gradient is formed."""
+        if self.g.shape[1] == self.g.shape[2] == 1:
+            g, x = self.g[:, 0, 0], self.x[:, 0, 0]
+            if x.shape[1] < g.shape[1]:
+                return (g.T @ (x * w[:, None])).view(self.shape)
+            return ((g * w[:, None]).T @ x).view(self.shape)
         if self.x.shape[-1] < self.g.shape[-1]:  # the smaller factor takes the weights
             g, x = self.g, self.x * w.view(-1, 1, 1, 1)
         else:
@@ -589,9 +611,9 @@ class Sum(Term):
             return [Method("norms of the parts and their inner product", self._of_the_parts)]
         return [Method("per-example gradients", lambda: blockwise(self, lambda term: term.dense()))]
 
-    def limit(self) -> float:
+    def unit(self) -> float:
         """That of the parts."""
-        return min(part.limit() for part in self.parts if isinstance(part, Outer))
+        return max(part.unit() for part in self.parts)
 
     def _of_the_parts(self) -> tuple[Tensor, Term]:
         rows, outer = self.parts
@@ -652,4 +674,4 @@ def _summed_dense(rest: list[Term]) -> Term:
 
 def positions(tensor: Tensor) -> Tensor:
     """``[N, *T, F]`` as ``[N, 1, T, F]``, the layout of `Outer` without groups."""
-    return rearrange(tensor, "n f -> n 1 1 f") if tensor.dim() == 2 else tensor.flatten(1, -2).unsqueeze(1)
+    return tensor[:, None, None] if tensor.dim() == 2 else tensor.flatten(1, -2).unsqueeze(1)

@@ -97,6 +97,11 @@ class CompareTerms(Extension):
         same_term(term, plain, w, name)
         same_term(term.select(rows), plain.select(rows), w[rows], f"{name}, selected")
         same_term(term.double(), plain, w, f"{name}, double")
+        for method in term.methods():  # chosen by time, so each must do
+            l2, kept = method.run()
+            reference.assert_close_report(l2, plain.batch_l2(), TOLERANCE, f"norms of {name} by {method.name}")
+            same_term(kept, plain, w, f"{name} after {method.name}")
+            same_term(kept.select(rows), plain.select(rows), w[rows], f"{name} after {method.name}, selected")
         assert (term.magnitude() >= (1 - 1e-9) * plain.batch_l2().sqrt()).all()
         assert (term.magnitude_bound() >= (1 - 1e-9) * term.magnitude()).all()
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .._private import undispatched, version
+from .._placed import merged
+from .._private import version
 from .._vjp import pulled_back
 from ..errors import BatchAxisError, UncoveredParameterError
 from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms
-from ..terms import Dense, Term, combine
+from ..terms import Dense, Sum, Term, combine
 from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
-from .state import STATE, quiet
+from .shortcuts import shortcut
+from .state import STATE, plain
 from .tap import Tap
 from .view import ParameterView
 from .walk import Source, Walk
@@ -125,8 +127,15 @@ class Backward:
             call = tap.call()  # before _plain(): a checkpoint runs its forward again here, taps and all
             if not self.retain:
                 tap.release()
-            with self._plain():
+            with plain(self.devices):
                 self._add_terms(tap, call, gradients)
+                del call, gradients
+                self._count_down(tap)
+        else:
+            with plain(self.devices):
+                self._count_down(tap)
+
+    def _count_down(self, tap: Tap) -> None:
         for key in self._count({id(p) for p in tap.params.values()}, -1):
             self._whole(key)
 
@@ -137,16 +146,22 @@ class Backward:
             return
         source, terms = self.computed[key], self.parts[key]
         if self.n and terms:
-            with self._plain():
-                self._pull_back(source, terms)
+            self._pull_back(source, terms)
         self.parts[key] = []
         for leaf in self._count({id(p) for p in source.leaves}, -1):
             self._whole(leaf)
 
     def _pull_back(self, source: Source, terms: list[Term]) -> None:
-        """From a tensor to the parameters that it was computed from, by one batched product with their graph."""
+        """From a tensor to the parameters that it was computed from: by a shortcut, or a product with their graph."""
+        term = combine(merged(terms))
+        found = shortcut(source, term.parts if isinstance(term, Sum) else [term])
+        if found is not None:
+            for p, of_one in found.items():
+                for one in of_one:
+                    self.views[id(p)].add(one)
+            return
         leaves = [p for p in source.leaves if id(p) in self.views]
-        cotangents = combine(terms).dense().to(source.tensor.dtype)
+        cotangents = term.dense().to(source.tensor.dtype)
         for p, rows in zip(leaves, pulled_back([source.tensor], leaves, [cotangents]), strict=True):
             self.views[id(p)].add(Dense(at_least_float32(rows)))
 
@@ -173,31 +188,21 @@ class Backward:
             else:
                 self.views[key].add(term)
 
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Rules and extensions compute without gradients, taps, function modes or lower precision."""
-        lowered = [kind for kind in self.devices if torch.is_autocast_enabled(kind)]
-        with torch.no_grad(), undispatched(), quiet(), ExitStack() as stack:
-            for kind in lowered:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-
     def _compute(self, view: ParameterView) -> None:
-        with self._plain():
-            for extension in self.context.extensions:
-                result = extension.compute(view)
-                if result is not None:
-                    self.results[extension.field][id(view.param)] = result
+        for extension in self.context.extensions:
+            result = extension.compute(view)
+            if result is not None:
+                self.results[extension.field][id(view.param)] = result
         if not self.joint:
             view.drop()
 
     def _finish(self, views: list[ParameterView]) -> None:
         for tap in list(self.arrived):
             self._complete(tap)
-        for key in self.unreached:
-            self._whole(key)
         by_name = {view.name: view for view in views}
-        with self._plain():
+        with plain(self.devices):
+            for key in self.unreached:
+                self._whole(key)
             for extension in self.context.extensions:
                 for name, result in extension.finish(views).items():
                     self.results[extension.field][id(by_name[name].param)] = result

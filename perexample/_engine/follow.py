@@ -23,6 +23,7 @@ from .._private import (
     inside_functorch,
     metadata,
     own_parameters,
+    saves_otherwise,
     undispatched,
     version,
     whole_base,
@@ -88,6 +89,13 @@ class Follow(TorchFunctionMode):
             out = func(*args, **kwargs)
             put(args[0], tracked[0][1])
             return out
+        if kind is Kind.POINTWISE and len(tracked) == 1 and not targets and not writes_in_place(func):
+            t, place = tracked[0]
+            out = func(*args, **kwargs)
+            if _stays(t, place, out, kwargs):
+                return out
+            with undispatched():
+                return _Operation(func, kind, args, kwargs, tracked).conclude(out)
         with undispatched():
             call = _Operation(func, kind, args, kwargs, tracked)
             if targets and torch.is_grad_enabled():
@@ -111,6 +119,17 @@ def forget_followers() -> None:
     for mode in modes:
         if isinstance(mode, Follow) and not STATE.frames:
             mode.ended = True
+
+
+def _stays(t: Tensor, place: Any, out: Any, kwargs: dict) -> bool:
+    """Note the place of a pointwise operation's only result, if that is as simple as it mostly is."""
+    with undispatched():
+        if not isinstance(place, Place) or type(out) is not Tensor or out is t or out.shape != t.shape:
+            return False
+        if place.space.record.checkpointed or kwargs.get("out") is not None or inside_functorch(out):
+            return False
+        put(out, place)
+        return True
 
 
 def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, Any]], list[Tensor]]:
@@ -509,7 +528,7 @@ class _Operation:
 
 def note_checkpoint(record: Any) -> None:
     """If a checkpoint is under way, see to it that what it runs again will be followed."""
-    if follow_recomputation(partial(repeating, record)) and not record.checkpointed:
+    if saves_otherwise() and follow_recomputation(partial(repeating, record)) and not record.checkpointed:
         record.checkpointed = True
         put_all_on_edges()
 
@@ -517,7 +536,7 @@ def note_checkpoint(record: Any) -> None:
 @contextmanager
 def repeating(record: Any) -> Iterator[None]:
     """Around what a checkpoint runs again: operations must save the same tensors as they did before."""
-    with resumed(), Follow(record):
+    with resumed(), dispatched(), Follow(record):
         yield
 
 

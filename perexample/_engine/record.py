@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from .._private import (
     calls_under_way,
@@ -232,14 +231,18 @@ class Enter:
             return None
         run_first(module, Exit)
         frame = self._inner(module) if frames or repeats_forward() else self._outermost(module, args, kwargs)
-        tied = None if frame.inside else _with_tied_states(module, args, kwargs)
+        if frame.inside:
+            frames.append(frame)
+            return None
+        rule = unit_rule(module)
+        tied = None if rule is None or _no_states(rule) else _with_tied_states(rule, module, args, kwargs)
         frames.append(frame)
         args, kwargs = tied or (args, kwargs)
-        if not frame.inside:
-            if has_backward_hooks(module):
-                for t in tensors_in((args, kwargs)):
-                    put_on_edge(t)
-            self._prepare(frame, args, kwargs)
+        inputs = list(tensors_in((args, kwargs) if kwargs else args))
+        if has_backward_hooks(module):
+            for t in inputs:
+                put_on_edge(t)
+        self._prepare(frame, rule, args, kwargs, inputs)
         return tied
 
     def _inner(self, module: nn.Module) -> Frame:
@@ -267,25 +270,27 @@ class Enter:
         frame.follow.__enter__()
         return frame
 
-    def _prepare(self, frame: Frame, args: tuple, kwargs: dict) -> None:
+    def _prepare(self, frame: Frame, rule: Rule | None, args: tuple, kwargs: dict, inputs: list[Tensor]) -> None:
         """Find the rule that answers for the call, or note why there can be none."""
         module = frame.module
         if (reason := refusal(module)) and frame.record:
             frame.record.refused.append((self.name or type(module).__name__, f"({type(module).__name__}) {reason}"))
-        rule = unit_rule(module)
         if rule is not None:
-            if _answers(rule, module, args, kwargs, frame.record):
+            if _answers(rule, module, args, kwargs, inputs, frame.record):
                 frame.rule, frame.before = rule, rule.before(module, args, kwargs)
-        elif may_be_opaque(module) and _tracked((args, kwargs)):
+        elif may_be_opaque(module) and _tracked(inputs):
             frame.opaque, frame.before = True, _GENERIC.before(module, args, kwargs)
 
 
-def _with_tied_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _no_states(rule: Rule) -> bool:
+    return type(rule).states is Rule.states
+
+
+def _with_tied_states(rule: Rule, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The arguments with learned states brought to the rows of the data, by an addition of zeros that is tapped."""
-    rule = rule_for(module)
-    states = [] if rule is None else rule.states(module, args, kwargs)
+    states = rule.states(module, args, kwargs)
     learned = {id(t): axis for t, axis in states if t.requires_grad and place_of(t) is None}
-    if rule is None or not learned:
+    if not learned:
         return None
     x = next(tensors_in((args, kwargs)))
     place, rows = place_of(x), x.shape[rule.input_axis(module)]
@@ -304,21 +309,22 @@ def _with_tied_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return map_tensors(tied, args), map_tensors(tied, kwargs)
 
 
-def _tracked(tree: Any) -> bool:
-    return any(place_of(t) is not None for t in tensors_in(tree))
+def _tracked(tensors: list[Tensor]) -> bool:
+    return any(place_of(t) is not None for t in tensors)
 
 
-def _answers(rule: Rule, module: nn.Module, args: tuple, kwargs: dict, record: Record | None) -> bool:
+def _answers(
+    rule: Rule, module: nn.Module, args: tuple, kwargs: dict, inputs: list[Tensor], record: Record | None
+) -> bool:
     """Whether a call is to be tapped: parameters that do not depend on the batch meet data that does."""
     params = unit_parameters(module, rule)
-    inputs = list(tensors_in((args, kwargs)))
     if not params or any(place_of(p) is not None for p in params.values()):
         return False
     if any(t.requires_grad and place_of(t) is None for t in inputs):
         return False  # parameters among the inputs: the operations inside are tapped one by one
     if not rule.handles(module, *_bound(module, args, kwargs)):
         return False
-    return _tracked((args, kwargs)) or (record is not None and rule.counts_rows)
+    return _tracked(inputs) or (record is not None and rule.counts_rows)
 
 
 class Exit:
@@ -329,7 +335,9 @@ class Exit:
         if torch.compiler.is_compiling():
             return None
         frames = STATE.frames
-        if STATE.quiet or not any(frame.module is module for frame in frames):
+        if STATE.quiet or not frames:
+            return None
+        if frames[-1].module is not module and not any(frame.module is module for frame in frames):
             return None
         with undispatched():
             return self._leave(module, args, kwargs, output)
@@ -397,32 +405,37 @@ def _leave_opaque(frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
 def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
     """Tap a module's outputs; returns the output to go on with."""
     module = frame.module
-    inputs = list(tensors_in((args, kwargs)))
-    outputs = [t for t in graded(output) if t.grad_fn is not None and not _is_input(t, inputs)]
+    inputs = list(tensors_in((args, kwargs) if kwargs else args))
+    results = list(tensors_in(output))
     if lost := lost_inputs(inputs):
-        lose(tensors_in(output), lost)
+        lose(results, lost)
         return output
     args, kwargs = _bound(module, args, kwargs)
     record = frame.record or next(p.space.record for t in inputs if isinstance(p := place_of(t), Place))
-    located = _located(rule, frame, args, kwargs, output, record)
+    located = _located(rule, frame, args, kwargs, inputs, results, record)
     if isinstance(located, str):
         where = f"`{frame.name}` ({type(module).__name__})"
         mixes = "several examples" in located
-        lose(tensors_in(output), Lost(record, where, located, mixes))
+        lose(results, Lost(record, where, located, mixes))
         return output
     place, places = located
-    if not outputs or len(outputs) != len(graded(output)):
-        _put_all(tensors_in(output), places)
+    live = [t for t in results if t.requires_grad]
+    outputs = [t for t in live if t.grad_fn is not None and not _is_input(t, inputs)]
+    if not outputs or len(outputs) != len(live):
+        _put_all(results, places)
         return output
-    saved = rule.capture(module, args, kwargs, output) | frame.before
+    saved = rule.capture(module, args, kwargs, output)
+    if frame.before:
+        saved = saved | frame.before
     if isinstance(rule, GenericRule):
-        saved |= rule.after(module, frame.before)
+        saved = saved | rule.after(module, frame.before)
     if len(outputs) > 1:
         output = parted(output)
-        outputs = graded(output)
-    _put_all(tensors_in(output), places)
+        results = list(tensors_in(output))
+        outputs = [t for t in results if t.requires_grad]
+    _put_all(results, places)
     note_checkpoint(record)
-    kept = [p for t, p in zip(tensors_in(output), places, strict=True) if t.requires_grad]
+    kept = [p for t, p in zip(results, places, strict=True) if t.requires_grad]
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
     tap.attach(outputs, Tap.edges_of(inputs), inputs)
     return output
@@ -434,11 +447,10 @@ def _put_all(tensors: Any, places: list[Place]) -> None:
 
 
 def _located(
-    rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any, record: Record
+    rule: Rule, frame: Frame, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor], record: Record
 ) -> tuple[Place, list[Place]] | str:
     """Where the call holds the rows, and that the outputs are of the sizes that this means."""
-    outputs = list(tensors_in(output))
-    if not _tracked((args, kwargs)):  # bags of ids: one row of the output each
+    if not _tracked(inputs):  # bags of ids: one row of the output each
         if record.pending:
             record.settle(outputs[0].shape[0])
         if record.space.rows != outputs[0].shape[0]:
@@ -467,5 +479,5 @@ def _bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _is_input(output: Tensor, inputs: list[Tensor]) -> bool:
     """Whether a module hands an input through, so that its parameters took no part."""
-    edge = get_gradient_edge(output)
-    return any(t.grad_fn is edge.node and t.output_nr == edge.output_nr for t in inputs)
+    node, number = output.grad_fn, output.output_nr
+    return any(t.output_nr == number and t.grad_fn is node for t in inputs)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+
+from .._private import undispatched
 
 if TYPE_CHECKING:
     from ..rule import Rule
@@ -60,14 +63,35 @@ class _State(threading.local):
 STATE = _State()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+class quiet:  # noqa: N801 - named as a function is; a class, as it is entered often
     """Rules may call modules and functions: no taps then."""
-    STATE.quiet += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        """No taps."""
+        STATE.quiet += 1
+
+    def __exit__(self, *exc: object) -> None:
+        """Taps again."""
         STATE.quiet -= 1
+
+
+class plain:  # noqa: N801
+    """Rules and extensions compute without gradients, taps, function modes or lower precision on these devices."""
+
+    def __init__(self, devices: Iterable[str]) -> None:
+        """Lower precision is only switched off where it is on."""
+        self._open: list[Any] = [torch.no_grad(), undispatched(), quiet()]
+        self._open += [torch.autocast(kind, enabled=False) for kind in devices if torch.is_autocast_enabled(kind)]
+
+    def __enter__(self) -> None:
+        """All at once."""
+        for context in self._open:
+            context.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        """And back."""
+        for context in reversed(self._open):
+            context.__exit__(None, None, None)
 
 
 @contextmanager

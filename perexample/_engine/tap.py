@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._private import gradient_hooks, memory_order, metadata, version, whole_base
+from .._private import gradient_hooks, memory_order, metadata, saves_otherwise, version, whole_base
 from .._tree import map_tensors
 from ..errors import StaleGradientError
 from ..place import Place, reshaped
@@ -38,7 +38,26 @@ class _Saved(torch.autograd.Function):
         raise AssertionError("this node is never part of a backward")
 
 
+class _Kept:
+    """Saved tensors with their versions, as autograd keeps them where no hooks ask for more."""
+
+    __slots__ = ("_tensors", "_versions")
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tuple(t.detach() for t in tensors)
+        self._versions = [version(t) for t in self._tensors]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, if nobody has written into them since."""
+        if any(version(t) != count for t, count in zip(self._tensors, self._versions, strict=True)):
+            raise RuntimeError("a saved tensor has been modified by an inplace operation")
+        return self._tensors
+
+
 def _save(tensors: list[Tensor]) -> Any:
+    if not saves_otherwise():
+        return _Kept(tensors)
     anchor = torch.empty(0, requires_grad=True)
     return _Saved.apply(anchor, *(t.detach() for t in tensors)).grad_fn
 
@@ -98,8 +117,9 @@ class Tap:
             if order is not None:
                 self._orders[index] = order
                 self._put(self.places[index], output, source, order)
-            edge = get_gradient_edge(source)
-            metadata(edge.node).setdefault(KEY, {})[edge.output_nr] = (self, index)
+            node = source.grad_fn
+            assert node is not None
+            metadata(node).setdefault(KEY, {})[source.output_nr] = (self, index)
             self.outputs.append((output.shape, output.dtype, output.device))
             handle = source.register_hook(_Arrival(self, index))
             self._hooks.append((weakref.ref(gradient_hooks(source)), handle.id))

@@ -26,9 +26,17 @@ class Weights:
     def __init__(self, values: Tensor) -> None:
         """Look at the weights."""
         self.values, self.used = values, values != 0
+        self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
         self.all, self.none = bool(self.used.all()), not bool(self.used.any())
         tiny = self.used & (values.abs() < _TINY)
         self.tiny = tiny if bool(tiny.any()) else None
+
+    def scaled(self, device: torch.device, scale: float, dtype: torch.dtype) -> Tensor:
+        """The weights times a factor, the same for many parameters."""
+        key = device, scale, dtype
+        if key not in self._scaled:
+            self._scaled[key] = (self.values.to(device) * scale).to(dtype)
+        return self._scaled[key]
 
 
 def _sum(term: Term, rows: Tensor | None, w: Tensor) -> Tensor:
@@ -57,6 +65,7 @@ class ParameterView:
     ) -> None:
         """A parameter that nothing has reached yet: its gradients are zero."""
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
+        self._dtype = torch.promote_types(param.dtype, torch.float32)
         self._scale, self._choice = scale, choice or Choice()
         self._terms: list[Term] = []
         self._combined: Term | None = None
@@ -117,23 +126,24 @@ class ParameterView:
         term, w = self.term, w if isinstance(w, Weights) else Weights(w)
         if term is None or w.none:
             return self.zeros(*self.param.shape)
-        like, values = self.zeros(0), w.values.to(self.param.device) * self._scale
-        used = None if w.all else w.used.to(values.device)
+        device, dtype = self.param.device, term.dtype
+        used = None if w.all else w.used.to(device)
         # Where a norm needed float64, so does the sum: the rounding errors of float32 could exceed the bound. The same
         # where a weight is too small for float32.
         doubtful = term.doubtful
         if w.tiny is not None:
             doubtful = w.tiny if doubtful is None else doubtful | w.tiny.to(doubtful.device)
         if doubtful is None:
-            return _sum(term, used, values.to(like.dtype)).to(like.dtype)
-        doubtful = doubtful.to(values.device) & (True if used is None else used)
+            return _sum(term, used, w.scaled(device, self._scale, dtype)).to(self._dtype)
+        values = w.scaled(device, self._scale, torch.float64)
+        doubtful = doubtful.to(device) & (True if used is None else used)
         rest = ~doubtful & (True if used is None else used)
         total = self.zeros(*self.param.shape)
         if rest.any():
-            total = total + _sum(term, rest, values.to(like.dtype))
+            total = total + _sum(term, rest, values.to(dtype))
         if doubtful.any():
             total = total + _sum(term.select(doubtful).double(), None, values[doubtful].double())
-        return total.to(like.dtype)
+        return total.to(self._dtype)
 
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""

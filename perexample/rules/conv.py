@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from .._conv import (
     Geometry,
@@ -29,7 +29,7 @@ from .._conv import (
 from .._norms import gram_norms, norms_of
 from ..methods import ROOM, Method
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
-from ..terms import Dense, Formed, Outer, Term, blockwise, inner, keeping, remembering
+from ..terms import TRUSTED, Dense, Formed, Outer, Term, blockwise, inner, keeping, remembering, unit_of_products
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -92,7 +92,11 @@ class Windows(Term):
         """The gradients, by the method that the model holds for the fastest."""
         if not self.n:
             return self.g.new_zeros(0, *self.shape)
-        return min(self._ways(), key=lambda way: way.method.seconds).formed().dense()
+        return self._likeliest().formed().dense()
+
+    def _likeliest(self) -> _Way:
+        """The way that the model holds for the fastest."""
+        return min(self._ways(), key=lambda way: way.method.seconds)
 
     def methods(self) -> list[Method]:
         """Gram matrices of the pixels or windows, and several ways to form the gradients."""
@@ -102,7 +106,7 @@ class Windows(Term):
         held, rows = self.x.numel() + self.g.numel(), n * groups * length
         of_g, of_sum = rows * length * outputs, rows * outputs * entries
         found = [way.method for way in self._ways()]
-        if length < self.limit():
+        if length * self.unit() < TRUSTED:
             by_pixels = n * groups * pixels * pixels * self.shape[1] + of_g + of_sum
             by_windows = rows * length * entries + of_g + of_sum
             taps = self.geometry.kernel.numel()
@@ -114,16 +118,17 @@ class Windows(Term):
             ]  # fmt: skip
         least = min(found, key=lambda method: method.seconds)
         if least.held > ROOM * held:
-            found.append(Method("per-example gradients", self._dropped, 2 * of_sum, 2 * of_sum / max(1, length), 8, held))
+            moved = 2 * of_sum / max(1, length)
+            found.append(Method("per-example gradients", self._dropped, 2 * of_sum, moved, 8, held))
         return found
 
     def _pixels(self) -> int:
         return math.prod(size + a + b for size, (a, b) in zip(self.x.shape[2:], self.sides, strict=True))
 
-    def limit(self) -> float:
-        """Number of positions up to which a Gram norm is trusted where nothing cancels."""
+    def unit(self) -> float:
+        """By the lengths of the products."""
         outputs, entries = self.shape[0] // self.geometry.groups, self.shape[1:].numel()
-        return 0.02 / ((outputs + entries + 2) * torch.finfo(self.g.dtype).eps / 2)
+        return unit_of_products(self.g.dtype, self.g.shape[2:].numel(), outputs, entries)
 
     def _ways(self) -> list[_Way]:
         """Several ways to form the gradients."""
@@ -145,10 +150,10 @@ class Windows(Term):
         return ways
 
     def _by_offsets(self) -> Formed:
-        value = by_offsets(self.padded(), self.g, self.geometry)
-        n, geometry = self.n, self.geometry
-        value = value.view(len(value), n, -1)
-        return Formed(value, self.shape, lambda v: _from_offsets(v, geometry))
+        geometry = self.geometry
+        value = by_offsets(self.padded(), self.g, geometry)
+        value = value.view(len(value), self.n, -1)
+        return Formed(value, self.shape, lambda v: from_offsets(v, geometry))
 
     def _by_unfolding(self) -> Formed:
         return Formed(self.unfolded().dense()[None].flatten(2), self.shape)
@@ -169,7 +174,8 @@ class Windows(Term):
         return remembering(self, inner(self, gram_norms(unfolded.g, unfolded.x)))
 
     def _dropped(self) -> tuple[Tensor, Term]:
-        return blockwise(self, lambda term: term.dense(), _MOST_DRIFT)
+        way = self._likeliest()
+        return blockwise(self, lambda term: getattr(term, way.formed.__name__)().dense(), way.drift)
 
     def magnitude(self) -> Tensor:
         """``sum_l |g_n[l]| |window_n[l]|``; the windows' norms are a convolution of the squares with ones."""
@@ -178,9 +184,7 @@ class Windows(Term):
         squares = x.square().sum(2)  # [N, groups, *S]
         ones = squares.new_ones(geometry.groups, 1, *geometry.kernel)
         convolve = _CONVOLUTION[self.g.dim() - 2]
-        found = convolve(
-            squares, ones, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
-        )
+        found = convolve(squares, ones, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
         return (found.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
 
     def magnitude_bound(self) -> Tensor:
@@ -206,22 +210,19 @@ class _Way:
     Attributes:
         formed: Forms them.
         method: The norms of what was formed.
+        drift: Share of a sum that it may be off by.
     """
 
     def __init__(
         self, term: Windows, name: str, formed: Callable[[], Formed], products: float, moved: float, calls: int,
         drift: float = 0.0,
     ) -> None:  # fmt: skip
-        self.formed = formed
+        self.formed, self.drift = formed, drift
         size = term.n * term.shape.numel()
         self.method = Method(
             f"per-example gradients, {name}", lambda: keeping(term, formed(), drift), products, moved + size, calls + 4,
             size,
         )  # fmt: skip
-
-
-def _from_offsets(value: Tensor, geometry: Geometry) -> Tensor:
-    return from_offsets(value.view(len(value), value.shape[1] * geometry.groups, -1, geometry.shape[1]), value.shape[1], geometry)
 
 
 def _padding(module: Any) -> list[tuple[int, int]]:
