@@ -66,6 +66,44 @@ def whole_base(tensor: Tensor) -> Tensor:
     return base if base.is_contiguous() and memory_order(tensor) is not None else tensor
 
 
+def shown_by(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor is a view of this leaf as it lies now, which has no gaps, and shows its entries as they are."""
+    same = tensor._base is leaf and tensor.dtype == leaf.dtype and leaf.is_contiguous()
+    if not same or tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()  # its data may have been replaced
+
+
+def looked_up(node: Node) -> tuple[Tensor, int] | None:
+    """What a graph node has looked up along the first axis of one tensor.
+
+    Returns:
+        Which entries, none of them negative, and the one that gets no gradient, -1 if there is none; ``None`` if the
+        node does something else, or does not tell without being asked only once, as under an activation checkpoint.
+    """
+    notes: Any = node
+    try:
+        if node.name() == "EmbeddingBackward0":
+            raw, ids, padding = notes._raw_saved_indices, lambda: notes._saved_indices, notes._saved_padding_idx
+            if notes._saved_scale_grad_by_freq or (padding >= 2**63 and padding != 2**64 - 1):
+                return None
+            padding = -1 if padding >= 2**63 else padding
+        elif node.name() == "IndexSelectBackward0" and notes._saved_dim == 0:
+            raw, ids, padding = notes._raw_saved_index, lambda: notes._saved_index, -1
+        elif node.name() == "IndexBackward0" and len(notes._raw_saved_indices) == 1:
+            raw, ids, padding = notes._raw_saved_indices[0], lambda: notes._saved_indices[0], -1
+        else:
+            return None
+        if not isinstance(raw.data, Tensor):  # kept by a hook
+            return None
+        found = ids()
+    except (AttributeError, RuntimeError):  # an older torch; a graph that is gone, or ids that were written to
+        return None
+    if found.dtype not in (torch.long, torch.int) or bool((found < 0).any()):
+        return None
+    return found.long(), padding
+
+
 def run_first(module: nn.Module, kind: type) -> None:
     """Bring the forward hook of this kind before those that were registered in front of it later."""
     hooks = cast("OrderedDict[int, Any]", module._forward_hooks)
@@ -92,6 +130,11 @@ def calls_under_way(module: nn.Module) -> int:
 def gradient_hooks(tensor: Tensor) -> dict | None:
     """The tensor's gradient hooks, which run in their order and may change the gradient."""
     return tensor._backward_hooks
+
+
+def saves_otherwise() -> bool:
+    """Whether hooks are in force that save tensors in another way, such as on the CPU, or not at all."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def follow_recomputation(around: Callable[[], AbstractContextManager]) -> bool:
@@ -122,7 +165,27 @@ def follow_recomputation(around: Callable[[], AbstractContextManager]) -> bool:
 
 def repeats_forward() -> bool:
     """Whether a backward is under way in this thread, in which a checkpoint runs a part of the forward again."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
+
+
+def graph_task() -> int:
+    """The number of the backward that is under way in this thread, -1 if there is none."""
+    return torch._C._current_graph_task_id()
+
+
+def will_be_executed(node: Node | None) -> bool:
+    """Whether the backward that is under way wants the gradient that arrives at a node."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad was asked for
+        return True
+
+
+def transforms_active() -> bool:
+    """Whether a transform of ``torch.func`` is under way, whatever its tensors are."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def function_modes() -> list[TorchFunctionMode]:

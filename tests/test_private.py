@@ -453,3 +453,64 @@ def test_state_of_a_module_is_put_back():
         module.added, module.in_features = 1, 5
     assert not hasattr(module, "added")
     assert module.in_features == 1
+
+
+def test_views_of_a_leaf_are_known():
+    w = leaf(3, 4)
+    assert _private.shown_by(w.t(), w)
+    assert _private.shown_by(w[1:], w)
+    assert not _private.shown_by(w * 1, w)
+    assert not _private.shown_by(w.t(), leaf(3, 4))
+    assert not _private.shown_by(leaf(3, 4).t(), w)
+    turned = torch.ones(4, 3).t().requires_grad_()
+    assert not _private.shown_by(turned[1:], turned)  # it has no gaps, but lies in another order
+    c = torch.ones(3, dtype=torch.complex64, requires_grad=True)
+    assert _private.shown_by(c[1:], c)
+    assert not _private.shown_by(c.conj(), c)
+    assert not _private.shown_by(c.real, c)
+    assert not _private.shown_by(c.conj().imag, c)
+    shown = w[1:]
+    w.data = torch.ones(3, 4)
+    assert not _private.shown_by(shown, w)
+
+
+def test_what_a_node_has_looked_up():
+    w, ids = leaf(5, 2), torch.tensor([4, 0, 4])
+    none = [
+        w[ids - 1], w[:, ids[1:2]], w[torch.arange(5) > 1], w[ids, ids % 2], w * 1, w[1:],
+        w.index_select(1, ids[1:2]), F.embedding(ids, w, scale_grad_by_freq=True), torch.embedding(w, ids, -2),
+    ]  # fmt: skip
+    for number, t in enumerate(none):
+        assert _private.looked_up(t.grad_fn) is None, number
+    for t, padding in [
+        (F.embedding(ids, w), -1), (F.embedding(ids, w, 4), 4), (F.embedding(ids, w, -1), 4),
+        (F.embedding(ids.int(), w), -1),
+        (torch.embedding(w, ids), -1), (F.embedding(ids, w, sparse=True), -1),
+        (w[ids], -1), (w.index_select(0, ids), -1),
+    ]:  # fmt: skip
+        found, without = _private.looked_up(t.grad_fn)
+        assert found.equal(ids)
+        assert found.dtype == torch.long
+        assert without == padding
+
+
+def test_what_was_looked_up_is_not_asked_of_hooks_or_of_a_graph_that_is_gone():
+    w, ids, nodes = leaf(5, 2), torch.tensor([4, 0]), []
+
+    def looked_up(x):
+        e = F.embedding(ids, w)
+        nodes.append(e.grad_fn)
+        return (x * e).sin()
+
+    kept = checkpoint(looked_up, leaf(2, 2), use_reentrant=False)
+    assert _private.looked_up(nodes[0]) is None
+    kept.sum().backward()  # what may be asked for only once is still there
+    with torch.autograd.graph.save_on_cpu():
+        assert _private.looked_up(F.embedding(ids, w).grad_fn) is None
+    gone = F.embedding(ids, w)
+    gone.sum().backward()
+    assert _private.looked_up(gone.grad_fn) is None
+    written = ids.clone()
+    e = F.embedding(written, w)
+    written.zero_()
+    assert _private.looked_up(e.grad_fn) is None

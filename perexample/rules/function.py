@@ -16,11 +16,12 @@ from torch import Size, Tensor
 from torch.func import vjp, vmap
 
 from .._norms import BLOCK
+from .._placed import Placed, merged
 from .._tree import map_tensors, tensors_in
 from .._vjp import pulled_back
 from ..place import Place
 from ..rule import Call, Rule, at_least_float32
-from ..terms import Dense, Term
+from ..terms import Dense, Term, combine
 from .generic import autocast_state, random_state, restored
 
 JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
@@ -194,7 +195,7 @@ def row_mask(place: Place, g: Tensor) -> Tensor:
     return (rows.unsqueeze(1) == place.row_of_entry(g.device)).view(shape)
 
 
-def rows_of(values: Tensor, place: Place, shape: Size) -> Tensor:
+def rows_of(values: Tensor, place: Place, shape: Size) -> Term:
     """Per row the sum over the entries that share one of a tensor that was broadcast.
 
     Args:
@@ -203,19 +204,20 @@ def rows_of(values: Tensor, place: Place, shape: Size) -> Tensor:
         shape: Shape of the tensor before it was broadcast.
 
     Returns:
-        ``[M, *shape]``.
+        A term of M rows; one row's own entries where the tensor has the rows itself.
     """
     padded = (1,) * (values.dim() - len(shape)) + tuple(shape)
     shared = [axis for axis, (a, b) in enumerate(zip(padded, values.shape, strict=True)) if a == 1 and b != 1]
     if place.axis is None or padded[place.axis] != 1:
         shared_sum = values.sum(shared, keepdim=True) if shared else values
         if place.axis is None:
-            return shared_sum.reshape(1, *shape)
-        return torch.where(row_mask(place, shared_sum), shared_sum, 0).reshape(place.space.rows, *shape)
+            return Dense(shared_sum.reshape(1, *shape))
+        axis = place.axis - (values.dim() - len(shape))
+        return Placed(shared_sum.reshape(shape), axis, place.row_of_entry(values.device), place.space.rows)
     split = values.unflatten(place.axis, (place.outer, place.space.rows, place.inner)).movedim(place.axis + 1, 0)
     folded = [place.axis + 1, place.axis + 2]  # outer and inner lie where the axis was
     sums = folded + [axis + 1 + (axis > place.axis) for axis in shared if axis != place.axis]
-    return split.sum(sums).reshape(place.space.rows, *shape)
+    return Dense(split.sum(sums).reshape(place.space.rows, *shape))
 
 
 class PointwiseRule(FunctionRule):
@@ -247,7 +249,7 @@ class PointwiseRule(FunctionRule):
         except RuntimeError:  # a function that does not broadcast what it was given here
             return super().terms(call, g)
         real = {name: _real(gradients[name], b) for name, b in call.params.items()}
-        return {name: Dense(rows_of(real[name], place, b.shape)) for name, b in call.params.items()}
+        return {name: rows_of(real[name], place, b.shape) for name, b in call.params.items()}
 
     def _broadcasts(self, call: Call, g: Tensor) -> bool:
         try:
@@ -264,8 +266,8 @@ class PointwiseRule(FunctionRule):
                 factor = (
                     1.0 if position == 0 else kwargs.get("alpha", 1) * (-1.0 if "sub" in call.module.__name__ else 1.0)
                 )
-                before = gradients.get(a.name)
-                gradients[a.name] = factor * g if before is None else before + factor * g
+                own, before = g if factor == 1 else factor * g, gradients.get(a.name)
+                gradients[a.name] = own if before is None else before + own
         return gradients
 
     def _local(self, call: Call, g: Tensor) -> dict[str, Tensor]:
@@ -326,23 +328,24 @@ class JoinRule(FunctionRule):
     def terms(self, call: Call, g: Any) -> dict[str, Term]:
         """Parts of the gradient, summed over what was expanded."""
         place, dim = call.saved["out_places"][0], call.saved["dim"]
-        sums: dict[str, Tensor] = {}
+        parts: dict[str, list[Term]] = {name: [] for name in call.params}
         for name, start, length in call.saved["parts"]:
             b = call.params[name]
             if place.axis == dim:  # the tensor stands among the rows, and only those of its own entries count
                 kept = torch.where(row_mask(place, g), g, 0).narrow(dim + 1, start, length)
                 kept = kept.squeeze(dim + 1) if call.saved["stacked"] else kept
+                kept = _real(kept, b)
                 one = torch.stack([row.sum_to_size(_padded(b.shape, row.dim())).reshape(b.shape) for row in kept])
+                parts[name].append(Dense(one))
             else:
-                part = g.narrow(dim, start, length)
+                part = _real(g, b).narrow(dim, start, length)
                 if call.saved["stacked"]:
                     part = part.squeeze(dim)
                     moved = place if place.axis is None or place.axis < dim else place.at(place.axis - 1)
                 else:
                     moved = place
-                one = rows_of(part, moved, b.shape)
-            sums[name] = one if name not in sums else sums[name] + one
-        return {name: Dense(_real(rows, call.params[name])) for name, rows in sums.items()}
+                parts[name].append(rows_of(part, moved, b.shape))
+        return {name: combine(merged(of_one)) for name, of_one in parts.items()}
 
 
 def _real(gradient: Tensor, param: Tensor) -> Tensor:
