@@ -192,6 +192,7 @@ class ClippedGrad(Extension):
             weights = Weights(self._weights(staged.group_norms[group], finite, self._bound(group)))
             for view in vs:
                 value = self._accumulated(view.param, view.weighted_sum(weights))
+                view.let_go()
                 staged.entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
                 results[view.name] = value
         return results

@@ -162,7 +162,7 @@ def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     total: Tensor | None = None
     for offset in geometry.offsets():
         reach = [slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offset, geometry.stride, length, strict=True)]
-        block = pixels[(slice(None), *reach, *reach)]
+        block = pixels[tuple([slice(None), *reach, *reach])]  # noqa: C409 - a star in an index is no Python 3.10
         total = block.clone() if total is None else total.add_(block)
     assert total is not None
     factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)

@@ -31,7 +31,7 @@ _SHORT = 1e-4  # below these estimated seconds a measurement is worth less than 
 _CHANCE = 6.0  # a method estimated to take this many times the least one is not tried
 _LONG = 0.1  # what takes this many seconds is tried once
 _MOST = 4096  # choices remembered
-ROOM = 2.0  # what is held for the sum may be this many times the least that could be
+ROOM = 1.25  # what is held for the sum may be this many times the least that could be
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -78,12 +78,14 @@ class Rule:
         own_axes: Whether the rule finds the rows itself; otherwise they are brought to axis 0 for it.
         counts_rows: Whether the outputs have one row per example even if no input shows it, as bags of ids do.
         reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
+        computes: Torch functions called in the module's forward that `compute` can take the place of.
     """
 
     batched: tuple[str, ...] = ("x",)
     own_axes: bool = False
     counts_rows: bool = False
     reads_parameters: bool = True
+    computes: Collection[Any] = ()
 
     def refuse(self, module: nn.Module) -> str | None:
         """The reason why a module cannot have per-example gradients in its present state, or ``None``."""
@@ -167,6 +169,10 @@ class Rule:
         """Whether this rule knows all parameters that the module owns."""
         return True
 
+    def compute(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """What one of the functions in ``computes`` gives, so that it helps `terms`; ``None`` to leave it to torch."""
+        return None
+
     def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """What the backward will need; called right after the module's forward. Default: the first argument."""
         return {"x": args[0] if args else next(iter(kwargs.values()))}
@@ -212,7 +218,7 @@ class _RuleTerm(Term):
         return self._quantity("grad_batch", (self.n, *self.shape))
 
     def factors(self) -> list[Tensor]:
-        return [self.g]
+        return [self.g, *self.shared.get("grad_batch", {}).values()]
 
     def methods(self) -> list[Method]:
         if not self._overridden("batch_l2"):

@@ -59,6 +59,8 @@ class Backward:
         self.views = {id(p): ParameterView(name, p, self.n, scale, forwards, self.choice) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
+        for view in self.views.values():
+            view.users = sum(extension.joint for extension in context.extensions)
         self.computed = {key: source for key, source in found.sources.items() if source.tensor.grad_fn is not None}
         self.parts: dict[int, list[Term]] = {key: [] for key in self.computed}
         self.pending = dict.fromkeys([*self.views, *self.computed], 0)

@@ -63,6 +63,15 @@ class Follow(TorchFunctionMode):
         super().__init__()
         self.repeated = repeated
 
+    def _by_rule(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """What the rule of the module that runs computes itself; ``None`` for anything else."""
+        frame = None if STATE.quiet else STATE.frames[-1]
+        if frame is None or frame.rule is None or func not in frame.rule.computes:
+            return None
+        with undispatched():
+            note_checkpoint(frame.record or self.repeated)
+            return frame.rule.compute(func, args, kwargs)
+
     def leave(self) -> None:
         """End, also if something above on the stack of modes was not taken off by its owner."""
         self.ended = True
@@ -74,8 +83,11 @@ class Follow(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         kind = KINDS.get(func) or kind_of(func)
-        if kind is Kind.IGNORED or self.ended or STATE.silent():
+        if kind is Kind.IGNORED or self.ended:
             return func(*args, **kwargs)
+        if STATE.silent():
+            out = self._by_rule(func, args, kwargs)
+            return func(*args, **kwargs) if out is None else out
         with undispatched():
             if self.repeated is not None:
                 _recognise((args, kwargs), self.repeated)
@@ -365,6 +377,8 @@ class _Operation:
         out = outputs[0]
         if len(outputs) != 1:
             return None
+        if base_name(self.func) in ("cat", "concat", "concatenate"):
+            return self._beside(out)
         kind = self.kind
         if kind is Kind.POINTWISE:
             return broadcast([(place, t.shape) for t, place in self.tracked], out.shape)
@@ -381,6 +395,15 @@ class _Operation:
             axis = place.axis + out.dim() - x.dim()
             return place.at(axis) if out.shape[axis] == place.size else None
         return None
+
+    def _beside(self, out: Tensor) -> Place | None:
+        """Tensors that hold the same rows on the same axis, put beside each other along another one."""
+        first = self.tracked[0][1]
+        dim = self.args[1] if len(self.args) > 1 else self.kwargs.get("dim", 0)
+        alike = all(place.axis == first.axis and place.agrees(first) for _, place in self.tracked)
+        if not alike or not isinstance(dim, int) or dim % out.dim() == first.axis:
+            return None
+        return first if all(t.dim() == out.dim() for t, _ in self.tracked) else None
 
     def _moves_by_data(self) -> bool:
         """Whether the entries' new order may differ from call to call."""

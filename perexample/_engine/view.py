@@ -44,6 +44,16 @@ def _sum(term: Term, rows: Tensor | None, w: Tensor) -> Tensor:
     return term.weighted_sum(w) if rows is None else term.select(rows).weighted_sum(w[rows])
 
 
+def _times(term: Term, scale: float) -> Tensor:
+    """The gradients times a factor, without a second tensor of their size where they are new."""
+    dense = term.dense()
+    if scale == 1.0:
+        return dense
+    own = dense.untyped_storage().data_ptr()
+    held = any(t.untyped_storage().data_ptr() == own for t in term.factors())
+    return dense * scale if held else dense.mul_(scale)
+
+
 class ParameterView:
     """Per-example gradient of one parameter: of each example's own loss, over every use of the parameter.
 
@@ -67,6 +77,7 @@ class ParameterView:
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
         self._dtype = torch.promote_types(param.dtype, torch.float32)
         self._scale, self._choice = scale, choice or Choice()
+        self.users = 0  # joint extensions that may still ask
         self._terms: list[Term] = []
         self._combined: Term | None = None
         self._grad_batch: Tensor | None = None
@@ -80,6 +91,12 @@ class ParameterView:
     def drop(self) -> None:
         """Let go of everything that is held; only what was computed already can be asked for again."""
         self._terms, self._combined, self._grad_batch, self._l2 = [], None, None, None
+
+    def let_go(self) -> None:
+        """For `Extension.finish`: nothing more will be asked of this view; freed when all joint extensions have said so."""
+        self.users -= 1
+        if self.users == 0:
+            self.drop()
 
     @property
     def term(self) -> Term | None:
@@ -100,7 +117,7 @@ class ParameterView:
             if term is None:
                 self._grad_batch = self.zeros(self.n, *self.param.shape)
             else:
-                self._grad_batch = term.dense() * self._scale
+                self._grad_batch = _times(term, self._scale)
         return self._grad_batch
 
     def batch_l2(self) -> Tensor:
