@@ -1,0 +1,245 @@
+"""The choice of method: what is chosen, that every one is exact, and what is held."""
+
+import gc
+import weakref
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+from perexample import ConfigurationError, Extension, extend, perex, plan
+from perexample import methods as choosing
+from perexample._conv import Geometry
+from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
+from perexample.methods import Choice, Method, choose, forget_choices
+from perexample.rules.conv import Windows
+from perexample.terms import Outer
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    forget_choices()
+    yield
+    forget_choices()
+
+
+def outer(n=3, t=40, o=50, i=60, dtype=torch.float64):
+    torch.manual_seed(0)
+    return Outer(torch.randn(n, 1, t, o, dtype=dtype), torch.randn(n, 1, t, i, dtype=dtype), torch.Size((o, i)))
+
+
+def windows(*, c=4, o=6, size=9, k=3, stride=1, dilation=1, groups=1, dims=2, sides=None, mode="zeros"):
+    torch.manual_seed(0)
+    geometry = Geometry(torch.Size((o, c // groups, *[k] * dims)), (stride,) * dims, (dilation,) * dims, groups)
+    sides = sides or [(1, 1)] * dims
+    length = (size + sum(sides[0]) - dilation * (k - 1) - 1) // stride + 1
+    x = torch.randn(3, c, *[size] * dims, dtype=torch.float64)
+    g = torch.randn(3, o, *[length] * dims, dtype=torch.float64)
+    return Windows(x, g, geometry, sides, mode)
+
+
+CONVOLUTIONS = {
+    "plain": {},
+    "strided": {"stride": 2, "size": 10},
+    "stride-3-k5": {"stride": 3, "k": 5, "size": 14},
+    "dilated": {"dilation": 2},
+    "strided-dilated": {"stride": 2, "dilation": 3, "size": 12},
+    "grouped": {"groups": 2},
+    "depthwise": {"groups": 4, "o": 4},
+    "depthwise-doubled": {"groups": 4, "o": 8},
+    "1x1": {"k": 1, "sides": [(0, 0)] * 2},
+    "1d": {"dims": 1},
+    "1d-strided": {"dims": 1, "stride": 2, "size": 11},
+    "3d": {"dims": 3, "size": 5},
+    "3d-strided": {"dims": 3, "size": 6, "stride": 2},
+    "lopsided": {"sides": [(2, 1), (2, 1)]},
+    "reflect": {"mode": "reflect"},
+    "circular": {"mode": "circular"},
+    "window-as-large-as-the-image": {"k": 9, "sides": [(0, 0)] * 2},
+    "reaches-not-all": {"stride": 4, "size": 10, "sides": [(0, 0)] * 2},
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_every_method_of_a_convolution_agrees_with_the_unfolded_product(name):
+    term = windows(**CONVOLUTIONS[name])
+    wanted = term.unfolded().dense()
+    norms, w = wanted.flatten(1).square().sum(1), torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
+    names = [method.name for method in term.methods()]
+    assert len(set(names)) == len(names) >= 5
+    for method in term.methods():
+        l2, kept = method.run()
+        reference.assert_close_report(l2, norms, 1e-12, f"norms by {method.name}")
+        reference.assert_close_report(kept.dense(), wanted, 1e-12, f"gradients after {method.name}")
+        total = torch.tensordot(w, wanted, 1)
+        reference.assert_close_report(kept.weighted_sum(w), total, 1e-12, f"sum after {method.name}")
+
+
+def test_the_methods_are_those_that_the_documentation_names():
+    found = {method.name for term in (outer(), windows(), windows(size=3, c=64, o=64)) for method in term.methods()}
+    assert found == {
+        "Gram matrices of the positions", "per-example gradients, kept", "per-example gradients",
+        "Gram matrices of the pixels", "Gram matrices of the windows", "per-example gradients, kernel offsets",
+        "per-example gradients, unfolded", "per-example gradients, one by one",
+        "per-example gradients, examples as groups",
+    }  # fmt: skip
+
+
+class Timed:
+    """A term whose methods take as long as they say."""
+
+    n, dtype, device = 2, torch.float64, torch.device("cpu")
+
+    def __init__(self, seconds, held=(1, 1), estimated=(1e9, 1e9)):
+        self.seconds, self.held, self.estimated, self.runs = seconds, held, estimated, []
+
+    def form(self):
+        return ("timed",)
+
+    def methods(self):
+        return [
+            Method(name, lambda name=name: (self.runs.append(name), self), products, held=held)
+            for name, products, held in zip("ab", self.estimated, self.held, strict=True)
+        ]
+
+    def weighted_sum(self, w):
+        pass
+
+
+def test_what_was_measured_to_be_fastest_is_taken_and_remembered(monkeypatch):
+    term = Timed((2.0, 1.0))
+    monkeypatch.setattr(choosing, "_seconds", lambda method, w: dict(zip("ab", term.seconds, strict=True))[method.name])
+    assert choose(term, Choice()).name == "b"
+    term.seconds = (1.0, 2.0)
+    assert choose(term, Choice()).name == "b"
+    forget_choices()
+    assert choose(term, Choice()).name == "a"
+
+
+def test_the_model_decides_without_running_anything():
+    term = Timed((0, 0), estimated=(2e9, 1e9))
+    assert choose(term, Choice("model")).name == "b"
+    assert not term.runs
+
+
+def test_nothing_without_a_chance_is_tried_and_nothing_small_measured():
+    term = Timed((0, 0), estimated=(1e9, 1e12))
+    assert choose(term, Choice()).name == "a"
+    small = Timed((0, 0), estimated=(100, 200))
+    assert choose(small, Choice()).name == "a"
+    assert not term.runs
+    assert not small.runs
+
+
+def test_what_would_hold_much_until_the_weights_are_known_is_left_out():
+    term = Timed((0, 0), held=(1000, 10), estimated=(1e9, 2e9))
+    assert choose(term, Choice("model", sums=True)).name == "b"
+    assert choose(term, Choice("model", sums=False)).name == "a"
+
+
+def test_a_method_for_which_there_is_no_memory_is_not_taken():
+    def fails():
+        raise torch.OutOfMemoryError("too much")
+
+    assert choosing._seconds(Method("none", fails), None) == float("inf")
+
+
+@pytest.mark.parametrize("strategy", ["fastest", "", None])
+def test_unknown_strategies(strategy):
+    with pytest.raises(ConfigurationError, match="strategy must be one of"):
+        perex(BatchGrad(), strategy=strategy)
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, groups=32), nn.ReLU(),
+        nn.Conv2d(32, 64, 1), nn.Flatten(2), nn.Linear(25, 40), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 40, 3),
+    )  # fmt: skip
+
+
+def found(strategy, dtype=torch.float64):
+    model, x = extend(cnn().to(dtype)), torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with perex(ClippedGrad(0.1), BatchL2Grad(), BatchGrad(), strategy=strategy, grad=False):
+        model(x).square().sum(1).mean().backward()
+    return {
+        f"{field} of {name}": getattr(p, field)
+        for name, p in model.named_parameters()
+        for field in ("clipped_sum", "batch_l2", "grad_batch")
+    }
+
+
+def test_strategies_agree_in_all_but_rounding():
+    measured, modelled = found("measure"), found("model")
+    for name, value in measured.items():
+        reference.assert_close_report(value, modelled[name], 1e-10, name)
+
+
+def test_the_model_gives_the_same_bits_again():
+    first, second = found("model", torch.float32), found("model", torch.float32)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_plan_says_what_is_taken():
+    x = torch.randn(6, 3, 12, 12)
+    rows = {row.path: row.norm for row in plan(cnn(), x, strategy="model")}
+    assert rows["10"] == "weight: product of the factors' norms; bias: per-example gradients"
+    assert "Gram" in rows["7"] or "gradients" in rows["7"]
+    assert rows["3"].startswith("weight: per-example gradients, ")
+
+
+class Watch(Extension):
+    """Notes which tensors are alive when a parameter is complete."""
+
+    field = "watched"
+
+    def __init__(self, references):
+        self.references, self.alive = references, {}
+
+    def compute(self, view):
+        gc.collect()
+        self.alive[view.name] = [reference() is not None for reference in self.references]
+
+
+def test_inputs_are_freed_as_the_backward_goes():
+    """Nothing holds a layer's input once its norms are there and its gradients take less room."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+    inputs = []
+    for layer in (model[2], model[4]):
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    watch = Watch(inputs)
+    with perex(ClippedGrad(1.0), watch, grad=False, strategy="model"):
+        loss = model(torch.randn(3, 100, 4)).square().sum((1, 2)).mean()
+        loss.backward()
+    assert watch.alive["0.weight"][1] is False
+
+
+def test_two_joint_extensions_may_both_ask_at_the_end():
+    torch.manual_seed(0)
+    model, x = extend(nn.Linear(4, 3)), torch.randn(5, 7, 4)
+    small, large = ClippedGrad(0.1), ClippedGrad(1e6)
+    large.field = "other_sum"
+    with perex(small, large, grad=False):
+        model(x).square().sum((1, 2)).mean().backward()
+    with perex(BatchGrad(), grad=False):
+        model(x).square().sum((1, 2)).mean().backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.other_sum, p.grad_batch.sum(0))
+        assert p.clipped_sum.norm() < p.other_sum.norm()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_float32_norms_of_convolutions_are_not_below_the_truth(size):
+    """Images all of one value, whose long sums drift in float32, and ordinary ones."""
+    for make in (torch.full_like, lambda t, _: torch.randn_like(t)):
+        x, g = make(torch.empty(2, 8, size, size), 0.7), make(torch.empty(2, 8, size, size), 0.3)
+        geometry = Geometry(torch.Size((8, 8, 3, 3)), (1, 1), (1, 1), 1)
+        term = Windows(x, g, geometry, [(1, 1)] * 2)
+        true = term.double().unfolded().dense().flatten(1).norm(dim=1)
+        for method in term.methods():
+            norms = method.run()[0].sqrt()
+            assert (norms >= true * (1 - 1.2e-6)).all(), method.name
+            assert (norms <= true * (1 + 1e-4)).all(), method.name
