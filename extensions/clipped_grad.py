@@ -89,6 +89,7 @@ class ClippedGrad(Extension):
 
     field = "clipped_sum"
     joint = True
+    late_sums = True
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class ClippedGrad(Extension):
         entry = self._entries.get(id(p))
         before: Tensor | None = getattr(p, self.field, None)
         if entry is not None and not entry.used and before is not None and entry.sum() is before:
-            return value + before
+            return value.add_(before)
         return value
 
     def _group(self, name: str) -> str:

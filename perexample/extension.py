@@ -28,10 +28,13 @@ class Extension:
     Attributes:
         field: Name of the attribute on each parameter.
         joint: Whether `finish` asks the views for more than `compute` did.
+        late_sums: Whether `finish` does with what `weighted_sum` returns nothing but hand it on, or add to it in place.
+            Then the sums may be filled in after it, which ``perex(max_memory=...)`` needs.
     """
 
     field: ClassVar[str]
     joint: ClassVar[bool] = False
+    late_sums: ClassVar[bool] = False
 
     def start(self, views: Sequence[ParameterView]) -> None:
         """Called before the backward with the views of all trainable parameters; raise here what can be known."""

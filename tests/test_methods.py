@@ -8,7 +8,7 @@ import reference
 import torch
 from torch import nn
 
-from perexample import ConfigurationError, Extension, extend, perex, plan
+from perexample import ConfigurationError, Extension, ExtensionError, extend, perex, plan
 from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
@@ -133,7 +133,7 @@ def test_nothing_without_a_chance_is_tried_and_nothing_small_measured():
 
 
 def test_what_would_hold_much_until_the_weights_are_known_is_left_out():
-    term = Timed((0, 0), held=(1000, 10), estimated=(1e9, 2e9))
+    term = Timed((0, 0), held=(10**7, 10), estimated=(1e9, 2e9))
     assert choose(term, Choice("model", sums=True)).name == "b"
     assert choose(term, Choice("model", sums=False)).name == "a"
 
@@ -243,3 +243,116 @@ def test_float32_norms_of_convolutions_are_not_below_the_truth(size):
             norms = method.run()[0].sqrt()
             assert (norms >= true * (1 - 1.2e-6)).all(), method.name
             assert (norms <= true * (1 + 1e-4)).all(), method.name
+
+
+# ------------------------------------------------------------------------------------------------------ max_memory
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer too, a layer used twice, and a weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer, self.norm = nn.Embedding(11, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.gain, self.lstm = nn.Parameter(torch.rand(6)), nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, ids):
+        h = self.lstm(self.layer(self.layer(self.words(ids)).tanh()))[0]
+        return self.norm(h) @ (self.words.weight * self.gain.exp()).T
+
+
+def clipped(max_memory, *, steps=1, grad=False, model=None):
+    torch.manual_seed(0)
+    model = extend((model or Tied()).double())
+    x = torch.randint(11, (5, 7), generator=torch.Generator().manual_seed(1))
+    clipping = ClippedGrad(0.05)
+    with perex(clipping, BatchL2Grad(), max_memory=max_memory, grad=grad):
+        for _ in range(steps):
+            model(x).square().sum((1, 2)).mean().backward()
+    names = ("clipped_sum", "batch_l2", *(["grad"] if grad else []))
+    return {f"{field} of {name}": getattr(p, field) for name, p in model.named_parameters() for field in names}
+
+
+@pytest.mark.parametrize("max_memory", [0, 5000, 1e9])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_bound_on_memory_changes_no_result(max_memory, steps, grad):
+    wanted = clipped(None, steps=steps, grad=grad)
+    for name, value in clipped(max_memory, steps=steps, grad=grad).items():
+        reference.assert_close_report(value, wanted[name], 1e-11, name)
+
+
+def test_what_does_not_fit_is_freed_before_the_sums():
+    """With nothing to be held, no input of a layer lives until the norms are known."""
+    torch.manual_seed(0)
+    model, inputs, seen = extend(nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9))), [], []
+    model[2].register_forward_pre_hook(lambda module, args: inputs.append(args[0]) and None)
+
+    class Spy(ClippedGrad):
+        def finish(self, views):
+            seen.extend(view.held() for view in views)
+            return super().finish(views)
+
+    for bound in (None, 0):
+        seen.clear()
+        with perex(Spy(1.0), grad=False, max_memory=bound):
+            model(torch.randn(4, 9)).square().sum(1).mean().backward()
+        assert (sum(seen) == 0) == (bound == 0)
+
+
+def test_a_second_pass_leaves_the_gradient_of_an_input_alone():
+    torch.manual_seed(0)
+    model, x = extend(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))), torch.randn(3, 4, requires_grad=True)
+    grads = []
+    for bound in (None, 0):
+        x.grad = None
+        with perex(ClippedGrad(1.0), max_memory=bound):
+            model(x).square().sum(1).mean().backward()
+        grads.append((x.grad.clone(), *(p.grad.clone() for p in model.parameters())))
+        model.zero_grad()
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_graph_is_gone_after_the_second_pass_unless_retained():
+    model, x = extend(nn.Linear(4, 2)), torch.randn(3, 4)
+    with perex(ClippedGrad(1.0), grad=False, max_memory=0):
+        loss = model(x).square().sum(1).mean()
+        loss.backward(retain_graph=True)
+        first = model.weight.clipped_sum.clone()
+        loss.backward()
+        torch.testing.assert_close(model.weight.clipped_sum, 2 * first)
+        with pytest.raises(RuntimeError):
+            loss.backward()
+
+
+@pytest.mark.parametrize("bound", [-1, float("inf"), float("nan"), "1GB", True])
+def test_bounds_without_meaning(bound):
+    with pytest.raises(ConfigurationError, match="max_memory must be a number of bytes"):
+        perex(ClippedGrad(1.0), max_memory=bound)
+
+
+def test_extensions_that_work_on_sums_are_refused_under_a_bound():
+    class Total(Extension):
+        field, joint = "total", True
+
+        def finish(self, views):
+            return {view.name: 2 * view.weighted_sum(torch.ones(view.n)) for view in views}
+
+    with pytest.raises(ConfigurationError, match=r"Total\.finish.*late_sums"):
+        perex(Total(), max_memory=0)
+
+
+def test_gradients_that_are_gone_are_an_error():
+    class Greedy(Extension):
+        field, joint, late_sums = "greedy", True, True
+
+        def finish(self, views):
+            return {view.name: view.grad_batch() for view in views}
+
+    model = extend(nn.Linear(4, 2))
+    with (
+        pytest.raises(ExtensionError, match="`grad_batch` of `weight` was asked for in `finish`"),
+        perex(Greedy(), max_memory=0),
+    ):
+        model(torch.randn(3, 4)).square().sum(1).mean().backward()

@@ -34,6 +34,7 @@ class Context(Protocol):
     loss_reduction: str
     grad: bool
     strategy: str
+    max_memory: int | None
 
     @property
     def loss_scale(self) -> float:
@@ -55,7 +56,9 @@ class Backward:
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(p, name) for p, name in self.names.values() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)
-        self.choice = Choice(context.strategy, self.joint)
+        self.choice = Choice(context.strategy, self.joint, least=context.max_memory is not None)
+        self.held = 0  # bytes kept for the end
+        self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
         self.views = {id(p): ParameterView(name, p, self.n, scale, forwards, self.choice) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
@@ -79,9 +82,12 @@ class Backward:
             self.pending[key] += step
         return [key for key in known if not self.pending[key]]
 
-    def execute(self, backward: Callable[[Any], None], retain: bool) -> None:
-        """Run autograd once, then finish; fields are written only if all of it succeeded."""
-        views, self.retain = list(self.views.values()), retain
+    def execute(self, backward: Callable[[Any, bool], None], retain: bool) -> None:
+        """Run autograd once, then finish; fields are written only if all of it succeeded.
+
+        With a bound on the memory that is held for the end, autograd runs a second time for what did not fit.
+        """
+        views, self.retain = list(self.views.values()), retain or (self.joint and self.context.max_memory is not None)
         for extension in self.context.extensions:
             extension.start(views)
         for tap in self.found.taps:
@@ -90,14 +96,35 @@ class Backward:
         inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
         try:
             with self._nothing_past_the_graph():
-                backward(inputs)
+                backward(inputs, self.retain)
             self._finish(views)
+            late = {key for key, view in self.views.items() if view.late}
+            if late:
+                self._prepare_again(late, retain)
+                backward(list(self.found.edges), retain)
+                for tap in list(self.arrived):
+                    self._complete(tap)
+            self._write()
+            for extension in self.context.extensions:
+                extension.commit()
         finally:
             for tap in self.found.taps:
                 tap.run = None
         if not retain:
             for tap in self.found.taps:
                 tap.release()
+
+    def _prepare_again(self, late: set[int], retain: bool) -> None:
+        """Wait for the terms of these parameters once more."""
+        sources = {key for key, source in self.computed.items() if any(id(p) in late for p in source.leaves)}
+        self.again, self.retain = late | sources, retain
+        taps = [tap for tap in self.found.taps if any(id(p) in self.again for p in tap.params.values())]
+        self.arrived = {tap: {} for tap in taps}
+        self.pending = dict.fromkeys(self.again, 0)
+        for tap in taps:
+            self._count({id(p) for p in tap.params.values()}, 1)
+        for key in sources:
+            self._count({id(p) for p in self.computed[key].leaves}, 1)
 
     @contextmanager
     def _nothing_past_the_graph(self) -> Iterator[None]:
@@ -117,7 +144,9 @@ class Backward:
 
     def arrive(self, tap: Tap, index: int, g: Tensor | None) -> None:
         """Take the gradient of a tap's output; when all live outputs are there, ask the rule."""
-        gradients = self.arrived[tap]
+        gradients = self.arrived.get(tap)
+        if gradients is None:
+            return  # a second pass that does not want it
         if g is not None:
             gradients[index] = tap.in_shape(index, g.detach())
         if len(gradients) == len(self.found.taps[tap]):
@@ -144,7 +173,10 @@ class Backward:
     def _whole(self, key: int) -> None:
         """Nothing is missing of a tensor any more: hand its gradients on, or compute with them."""
         if key in self.views:
-            self._compute(self.views[key])
+            if self.again:
+                self.views[key].fulfil()
+            else:
+                self._compute(self.views[key])
             return
         source, terms = self.computed[key], self.parts[key]
         if self.n and terms:
@@ -185,6 +217,8 @@ class Backward:
             STATE.listener(tap, tap.rule, terms)
         for name, term in terms.items():
             key = id(tap.params[name])
+            if self.again and key not in self.again:
+                continue
             if key in self.parts:
                 self.parts[key].append(term)
             else:
@@ -197,6 +231,11 @@ class Backward:
                 self.results[extension.field][id(view.param)] = result
         if not self.joint:
             view.drop()
+        elif self.context.max_memory is not None:
+            self.held += view.held()
+            if self.held > self.context.max_memory:
+                self.held -= view.held()
+                view.postpone()
 
     def _finish(self, views: list[ParameterView]) -> None:
         for tap in list(self.arrived):
@@ -208,9 +247,6 @@ class Backward:
             for extension in self.context.extensions:
                 for name, result in extension.finish(views).items():
                     self.results[extension.field][id(by_name[name].param)] = result
-        self._write()
-        for extension in self.context.extensions:
-            extension.commit()
 
     def _write(self) -> None:
         FIELDS.update(self.results)

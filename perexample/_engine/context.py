@@ -36,6 +36,9 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         strategy: How the fastest of several exact methods is found for each use of a parameter: ``"measure"`` tries
             those that have a chance once for each shape; ``"model"`` goes by estimates, so that every run takes the
             same and gives the same bits. `plan` shows what is taken.
+        max_memory: Bytes that may be held until the clip factors are known; without it there is no bound. What does
+            not fit is let go, and comes back in a second backward through the same graph, in which hooks and
+            custom functions run again. 0 holds nothing but parameters of one example's size.
 
     Raises:
         ExtensionError: If an extension is no instance of `Extension`, two share a field, or contexts are nested.
@@ -58,6 +61,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         grad: bool = True,
         loss_scale: Any = 1.0,
         strategy: str = "measure",
+        max_memory: float | None = None,
     ) -> None:
         """Check the arguments; nothing else happens before ``with``."""
         super().__init__()
@@ -66,6 +70,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
         self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, bool(grad)
         self._loss_scale, self.strategy = loss_scale, Choice(strategy).strategy
+        self.max_memory = _checked_memory(max_memory, extensions)
 
     @property
     def loss_scale(self) -> float:
@@ -130,7 +135,11 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             _check_loss(loss, gradient, inputs, self.loss_reduction)
             run = Backward(self, walk([loss]))
         keep = create_graph if retain_graph is None else retain_graph
-        run.execute(lambda inputs: torch.autograd.backward(loss, None, keep, create_graph, inputs=inputs), bool(keep))
+
+        def backward(inputs: Any, keep: bool) -> None:
+            torch.autograd.backward(loss, None, keep, create_graph, inputs=inputs)
+
+        run.execute(backward, bool(keep))
 
 
 def _check_extensions(extensions: Sequence[Any]) -> None:
@@ -153,6 +162,20 @@ def _check_extensions(extensions: Sequence[Any]) -> None:
     for name in set(fields):
         if fields.count(name) > 1:
             raise ExtensionError(f"Two extensions write the field `{name}`; use one of them, or two contexts in turn.")
+
+
+def _checked_memory(max_memory: float | None, extensions: Sequence[Extension]) -> int | None:
+    if max_memory is None:
+        return None
+    if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)) or not 0 <= max_memory < math.inf:
+        raise ConfigurationError(f"max_memory must be a number of bytes, 0 or more, not {max_memory!r}.")
+    for extension in extensions:
+        if extension.joint and not extension.late_sums:
+            raise ConfigurationError(
+                f"perex(max_memory=...) fills sums in after {type(extension).__name__}.finish, which may not be ready "
+                f"for that; leave max_memory out, or set late_sums = True on the class (docs/extending)."
+            )
+    return int(max_memory)
 
 
 def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ExtensionError
 from ..methods import Choice
 from ..rule import at_least_float32
 from ..terms import Term, combine
@@ -77,6 +78,9 @@ class ParameterView:
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
         self._dtype = torch.promote_types(param.dtype, torch.float32)
         self._scale, self._choice = scale, choice or Choice()
+        self.late: list[tuple[Tensor, Weights]] = []  # sums that are to be filled in
+        self._postponed = False
+        self._doubtful: Tensor | None = None
         self.users = 0  # joint extensions that may still ask
         self._terms: list[Term] = []
         self._combined: Term | None = None
@@ -91,6 +95,25 @@ class ParameterView:
     def drop(self) -> None:
         """Let go of everything that is held; only what was computed already can be asked for again."""
         self._terms, self._combined, self._grad_batch, self._l2 = [], None, None, None
+
+    def held(self) -> int:
+        """Bytes of what is kept for the end."""
+        return 0 if self.term is None else sum(t.numel() * t.element_size() for t in self.term.factors())
+
+    def postpone(self) -> None:
+        """Let go of all but the norms; sums that are asked for are filled in when the terms have come again."""
+        self._postponed, self._doubtful = True, None if self.term is None else self.term.doubtful
+        self._terms, self._combined, self._grad_batch = [], None, None
+
+    def fulfil(self) -> None:
+        """Fill in the sums that were asked for, now that the terms are there again."""
+        if self.term is not None:
+            self.term.doubtful = self._doubtful
+        self._postponed = False
+        for out, w in self.late:
+            out.add_(self.weighted_sum(w))
+        self.late = []
+        self.drop()
 
     def let_go(self) -> None:
         """For `Extension.finish`: nothing more will be asked of this view; freed when all joint extensions have said so."""
@@ -113,6 +136,7 @@ class ParameterView:
     def grad_batch(self) -> Tensor:
         """Gradients of the examples' own losses, ``[N, *p.shape]``."""
         if self._grad_batch is None:
+            self._refuse_postponed("grad_batch")
             term = self.term
             if term is None:
                 self._grad_batch = self.zeros(self.n, *self.param.shape)
@@ -141,6 +165,9 @@ class ParameterView:
             The sum, in at least float32.
         """
         term, w = self.term, w if isinstance(w, Weights) else Weights(w)
+        if self._postponed and not w.none:
+            self.late.append((self.zeros(*self.param.shape), w))
+            return self.late[-1][0]
         if term is None or w.none:
             return self.zeros(*self.param.shape)
         device, dtype = self.param.device, term.dtype
@@ -162,7 +189,15 @@ class ParameterView:
             total = total + _sum(term.select(doubtful).double(), None, values[doubtful].double())
         return total.to(self._dtype)
 
+    def _refuse_postponed(self, what: str) -> None:
+        if self._postponed:
+            raise ExtensionError(
+                f"`{what}` of `{self.name}` was asked for in `finish`, but with perex(max_memory=...) it is gone by "
+                f"then; ask in `compute`, or leave max_memory out."
+            )
+
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""
+        self._refuse_postponed("batch_dot")
         term = self.term
         return self.zeros(self.n, self.n) if term is None else term.batch_dot() * self._scale**2
