@@ -117,7 +117,7 @@ class Rule:
 
     def locate(
         self, module: Any, args: tuple, kwargs: dict, outputs: Sequence[Tensor], place_of: Callable[[Tensor], Any]
-    ) -> tuple[Place, list[Place]] | str:
+    ) -> tuple[Place, Sequence[Place | None]] | str:
         """Where a call holds the rows: for the rule's methods, and in each output tensor.
 
         Args:
@@ -128,8 +128,8 @@ class Rule:
             place_of: Gives the `Place` of an argument, ``None`` if it does not depend on the batch.
 
         Returns:
-            The place of the first input, which counts the rows that the rule sees, and those of the outputs; or what
-            is wrong.
+            The place of the first input, which counts the rows that the rule sees, and those of the outputs, ``None``
+            for one that belongs to nobody; or what is wrong.
         """
         found = [(t, place) for t in tensors_in((args, kwargs)) if (place := place_of(t)) is not None]
         x, first = found[0]

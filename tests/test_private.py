@@ -514,3 +514,90 @@ def test_what_was_looked_up_is_not_asked_of_hooks_or_of_a_graph_that_is_gone():
     e = F.embedding(written, w)
     written.zero_()
     assert _private.looked_up(e.grad_fn) is None
+
+
+class Counting(TorchFunctionMode):
+    """Counts what passes."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_can_be_left_out_and_brought_back():
+    t = leaf(2)
+    with Counting() as mode:
+        with _private.undispatched():
+            _ = t + 1, t.requires_grad
+            assert mode.count == 0
+            with _private.dispatched():
+                _ = t + 1
+            assert mode.count == 1
+            _ = t + 1
+            assert mode.count == 1
+        _ = t + 1
+        assert mode.count == 2
+    assert _private.function_modes() == []
+
+
+def test_hooks_that_save_tensors_otherwise_are_noticed():
+    assert not _private.saves_otherwise()
+    with torch.autograd.graph.save_on_cpu():
+        assert _private.saves_otherwise()
+    seen = []
+    checkpoint(lambda x: seen.append(_private.saves_otherwise()) or x * 2, leaf(2), use_reentrant=False)
+    assert seen == [True]
+    assert not _private.saves_otherwise()
+
+
+def test_the_backward_that_is_under_way_has_a_number():
+    seen = []
+    x = leaf(2)
+    y = x * 2
+    y.register_hook(lambda g: seen.append((_private.graph_task(), _private.repeats_forward())))
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert [inside for _, inside in seen] == [True, True]
+    assert len({number for number, _ in seen} | {-1}) == 3
+    assert _private.graph_task() == -1
+
+
+def test_what_a_backward_wants_is_known_before():
+    seen = []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b, c):
+            ctx.save_for_backward(a, b)
+            return a * b
+
+        @staticmethod
+        def backward(ctx, g):
+            a, b = ctx.saved_tensors
+            seen.append([_private.will_be_executed(node) for node, _ in ctx.next_functions])
+            return g * b, g * a, None
+
+    first, b = leaf(2), leaf(2)
+    a = first * 2
+    out = Product.apply(a, b, torch.ones(1)).sum()
+    out.backward(retain_graph=True)
+    out.backward(retain_graph=True, inputs=[first])
+    out.backward(retain_graph=True, inputs=[b])
+    torch.autograd.grad(out, a, retain_graph=True)
+    torch.autograd.grad(out, b)
+    assert seen == [
+        [True, True, False],
+        [True, False, False],
+        [False, True, False],
+        [True, False, False],
+        [False, True, False],
+    ]
+
+
+def test_transforms_are_noticed_whatever_their_tensors_are():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_private.transforms_active()) or x)(torch.ones(2))
+    assert seen == [True]
+    assert not _private.transforms_active()

@@ -543,7 +543,8 @@ class _Operation:
                 lose(outputs, self._lost(located, False))
                 return
             saved = rule.capture(bound.module, bound.args, {}, outputs[0])
-            tap = Tap(name, rule, bound.module, params, self.record, saved, *located)
+            place, kept = located[0], [p for p in located[1] if p is not None]
+            tap = Tap(name, rule, bound.module, params, self.record, saved, place, kept)
             tap.attach(outputs, edges, self.inputs)
 
         return leave

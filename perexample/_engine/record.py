@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -435,33 +435,38 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         outputs = [t for t in results if t.requires_grad]
     _put_all(results, places)
     note_checkpoint(record)
-    kept = [p for t, p in zip(results, places, strict=True) if t.requires_grad]
+    kept = [p for t, p in zip(results, places, strict=True) if t.requires_grad and p is not None]
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
     tap.attach(outputs, Tap.edges_of(inputs), inputs)
     return output
 
 
-def _put_all(tensors: Any, places: list[Place]) -> None:
+def _put_all(tensors: Any, places: Sequence[Place | None]) -> None:
     for t, place in zip(tensors, places, strict=True):
-        put(t, place)
+        if place is not None:
+            put(t, place)
 
 
 def _located(
     rule: Rule, frame: Frame, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor], record: Record
-) -> tuple[Place, list[Place]] | str:
+) -> tuple[Place, Sequence[Place | None]] | str:
     """Where the call holds the rows, and that the outputs are of the sizes that this means."""
     if not _tracked(inputs):  # bags of ids: one row of the output each
         if record.pending:
             record.settle(outputs[0].shape[0])
         if record.space.rows != outputs[0].shape[0]:
             return f"gives {outputs[0].shape[0]} rows for {record.space.rows} examples"
-        place = Place(record.space, 0)
-        return place, [place] * len(outputs)
+        rows = Place(record.space, 0)
+        return rows, [rows] * len(outputs)
     located = rule.locate(frame.module, args, kwargs, outputs, place_of)
     if isinstance(located, str):
         return located
     for t, place in zip(outputs, located[1], strict=True):
-        if place.axis is not None and (t.dim() <= place.axis or t.shape[place.axis] != place.size):
+        if (
+            place is not None
+            and place.axis is not None
+            and (t.dim() <= place.axis or t.shape[place.axis] != place.size)
+        ):
             return f"gives an output of shape {list(t.shape)}, in which axis {place.axis} does not hold the examples"
     return located
 

@@ -1,0 +1,144 @@
+"""Every method for the norms and the clipped sum of one layer, beside the layer's plain weight gradient.
+
+Each time is that of the norms, and of the weighted sum from what the method has kept. Writes ``methods.json`` and the
+table in ``docs/performance.rst``::
+
+    python gallery/benchmarks/methods.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import report
+import torch
+from torch import Size, Tensor
+from tqdm import tqdm
+
+from perexample._conv import Geometry, native
+from perexample.rules.conv import Windows
+from perexample.terms import Outer, Term
+
+# C_in, C_out, height and width, kernel, stride, groups
+CONVOLUTIONS = [
+    (64, 64, 32, 3, 1, 1), (128, 128, 16, 3, 1, 1), (256, 256, 8, 3, 1, 1), (512, 512, 4, 3, 1, 1),
+    (64, 128, 32, 3, 2, 1), (64, 64, 32, 1, 1, 1), (64, 64, 32, 3, 1, 64), (256, 256, 8, 3, 1, 256),
+    (1, 16, 28, 8, 2, 1),
+]  # fmt: skip
+# N, T, I, O
+LINEAR = [(16, 128, 256, 1024), (8, 512, 256, 1024), (64, 64, 192, 768), (32, 16, 512, 512)]
+N = 32
+HOPELESS = 20  # times the least estimate, beyond which a method is not tried
+
+
+def convolution(c: int, o: int, size: int, k: int, stride: int, groups: int) -> tuple[Term, Callable[[], Tensor]]:
+    """The term of a convolution, and its plain weight gradient."""
+    pad = (k - 1) // 2
+    length = (size + 2 * pad - k) // stride + 1
+    x, g = torch.randn(N, c, size, size), torch.randn(N, o, length, length)
+    geometry = Geometry(Size((o, c // groups, k, k)), (stride, stride), (1, 1), groups)
+    return Windows(x, g, geometry, [(pad, pad)] * 2), lambda: native(x, g, geometry, pad)
+
+
+def linear(n: int, t: int, i: int, o: int) -> tuple[Term, Callable[[], Tensor]]:
+    """The term of a linear layer, and its plain weight gradient."""
+    x, g = torch.randn(n, 1, t, i), torch.randn(n, 1, t, o)
+    return Outer(g, x, Size((o, i))), lambda: g.view(-1, o).T @ x.view(-1, i)
+
+
+def seconds(action: Callable[[], object], repeats: int) -> float:
+    """Median over some calls, after one."""
+    action()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def measured(term: Term, plain: Callable[[], Tensor], repeats: int) -> dict[str, float]:
+    """Milliseconds of the plain weight gradient and of each method with its sum."""
+    w = torch.rand(term.n)
+    found = {"plain": 1e3 * seconds(plain, repeats)}
+    methods = term.methods()
+    least = min(method.seconds for method in methods)
+    for method in methods:
+        if method.seconds > HOPELESS * least:
+            continue
+        found[method.name] = 1e3 * seconds(lambda method=method: method.run()[1].weighted_sum(w), repeats)
+    return found
+
+
+def cases() -> dict[str, Callable[[], tuple[Term, Callable[[], Tensor]]]]:
+    """All layers by their description."""
+    found: dict[str, Callable[[], tuple[Term, Callable[[], Tensor]]]] = {}
+    for c, o, size, k, stride, groups in CONVOLUTIONS:
+        name = f"conv {c} to {o}, {size}x{size}, k={k}" + (f", stride {stride}" if stride > 1 else "")
+        name += f", {groups} groups" if groups > 1 else ""
+        found[name] = lambda *a, args=(c, o, size, k, stride, groups): convolution(*args)
+    for n, t, i, o in LINEAR:
+        found[f"linear {i} to {o}, N={n}, T={t}"] = lambda *a, args=(n, t, i, o): linear(*args)
+    return found
+
+
+SHORT = {
+    "plain": "plain", "Gram matrices of the positions": "Gram", "per-example gradients, kept": "kept",
+    "per-example gradients": "let go", "Gram matrices of the pixels": "Gram of pixels",
+    "Gram matrices of the windows": "Gram of windows", "per-example gradients, kernel offsets": "offsets",
+    "per-example gradients, unfolded": "unfolded", "per-example gradients, one by one": "one by one",
+    "per-example gradients, examples as groups": "as groups",
+}  # fmt: skip
+
+
+def rst(data: dict) -> list[str]:
+    """A table for convolutions and one for linear layers."""
+    lines: list[str] = []
+    for start in ("conv", "linear"):
+        rows = {name: found for name, found in data["milliseconds"].items() if name.startswith(start)}
+        columns = [name for name in SHORT if any(name in found for found in rows.values())]
+        table = [["layer", *(SHORT[name] for name in columns)]]
+        for name, found in rows.items():
+            least = min(value for key, value in found.items() if key != "plain")
+            table.append([name, *(cell(found.get(key), found.get(key) == least) for key in columns)])
+        lines += [*report.rst_table(table), ""]
+    rule = (
+        f"Convolutions have N={N}. A method is left out where the model expects over {HOPELESS} times the least time."
+    )
+    return [*lines, report.sentence("methods.py", data["system"]).replace("`", "``") + " " + rule]
+
+
+def cell(value: float | None, best: bool) -> str:
+    """Milliseconds, strong for the fastest method."""
+    if value is None:
+        return ""
+    return f"**{value:.1f}**" if best else f"{value:.1f}"
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="calls of each method (default: 7)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--tables", action="store_true", help="only write the table again")
+    parser.add_argument("--out", type=Path, help="write to this folder instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    path = (options.out or report.HERE) / "methods.json"
+    data = report.load(path)
+    if not options.tables:
+        torch.manual_seed(0)
+        system = report.system_info("cpu", options.threads)
+        system = {key: value for key, value in system.items() if key not in ("opacus", "backpack-for-pytorch")}
+        found = {name: measured(*make(), options.repeats) for name, make in tqdm(cases().items())}
+        data = {"milliseconds": found, "system": system}
+        report.save(path, data)
+    report.put(report.PAGE, "methods", rst(data), options.out)
+
+
+if __name__ == "__main__":
+    main()
