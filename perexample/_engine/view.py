@@ -116,7 +116,7 @@ class ParameterView:
         self.drop()
 
     def let_go(self) -> None:
-        """For `Extension.finish`: nothing more will be asked of this view; freed when all joint extensions have said so."""
+        """For `Extension.finish`: no more will be asked of this view; freed when all joint extensions have said so."""
         self.users -= 1
         if self.users == 0:
             self.drop()

@@ -21,7 +21,7 @@ from torch import Tensor
 from .generic import _only
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-_ROWS = 512  # of inputs that are multiplied at once
+_ROWS = 256  # of inputs that are multiplied at once
 _ALL = slice(None)
 _through_sigmoid = torch.ops.aten.sigmoid_backward.grad_input  # of a gradient and the output: g y (1 - y)
 _through_tanh = torch.ops.aten.tanh_backward.grad_input  # g (1 - y^2)
