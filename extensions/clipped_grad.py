@@ -192,7 +192,7 @@ class ClippedGrad(Extension):
         for group, vs in members.items():
             weights = Weights(self._weights(staged.group_norms[group], finite, self._bound(group)))
             for view in vs:
-                value = self._accumulated(view.param, view.weighted_sum(weights))
+                value = self._accumulated(view, view.weighted_sum(weights))
                 view.let_go()
                 staged.entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
                 results[view.name] = value
@@ -228,12 +228,13 @@ class ClippedGrad(Extension):
                 stacklevel=2,
             )
 
-    def _accumulated(self, p: Tensor, value: Tensor) -> Tensor:
+    def _accumulated(self, view: ParameterView, value: Tensor) -> Tensor:
         """Add to the sum under way; start a new one after a step, or where the field is not ours any more."""
+        p = view.param
         entry = self._entries.get(id(p))
         before: Tensor | None = getattr(p, self.field, None)
         if entry is not None and not entry.used and before is not None and entry.sum() is before:
-            return value.add_(before)
+            return value.add_(before) if view.late else value + before
         return value
 
     def _group(self, name: str) -> str:

@@ -101,11 +101,12 @@ def choose(term: Term, choice: Choice) -> Method:
     if choice.strategy == "model" or methods[0].seconds < _SHORT:
         return methods[0]
     key = (*term.form(), choice, torch.get_num_threads())
-    if key not in _FOUND:
+    name = _FOUND.get(key)
+    if name is None:
         if len(_FOUND) >= _MOST:
             _FOUND.clear()
-        _FOUND[key] = _measured(term, methods, choice)
-    return next(method for method in methods if method.name == _FOUND[key])
+        name = _FOUND[key] = _measured(term, methods, choice)
+    return next(method for method in methods if method.name == name)
 
 
 def _that_fit(methods: list[Method], choice: Choice) -> list[Method]:

@@ -101,12 +101,11 @@ class Follow(TorchFunctionMode):
             out = func(*args, **kwargs)
             put(args[0], tracked[0][1])
             return out
-        if kind is Kind.POINTWISE and len(tracked) == 1 and not targets and not writes_in_place(func):
-            t, place = tracked[0]
+        if kind is Kind.POINTWISE and len(tracked) == 1 and not targets and _is_simple(func, tracked[0][1], kwargs):
             out = func(*args, **kwargs)
-            if _stays(t, place, out, kwargs):
-                return out
             with undispatched():
+                if _stays(*tracked[0], out):
+                    return out
                 return _Operation(func, kind, args, kwargs, tracked).conclude(out)
         with undispatched():
             call = _Operation(func, kind, args, kwargs, tracked)
@@ -133,15 +132,19 @@ def forget_followers() -> None:
             mode.ended = True
 
 
-def _stays(t: Tensor, place: Any, out: Any, kwargs: dict) -> bool:
-    """Note the place of a pointwise operation's only result, if that is as simple as it mostly is."""
-    with undispatched():
-        if not isinstance(place, Place) or type(out) is not Tensor or out is t or out.shape != t.shape:
-            return False
-        if place.space.record.checkpointed or kwargs.get("out") is not None or inside_functorch(out):
-            return False
-        put(out, place)
-        return True
+def _is_simple(func: Callable, place: Any, kwargs: dict) -> bool:
+    """Whether a pointwise operation of one tensor writes nowhere, and no checkpoint is about."""
+    if not isinstance(place, Place) or place.space.record.checkpointed:
+        return False
+    return kwargs.get("out") is None and not writes_in_place(func)
+
+
+def _stays(t: Tensor, place: Place, out: Any) -> bool:
+    """Note the place of a pointwise operation's only result, if it has the shape of its argument."""
+    if type(out) is not Tensor or out is t or out.shape != t.shape or inside_functorch(out):
+        return False
+    put(out, place)
+    return True
 
 
 def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, Any]], list[Tensor]]:

@@ -78,7 +78,7 @@ class ParameterView:
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
         self._dtype = torch.promote_types(param.dtype, torch.float32)
         self._scale, self._choice = scale, choice or Choice()
-        self.late: list[tuple[Tensor, Weights]] = []  # sums that are to be filled in
+        self.late: list[tuple[Tensor, Weights]] = []  # sums that are filled in after `finish`
         self._postponed = False
         self._doubtful: Tensor | None = None
         self.users = 0  # joint extensions that may still ask
