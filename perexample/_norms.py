@@ -73,22 +73,3 @@ def gram_norms(g: Tensor, x: Tensor) -> Tensor:
         a, b = g[start : start + block], x[start : start + block]
         sums.append((a @ a.mT).mul_(b @ b.mT).sum((1, 2, 3), dtype=torch.float64))
     return torch.cat(sums).clamp_min(0.0)
-
-
-def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Squared norms of gradients that were formed, raised by what rounding may have taken off.
-
-    Errors of a formed gradient are of two kinds. Where all its pieces point one way, sums that run over many at once
-    drift by a share of the result, at most ``drift``. Else they are about one unit of rounding of the ``magnitude``,
-    the sum of the norms of the pieces; where that is no longer small, the pieces cancel and the norm is in doubt.
-
-    Returns:
-        Squared norms, and which of them are in doubt.
-    """
-    unit = torch.finfo(dtype).eps / 2
-    norms, error = l2.sqrt(), unit * magnitude
-    doubtful = ~(error <= _TRUSTED * norms) | ~torch.isfinite(l2)
-    return (norms * (1 + drift) + error).square(), doubtful
-
-
-_TRUSTED = 2e-5  # share of a norm that rounding may account for before it is computed again in float64

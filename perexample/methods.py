@@ -122,29 +122,30 @@ def _measured(term: Term, methods: list[Method], choice: Choice) -> str:
     likely = [method for method in methods if method.seconds <= _CHANCE * methods[0].seconds]
     if len(likely) == 1:
         return likely[0].name
-    w = torch.ones(term.n, dtype=term.dtype, device=term.device) if choice.sums else None
-    seconds = [_seconds(method, w) for method in likely]
+    w = torch.ones(term.n, dtype=term.dtype, device=term.device)
+    seconds = [_seconds(method, w, sums=choice.sums) for method in likely]
     return likely[seconds.index(min(seconds))].name
 
 
-def _seconds(method: Method, w: Tensor | None) -> float:
-    """How long a method takes, with the sum that follows; infinity if there is no memory for it."""
+def _seconds(method: Method, w: Tensor, *, sums: bool) -> float:
+    """How long a method takes, with the sum that follows, if one does; infinity if there is no memory for it."""
     least = float("inf")
     for _ in range(3):
-        start = _now(w)
+        start = _now(w.device)
         try:
             _, kept = method.run()
-            if w is not None:
+            if sums:
                 kept.weighted_sum(w)
         except torch.OutOfMemoryError:
             return float("inf")
-        least = min(least, _now(w) - start)
+        least = min(least, _now(w.device) - start)
         if least > _LONG:
             break
     return least
 
 
-def _now(w: Tensor | None) -> float:
-    if w is not None and w.is_cuda:
-        torch.cuda.synchronize(w.device)
+def _now(device: torch.device) -> float:
+    """The time when all work that was begun is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -16,21 +16,22 @@ the norms of its pieces, and recomputed in float64 where digits may be missing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from ._norms import BLOCK, direct_norms, gram_norms, norms_of, squared_norms, summed_products
+from ._norms import BLOCK, gram_norms, norms_of, squared_norms, summed_products
+from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
 from .methods import Choice, Method, choose
 
 
 class Term:
     """Per-example gradient ``[N, *shape]`` of one parameter from one tap, not yet evaluated.
 
-    A subclass gives `dense`, `select` and `double`; the rest has defaults derived from these.
+    A subclass gives `factors`, `dense`, `select` and `double`; the rest has defaults derived from these. What `dense`
+    returns is new, or one of the factors: only then may it be scaled in place.
 
     Attributes:
         n: Number of examples N.
@@ -114,62 +115,6 @@ class Term:
         return torch.finfo(self.dtype).eps / 2
 
 
-def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """Norms of gradients that were formed: raised by rounding, and computed in float64 where they are in doubt.
-
-    Returns:
-        The squared norms, and which were in doubt, if any.
-    """
-    bound = term.magnitude_bound()
-    raised, doubtful = direct_norms(l2, bound, drift, term.dtype)
-    if doubtful.any():  # the bound costs little, the magnitude itself is closer
-        rows = doubtful.clone()
-        raised[rows], doubtful[rows] = direct_norms(l2[rows], term.select(rows).magnitude(), drift, term.dtype)
-    return _mended(term, raised, doubtful)
-
-
-def inner(term: Term, l2: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Norms from inner products of factors, raised by what rounding may have taken off.
-
-    Each product is off by a share of about ``sqrt(length) eps``, in all directions unless the factors are all alike;
-    that adds up to `Term.unit` of the squared magnitude. Where that is more than `TRUSTED` of the squared norm, the
-    positions cancel and the norm is in doubt. Where they point one way instead, sums of products drift a little.
-
-    Returns:
-        The squared norms, and which were in doubt, if any.
-    """
-    unit, drift = term.unit(), _DRIFT * torch.finfo(term.dtype).eps
-
-    def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-        error = unit * magnitude.square()
-        raised = l2 + torch.maximum(error, drift * l2)
-        return raised, ~(error <= TRUSTED * raised) | ~torch.isfinite(l2)
-
-    raised, doubtful = judged(l2, term.magnitude_bound())
-    if doubtful.any():
-        rows = doubtful.clone()
-        raised[rows], doubtful[rows] = judged(l2[rows], term.select(rows).magnitude())
-    return _mended(term, raised, doubtful)
-
-
-TRUSTED = 1e-4  # share of a squared norm that rounding may account for before it is computed again in float64
-_DRIFT = 25  # units of rounding by which sums of like products may be too small
-
-
-def unit_of_products(dtype: torch.dtype, positions: int, outputs: int, inputs: int) -> float:
-    """`Term.unit` of a sum of outer products: errors of single products average out over many positions."""
-    return torch.finfo(dtype).eps / 2 * max(1.0, (math.sqrt(outputs) + math.sqrt(inputs)) / max(1, 2 * positions))
-
-
-def _mended(term: Term, l2: Tensor, doubtful: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Replace the norms that are in doubt by ones of gradients that are formed in float64."""
-    if not doubtful.any():
-        return l2, None
-    chosen = term.select(doubtful).double()
-    parts = [squared_norms(chosen.select(one).dense()) for one in _blocks(chosen)]
-    return l2.masked_scatter(doubtful, torch.cat(parts)), doubtful
-
-
 def remembering(term: Term, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Term]:
     """Norms, and the term, which knows from now on which of its examples were in doubt."""
     l2, term.doubtful = found
@@ -187,16 +132,10 @@ def keeping(term: Term, formed: Formed, drift: float = 0.0) -> tuple[Tensor, Ter
 
 def blockwise(term: Term, form: Callable[[Any], Tensor], drift: float = 0.0) -> tuple[Tensor, Term]:
     """Norms of gradients that are formed block by block and let go."""
-    parts = [squared_norms(form(term.select(one))) for one in _blocks(term)]
+    masks = blocks(term)
+    parts = [squared_norms(form(term.select(one) if len(masks) > 1 else term)) for one in masks]
     l2 = torch.cat(parts) if parts else term.factors()[0].new_zeros(0, dtype=torch.float64)
     return remembering(term, direct(term, l2, drift))
-
-
-def _blocks(term: Term) -> list[Tensor]:
-    """Masks that cut the examples into blocks whose gradients are small enough to form."""
-    per_block = max(1, BLOCK // max(1, term.shape.numel()))
-    position = torch.arange(term.n)
-    return [(position >= start) & (position < start + per_block) for start in range(0, term.n, per_block)]
 
 
 class Dense(Term):
@@ -322,7 +261,7 @@ class Regrouped(Term):
         """The gradients themselves; those of the rows are formed block by block."""
         if self.inner.n == 0:
             return self.inner.dense().new_zeros(self.n, *self.shape)
-        parts = [self._added(self.inner.select(one).dense(), self.owner[one]) for one in _blocks(self.inner)]
+        parts = [self._added(self.inner.select(one).dense(), self.owner[one]) for one in blocks(self.inner)]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def select(self, rows: Tensor) -> Term:

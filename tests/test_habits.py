@@ -1113,3 +1113,44 @@ def test_plan_names_bare_parameters_and_check_agrees():
     for name in ("token", "places", "head", "gain", "weight"):
         assert name in text
     assert check(model, lambda output: losses(output).mean(), batch()).ok
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_rounding_is_not_taken_for_mixing(n):
+    """Sums of 256 products that nearly cancel differ in their last digits with what lies beside them in memory."""
+    torch.manual_seed(0)
+    model = extend(nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True))
+    with perex(BatchGrad(), grad=False):
+        model(torch.randn(n, 128, 256)).square().mean((1, 2)).mean().backward()
+    assert model.linear1.weight.grad_batch.shape == (n, 512, 256)
+
+
+def _through_a_buffer(m, x):
+    buffer = torch.zeros_like(x)
+    part = buffer[:, :2]
+    torch.abs(x, out=buffer)
+    return part * m.gain
+
+
+def _side_by_side(m, x):
+    h = m.linear(x)
+    return torch.cat([m.token.expand(len(x), -1), h, x], -1) * m.wide
+
+
+def test_a_pointwise_operation_that_writes_into_what_has_views():
+    assert_exact(Net(_through_a_buffer, gain=par(2)), (rand(5, 4),))
+
+
+def test_tensors_beside_each_other():
+    """On another axis than that of the examples, with what belongs to none."""
+    model = Net(_side_by_side, linear=nn.Linear(4, 4), token=par(1, 3), wide=par(11))
+    assert_exact(jittered(model), (rand(4, 4),))
+
+
+def _one_after_the_other(m, x):
+    first, second = torch.cat([m.linear(x), x]).chunk(2)
+    return first * m.gain + second
+
+
+def test_tensors_put_after_each_other_on_the_axis_of_the_examples():
+    assert_exact(jittered(Net(_one_after_the_other, linear=nn.Linear(4, 4), gain=par(4))), (rand(5, 4),))

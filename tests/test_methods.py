@@ -8,7 +8,7 @@ import reference
 import torch
 from torch import nn
 
-from perexample import ConfigurationError, Extension, ExtensionError, extend, perex, plan
+from perexample import ConfigurationError, Extension, ExtensionError, LossError, extend, perex, plan
 from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
@@ -109,7 +109,9 @@ class Timed:
 
 def test_what_was_measured_to_be_fastest_is_taken_and_remembered(monkeypatch):
     term = Timed((2.0, 1.0))
-    monkeypatch.setattr(choosing, "_seconds", lambda method, w: dict(zip("ab", term.seconds, strict=True))[method.name])
+    monkeypatch.setattr(
+        choosing, "_seconds", lambda method, w, sums: dict(zip("ab", term.seconds, strict=True))[method.name]
+    )
     assert choose(term, Choice()).name == "b"
     term.seconds = (1.0, 2.0)
     assert choose(term, Choice()).name == "b"
@@ -142,7 +144,7 @@ def test_a_method_for_which_there_is_no_memory_is_not_taken():
     def fails():
         raise torch.OutOfMemoryError("too much")
 
-    assert choosing._seconds(Method("none", fails), None) == float("inf")
+    assert choosing._seconds(Method("none", fails), torch.ones(2), sums=True) == float("inf")
 
 
 @pytest.mark.parametrize("strategy", ["fastest", "", None])
@@ -241,7 +243,7 @@ def test_float32_norms_of_convolutions_are_not_below_the_truth(size):
         true = term.double().unfolded().dense().flatten(1).norm(dim=1)
         for method in term.methods():
             norms = method.run()[0].sqrt()
-            assert (norms >= true * (1 - 1.2e-6)).all(), method.name
+            assert (norms >= true * (1 - 1e-6)).all(), method.name
             assert (norms <= true * (1 + 1e-4)).all(), method.name
 
 
@@ -352,7 +354,83 @@ def test_gradients_that_are_gone_are_an_error():
 
     model = extend(nn.Linear(4, 2))
     with (
-        pytest.raises(ExtensionError, match="`grad_batch` of `weight` was asked for in `finish`"),
+        pytest.raises(ExtensionError, match=r"`grad_batch` of `weight` was asked for too late.*max_memory"),
         perex(Greedy(), max_memory=0),
     ):
         model(torch.randn(3, 4)).square().sum(1).mean().backward()
+
+
+@pytest.mark.parametrize("what", ["grad_batch", "batch_dot", "weighted_sum"])
+def test_asking_at_the_end_without_having_said_so_is_an_error(what):
+    """Gradients are gone by then; zeros would be wrong without a word."""
+
+    class Late(Extension):
+        field = "late"
+
+        def finish(self, views):
+            args = (torch.ones(views[0].n),) if what == "weighted_sum" else ()
+            return {view.name: getattr(view, what)(*args) for view in views}
+
+    model, x = extend(nn.Linear(4, 2)), torch.randn(3, 4)
+    with (
+        pytest.raises(ExtensionError, match=rf"`{what}` of `weight` was asked for too late.*joint = True"),
+        perex(Late()),
+    ):
+        model(x).square().sum(1).mean().backward()
+    Late.joint = True
+    with perex(Late()):
+        model(x).square().sum(1).mean().backward()
+    assert model.weight.late.any()
+
+
+def test_nothing_but_the_graph_keeps_the_tensors_of_a_forward():
+    """No cycle of the library's own holds them until a garbage collection."""
+    model = extend(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    gc.collect()
+    gc.disable()
+    try:
+        references = []
+        model.linear1.register_forward_hook(lambda module, args, out: references.append(weakref.ref(out)) and None)
+        with perex(ClippedGrad(1.0), grad=False):
+            model(torch.randn(5, 3, 8)).square().sum((1, 2)).mean().backward()
+        with perex(BatchGrad(), grad=False):
+            loss = model(torch.randn(5, 3, 8)).square().sum((1, 2)).mean()
+        del loss
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("x", "g"), [(0.7, 0.3), (1.1, 0.77), (0.123, 0.456), (0.1, 0.1), (1.7, 3.3)])
+def test_float32_norms_of_long_constant_rows_are_not_below_the_truth(x, g):
+    """Sums over thousands of like products drift, and all in one direction."""
+    term = Outer(torch.full((1, 1, 2, 4096), g), torch.full((1, 1, 2, 2048), x), torch.Size((4096, 2048)))
+    true = term.double().dense().flatten(1).norm(dim=1)
+    for method in term.methods():
+        norms = method.run()[0].sqrt()
+        assert (norms >= true * (1 - 1e-6)).all(), method.name
+        assert (norms <= true * (1 + 1e-4)).all(), method.name
+
+
+def test_sums_of_what_cancels_are_in_float64_after_a_second_pass_too():
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 64) + 1e-6 * torch.randn(1, 32, 64)
+    g = torch.tensor([1.0, -1.0]).repeat(16).view(1, -1, 1) * torch.randn(1, 1, 64) + 1e-6 * torch.randn(1, 32, 64)
+    layer = extend(nn.Linear(64, 64, bias=False))
+    sums = []
+    for bound in (None, 0):
+        with perex(ClippedGrad(1e-3), grad=False, max_memory=bound):
+            (layer(x) * g).sum().backward()
+        sums.append(layer.weight.clipped_sum.double())
+        layer.weight.clipped_sum = None
+    assert sums[1].norm() <= 1e-3 * (1 + 1e-6)
+    reference.assert_close_report(sums[1], sums[0], 1e-6, "clipped_sum")
+
+
+def test_a_graph_that_was_kept_for_a_second_pass_in_vain_is_gone():
+    model, x = extend(nn.Linear(4, 2)), torch.randn(3, 4)
+    with perex(ClippedGrad(1.0), grad=False, max_memory=1e9):
+        loss = model(x).square().sum(1).mean()
+        loss.backward()
+        with pytest.raises(LossError, match="earlier backward"):
+            loss.backward()

@@ -337,7 +337,7 @@ def main() -> None:
     if any(data["sweeps"].values()):
         print("\n".join(rst(data)))
     if not options.dry:
-        tables(data, options)
+        tables(report.rounded(data), options)
 
 
 if __name__ == "__main__":

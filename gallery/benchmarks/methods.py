@@ -137,7 +137,7 @@ def main() -> None:
         found = {name: measured(*make(), options.repeats) for name, make in tqdm(cases().items())}
         data = {"milliseconds": found, "system": system}
         report.save(path, data)
-    report.put(report.PAGE, "methods", rst(data), options.out)
+    report.put(report.PAGE, "methods", rst(report.rounded(data)), options.out)
 
 
 if __name__ == "__main__":

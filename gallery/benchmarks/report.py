@@ -133,11 +133,15 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def rounded(data: dict) -> dict:
+    """The numbers as a file keeps them, of which tables are made."""
+    return json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
 def save(path: Path, data: dict) -> None:
     """Replace the numbers at once, so that a run that is stopped leaves a whole file."""
-    rounded = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.5g}"))
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(rounded, indent=1) + "\n")
+    beside.write_text(json.dumps(rounded(data), indent=1) + "\n")
     os.replace(beside, path)
 
 

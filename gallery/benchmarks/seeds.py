@@ -353,7 +353,7 @@ def main() -> None:
     if data:
         print("\n".join(rst(data)))
     if not options.dry:
-        tables(data, options)
+        tables(report.rounded(data), options)
 
 
 if __name__ == "__main__":

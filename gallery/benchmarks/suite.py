@@ -238,7 +238,7 @@ def main() -> None:
     if data["models"]:
         print("\n".join(markdown(data)))
     if not options.dry and (options.device == "cpu" or options.out):
-        tables(data, options)
+        tables(report.rounded(data), options)
 
 
 if __name__ == "__main__":

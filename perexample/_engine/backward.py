@@ -61,9 +61,9 @@ class Backward:
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
         self.views = {id(p): ParameterView(name, p, self.n, scale, forwards, self.choice) for p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
-        # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
         for view in self.views.values():
             view.users = sum(extension.joint for extension in context.extensions)
+        # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
         self.computed = {key: source for key, source in found.sources.items() if source.tensor.grad_fn is not None}
         self.parts: dict[int, list[Term]] = {key: [] for key in self.computed}
         self.pending = dict.fromkeys([*self.views, *self.computed], 0)
@@ -154,21 +154,16 @@ class Backward:
 
     def _complete(self, tap: Tap) -> None:
         gradients = self.arrived.pop(tap)
-        if self.n and gradients:
-            call = tap.call()  # before _plain(): a checkpoint runs its forward again here, taps and all
-            if not self.retain:
-                tap.release()
-            with plain(self.devices):
+        # Before plain(): a checkpoint runs its forward again here, taps and all.
+        call = tap.call() if self.n and gradients else None
+        if not self.retain:
+            tap.release()
+        with plain(self.devices):
+            if call is not None:
                 self._add_terms(tap, call, gradients)
-                del call, gradients
-                self._count_down(tap)
-        else:
-            with plain(self.devices):
-                self._count_down(tap)
-
-    def _count_down(self, tap: Tap) -> None:
-        for key in self._count({id(p) for p in tap.params.values()}, -1):
-            self._whole(key)
+            del call, gradients  # so that norms are taken with as little as can be alive
+            for key in self._count({id(p) for p in tap.params.values()}, -1):
+                self._whole(key)
 
     def _whole(self, key: int) -> None:
         """Nothing is missing of a tensor any more: hand its gradients on, or compute with them."""
@@ -232,10 +227,10 @@ class Backward:
         if not self.joint:
             view.drop()
         elif self.context.max_memory is not None:
-            self.held += view.held()
-            if self.held > self.context.max_memory:
-                self.held -= view.held()
+            if self.held + view.held() > self.context.max_memory:
                 view.postpone()
+            else:
+                self.held += view.held()
 
     def _finish(self, views: list[ParameterView]) -> None:
         for tap in list(self.arrived):

@@ -38,7 +38,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             same and gives the same bits. `plan` shows what is taken.
         max_memory: Bytes that may be held until the clip factors are known; without it there is no bound. What does
             not fit is let go, and comes back in a second backward through the same graph, in which hooks and
-            custom functions run again. 0 holds nothing but parameters of one example's size.
+            custom functions run again. 0 holds nothing.
 
     Raises:
         ExtensionError: If an extension is no instance of `Extension`, two share a field, or contexts are nested.

@@ -159,6 +159,7 @@ def _as_many_each(total: float, targets: Tensor, ignored: Tensor, n: int) -> boo
 
 
 def number_of_examples(found: Walk) -> int:
+    """The number that all forwards of the loss share."""
     sizes = {tap.record: tap.record.n for tap in found.taps}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"`{record.root_name}` with {n}" for record, n in sizes.items())

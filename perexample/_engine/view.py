@@ -13,6 +13,16 @@ from ..terms import Term, combine
 _TINY = 1e-30  # a weight below this loses digits in float32
 
 
+_LET_GO = (
+    "gradients are let go when `compute` has seen them; set joint = True on the extension to ask for them in `finish`, "
+    "and ask for nothing after `let_go`"
+)
+_POSTPONED = (
+    "with perex(max_memory=...) only norms and sums are there in `finish`; ask for gradients in `compute`, or leave "
+    "max_memory out"
+)
+
+
 class Weights:
     """Weights ``[N]`` of a sum over examples, with what has to be known of them, found out once.
 
@@ -63,6 +73,8 @@ class ParameterView:
         param: The parameter.
         n: Number of examples N.
         forwards: Tokens of the forwards that the loss depends on, the same for all views of a backward.
+        late: Sums that were asked for in `Extension.finish` and are filled in after it, with their weights.
+        users: How many joint extensions have not let go yet.
     """
 
     def __init__(
@@ -79,7 +91,7 @@ class ParameterView:
         self._dtype = torch.promote_types(param.dtype, torch.float32)
         self._scale, self._choice = scale, choice or Choice()
         self.late: list[tuple[Tensor, Weights]] = []  # sums that are filled in after `finish`
-        self._postponed = False
+        self._gone = ""  # why nothing can be asked any more
         self._doubtful: Tensor | None = None
         self.users = 0  # joint extensions that may still ask
         self._terms: list[Term] = []
@@ -93,8 +105,8 @@ class ParameterView:
         self._combined = self._grad_batch = self._l2 = None
 
     def drop(self) -> None:
-        """Let go of everything that is held; only what was computed already can be asked for again."""
-        self._terms, self._combined, self._grad_batch, self._l2 = [], None, None, None
+        """Let go of everything that is held but norms; to ask for more is an error."""
+        self._terms, self._combined, self._grad_batch, self._gone = [], None, None, _LET_GO
 
     def held(self) -> int:
         """Bytes of what is kept for the end."""
@@ -102,14 +114,15 @@ class ParameterView:
 
     def postpone(self) -> None:
         """Let go of all but the norms; sums that are asked for are filled in when the terms have come again."""
-        self._postponed, self._doubtful = True, None if self.term is None else self.term.doubtful
-        self._terms, self._combined, self._grad_batch = [], None, None
+        self._doubtful = None if self.term is None else self.term.doubtful
+        self.drop()
+        self._gone = _POSTPONED
 
     def fulfil(self) -> None:
         """Fill in the sums that were asked for, now that the terms are there again."""
+        self._gone = ""
         if self.term is not None:
             self.term.doubtful = self._doubtful
-        self._postponed = False
         for out, w in self.late:
             out.add_(self.weighted_sum(w))
         self.late = []
@@ -136,7 +149,7 @@ class ParameterView:
     def grad_batch(self) -> Tensor:
         """Gradients of the examples' own losses, ``[N, *p.shape]``."""
         if self._grad_batch is None:
-            self._refuse_postponed("grad_batch")
+            self._refuse_gone("grad_batch")
             term = self.term
             if term is None:
                 self._grad_batch = self.zeros(self.n, *self.param.shape)
@@ -147,6 +160,7 @@ class ParameterView:
     def batch_l2(self) -> Tensor:
         """Their squared L2 norms, ``[N]``, in float64."""
         if self._l2 is None:
+            self._refuse_gone("batch_l2")
             term = self.term
             if term is None:
                 self._l2 = self.zeros(self.n, dtype=torch.float64)
@@ -165,9 +179,11 @@ class ParameterView:
             The sum, in at least float32.
         """
         term, w = self.term, w if isinstance(w, Weights) else Weights(w)
-        if self._postponed and not w.none:
+        if self._gone == _POSTPONED and not w.none:
             self.late.append((self.zeros(*self.param.shape), w))
             return self.late[-1][0]
+        if self._gone != _POSTPONED:
+            self._refuse_gone("weighted_sum")
         if term is None or w.none:
             return self.zeros(*self.param.shape)
         device, dtype = self.param.device, term.dtype
@@ -189,15 +205,12 @@ class ParameterView:
             total = total + _sum(term.select(doubtful).double(), None, values[doubtful].double())
         return total.to(self._dtype)
 
-    def _refuse_postponed(self, what: str) -> None:
-        if self._postponed:
-            raise ExtensionError(
-                f"`{what}` of `{self.name}` was asked for in `finish`, but with perex(max_memory=...) it is gone by "
-                f"then; ask in `compute`, or leave max_memory out."
-            )
+    def _refuse_gone(self, what: str) -> None:
+        if self._gone:
+            raise ExtensionError(f"`{what}` of `{self.name}` was asked for too late: {self._gone}.")
 
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""
-        self._refuse_postponed("batch_dot")
+        self._refuse_gone("batch_dot")
         term = self.term
         return self.zeros(self.n, self.n) if term is None else term.batch_dot() * self._scale**2

@@ -27,9 +27,10 @@ from .._conv import (
     windows,
 )
 from .._norms import gram_norms, norms_of
+from .._trust import TRUSTED, inner, unit_of_products
 from ..methods import ROOM, Method
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
-from ..terms import TRUSTED, Dense, Formed, Outer, Term, blockwise, inner, keeping, remembering, unit_of_products
+from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -92,7 +93,7 @@ class Windows(Term):
         """The gradients, by the method that the model holds for the fastest."""
         if not self.n:
             return self.g.new_zeros(0, *self.shape)
-        return self._likeliest().formed().dense()
+        return self._likeliest().form(self).dense()
 
     def _likeliest(self) -> _Way:
         """The way that the model holds for the fastest."""
@@ -138,14 +139,16 @@ class Windows(Term):
         grid = products * self._pixels() / max(1, length * math.prod(self.geometry.stride))
         unfolded = n * groups * length * self.shape[1:].numel()
         ways = [
-            _Way(self, "kernel offsets", self._by_offsets, grid, 2 * size + self.x.numel() + self.g.numel(), 2 * taps),
-            _Way(self, "unfolded", self._by_unfolding, products, 2 * size + 3 * unfolded, 8),
+            _Way(
+                self, "kernel offsets", Windows._by_offsets, grid, 2 * size + self.x.numel() + self.g.numel(), 2 * taps
+            ),
+            _Way(self, "unfolded", Windows._by_unfolding, products, 2 * size + 3 * unfolded, 8),
         ]
         if drift < _MOST_DRIFT:
             small = math.prod(self.geometry.kernel) * 50 / max(1, length)
             ways += [
-                _Way(self, "one by one", self._one_by_one, products, 3 * size, 4 * n, drift),
-                _Way(self, "examples as groups", self._as_groups, products * (1 + small), 2 * size, 3, drift),
+                _Way(self, "one by one", Windows._one_by_one, products, 3 * size, 4 * n, drift),
+                _Way(self, "examples as groups", Windows._as_groups, products * (1 + small), 2 * size, 3, drift),
             ]
         return ways
 
@@ -175,7 +178,7 @@ class Windows(Term):
 
     def _dropped(self) -> tuple[Tensor, Term]:
         way = self._likeliest()
-        return blockwise(self, lambda term: getattr(term, way.formed.__name__)().dense(), way.drift)
+        return blockwise(self, lambda term: way.form(term).dense(), way.drift)
 
     def magnitude(self) -> Tensor:
         """``sum_l |g_n[l]| |window_n[l]|``; the windows' norms are a convolution of the squares with ones."""
@@ -208,21 +211,25 @@ class _Way:
     """One way to form the gradients of a convolution.
 
     Attributes:
-        formed: Forms them.
-        method: The norms of what was formed.
+        form: Forms them.
         drift: Share of a sum that it may be off by.
+        method: The norms of what was formed.
     """
 
     def __init__(
-        self, term: Windows, name: str, formed: Callable[[], Formed], products: float, moved: float, calls: int,
+        self,
+        term: Windows,
+        name: str,
+        form: Callable[[Windows], Formed],
+        products: float,
+        moved: float,
+        calls: int,
         drift: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.formed, self.drift = formed, drift
+    ) -> None:
+        self.form, self.drift = form, drift
         size = term.n * term.shape.numel()
-        self.method = Method(
-            f"per-example gradients, {name}", lambda: keeping(term, formed(), drift), products, moved + size, calls + 4,
-            size,
-        )  # fmt: skip
+        name = f"per-example gradients, {name}"
+        self.method = Method(name, lambda: keeping(term, form(term), drift), products, moved + size, calls + 4, size)
 
 
 def _padding(module: Any) -> list[tuple[int, int]]:

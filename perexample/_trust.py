@@ -1,0 +1,96 @@
+"""Which float32 norms can be trusted: they are raised by what rounding may have taken off, or computed in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._norms import BLOCK, squared_norms
+
+if TYPE_CHECKING:
+    from .terms import Term
+
+
+def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """Norms of gradients that were formed: raised by rounding, and computed in float64 where they are in doubt.
+
+    Returns:
+        The squared norms, and which were in doubt, if any.
+    """
+    bound = term.magnitude_bound()
+    raised, doubtful = direct_norms(l2, bound, drift, term.dtype)
+    if doubtful.any():  # the bound costs little, the magnitude itself is closer
+        rows = doubtful.clone()
+        raised[rows], doubtful[rows] = direct_norms(l2[rows], term.select(rows).magnitude(), drift, term.dtype)
+    return mended(term, raised, doubtful)
+
+
+def inner(term: Term, l2: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Norms from inner products of factors, raised by what rounding may have taken off.
+
+    Each product is off by a share of about ``sqrt(length) eps``, in all directions unless the factors are all alike;
+    that adds up to `Term.unit` of the squared magnitude. Where that is more than `TRUSTED` of the squared norm, the
+    positions cancel and the norm is in doubt. Where they point one way instead, sums of products drift a little.
+
+    Returns:
+        The squared norms, and which were in doubt, if any.
+    """
+    unit, drift = term.unit(), _DRIFT * torch.finfo(term.dtype).eps
+
+    def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        error = unit * magnitude.square()
+        raised = l2 + torch.maximum(error, drift * l2)
+        return raised, ~(error <= TRUSTED * raised) | ~torch.isfinite(l2)
+
+    raised, doubtful = judged(l2, term.magnitude_bound())
+    if doubtful.any():
+        rows = doubtful.clone()
+        raised[rows], doubtful[rows] = judged(l2[rows], term.select(rows).magnitude())
+    return mended(term, raised, doubtful)
+
+
+TRUSTED = 1e-4  # share of a squared norm that rounding may account for before it is computed again in float64
+_DRIFT = 25  # units of rounding by which sums of like products may be too small
+
+
+def unit_of_products(dtype: torch.dtype, positions: int, outputs: int, inputs: int) -> float:
+    """`Term.unit` of a sum of outer products: errors of single products average out over many positions."""
+    return torch.finfo(dtype).eps / 2 * max(1.0, (math.sqrt(outputs) + math.sqrt(inputs)) / max(1, 2 * positions))
+
+
+def mended(term: Term, l2: Tensor, doubtful: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Replace the norms that are in doubt by ones of gradients that are formed in float64."""
+    if not doubtful.any():
+        return l2, None
+    chosen = term.select(doubtful).double()
+    parts = [squared_norms(chosen.select(one).dense()) for one in blocks(chosen)]
+    return l2.masked_scatter(doubtful, torch.cat(parts)), doubtful
+
+
+def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared norms of gradients that were formed, raised by what rounding may have taken off.
+
+    Errors of a formed gradient are of two kinds. Where all its pieces point one way, sums that run over many at once
+    drift by a share of the result, at most ``drift``. Else they are about one unit of rounding of the ``magnitude``,
+    the sum of the norms of the pieces; where that is no longer small, the pieces cancel and the norm is in doubt.
+
+    Returns:
+        Squared norms, and which of them are in doubt.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    norms, error = l2.sqrt(), unit * magnitude
+    doubtful = ~(error <= _TRUSTED_SHARE * norms) | ~torch.isfinite(l2)
+    return (norms * (1 + drift) + error).square(), doubtful
+
+
+_TRUSTED_SHARE = 2e-5  # share of a norm that rounding may account for before it is computed again in float64
+
+
+def blocks(term: Term) -> list[Tensor]:
+    """Masks that cut the examples into blocks whose gradients are small enough to form."""
+    per_block = max(1, BLOCK // max(1, term.shape.numel()))
+    position = torch.arange(term.n)
+    return [(position >= start) & (position < start + per_block) for start in range(0, term.n, per_block)]
