@@ -125,7 +125,8 @@ def largest(peak: Callable[[int], float], limit: float, start: int = 2, tries: i
     while high[1] <= limit and tries > 0:
         slope = (high[1] - low[1]) / (high[0] - low[0])
         guess = high[0] + int((limit - high[1]) / slope * 1.05) if low[0] and slope > 0 else 2 * high[0]
-        low, high = high, ((n := max(guess, high[0] + 1)), peak(n))
+        n = min(max(guess, high[0] + 1), 4 * high[0])  # small batches do not show the slope yet
+        low, high = high, (n, peak(n))
         tries -= 1
     while high[1] > limit and high[0] - low[0] > max(1, 0.03 * low[0]) and tries > 0:
         share = (limit - low[1]) / (high[1] - low[1])
