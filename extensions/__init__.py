@@ -5,6 +5,7 @@ if __name__ != "perexample.extensions":
         "Import perexample.extensions instead of extensions; this folder is a part of the package perexample."
     )
 
+from .adaptive_clipped_grad import AdaptiveClippedGrad
 from .batch_dot_grad import BatchDotGrad
 from .batch_grad import BatchGrad
 from .batch_l2_grad import BatchL2Grad
@@ -14,6 +15,7 @@ from .sum_grad_squared import SumGradSquared
 from .variance import Variance
 
 __all__ = [
+    "AdaptiveClippedGrad",
     "Automatic",
     "BatchDotGrad",
     "BatchGrad",

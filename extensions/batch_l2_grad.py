@@ -1,9 +1,9 @@
 """Squared norms of per-example gradients."""
 
+import torch
 from torch import Tensor
 
 from perexample.extension import Extension, ParameterView
-from perexample.rule import at_least_float32
 
 
 class BatchL2Grad(Extension):
@@ -33,4 +33,4 @@ class BatchL2Grad(Extension):
 
     def compute(self, view: ParameterView) -> Tensor:
         """The view's squared norms, in the parameter's precision."""
-        return view.batch_l2().to(at_least_float32(view.param.new_empty(0)).dtype)
+        return view.batch_l2().to(torch.promote_types(view.param.dtype, torch.float32))

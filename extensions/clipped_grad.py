@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,7 @@ class ClippedGrad(Extension):
         self._entries: dict[int, _Entry] = {}
         self._forwards: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._repeats = 1  # most backwards through one forward since the sum began
+        self._examples = 0
         self._staged = _Staged({})
         self._warned = False
 
@@ -139,6 +141,25 @@ class ClippedGrad(Extension):
                 f"known after the first backward; run one before you ask."
             )
         return self._repeats * math.sqrt(sum(bound**2 for bound in self._bounds.values()))
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in the sums under way; 0 once they are used or forgotten."""
+        return self._examples if any(not entry.used for entry in self._entries.values()) else 0
+
+    def noise_share(self, noise_multiplier: float) -> float:
+        """Noise multiplier for the sums if a step as a whole is to cost ``noise_multiplier``: all of it."""
+        return noise_multiplier
+
+    def after_step(self, draw: Callable[[float], float], processes: Any) -> None:
+        """What a private optimizer calls when it has taken its step; nothing here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, for ``optimizer.state_dict()``: nothing, as C does not change."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
 
     def zero_grad(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Forget the sums so far, of these parameters or of all."""
@@ -192,7 +213,7 @@ class ClippedGrad(Extension):
         for group, vs in members.items():
             weights = Weights(self._weights(staged.group_norms[group], finite, self._bound(group)))
             for view in vs:
-                value = self._accumulated(view, view.weighted_sum(weights))
+                value = self._accumulated(view, view.summed(weights))
                 view.let_go()
                 staged.entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
                 results[view.name] = value
@@ -205,7 +226,9 @@ class ClippedGrad(Extension):
         self._bounds = staged.bounds
         if not staged.continued:
             self._forwards.clear()
-            self._repeats = 1
+            self._repeats, self._examples = 1, 0
+        if not staged.forwards or not all(forward in self._forwards for forward in staged.forwards):
+            self._examples += 0 if staged.norms is None else len(staged.norms)
         for forward in staged.forwards:
             self._forwards[forward] = self._forwards.get(forward, 0) + 1
             self._repeats = max(self._repeats, self._forwards[forward])

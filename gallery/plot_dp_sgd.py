@@ -14,27 +14,18 @@ clipped gradients are added up, and Gaussian noise in proportion to C hides what
 # The parts
 # ---------
 #
-# The helpers are those of the training script, ``gallery/training/digits.py``: data, network, Poisson batches, and the
-# calibration of the noise with Google's ``dp-accounting``.
+# Data and network are those of the training script, ``gallery/training/digits.py``. ``make_private`` calibrates the
+# noise to the privacy budget (with Google's ``dp-accounting``), and makes a loader of Poisson samples: every image is in
+# a batch with the same probability, by itself.
 
 import matplotlib.pyplot as plt
 import torch
-from digits import (
-    accuracy,
-    epsilon_spent,
-    load_data,
-    make_model,
-    noise_multiplier_for,
-    parse_arguments,
-    train_private,
-)
+from digits import accuracy, load_data, make_model, parse_arguments, train_private
+
+from perexample.privacy import epsilon
 
 options = parse_arguments(["--lr", "1"])
 data = load_data()
-rate = options.batch_size / len(data.x)
-steps = round(options.epochs / rate)
-sigma = noise_multiplier_for(options.epsilon, options.delta, rate, steps)
-print(f"{steps} steps, sample rate {rate:.3f}, noise multiplier {sigma:.3f}")
 
 # %%
 # The loop
@@ -42,8 +33,8 @@ print(f"{steps} steps, sample rate {rate:.3f}, noise multiplier {sigma:.3f}")
 #
 # .. literalinclude:: ../../gallery/training/digits.py
 #    :pyobject: train_private
-#    :start-at: model = extend
-#    :end-at: optimizer.step()
+#    :end-at: private.step()
+#    :dedent: 4
 #
 # Three things to note:
 #
@@ -54,20 +45,10 @@ print(f"{steps} steps, sample rate {rate:.3f}, noise multiplier {sigma:.3f}")
 #   private, and an empty batch still makes a step, of noise alone.
 
 model = make_model("cnn28", seed=0)
-history = train_private(
-    model,
-    data,
-    noise_multiplier=sigma,
-    rate=rate,
-    steps=steps,
-    lr=options.lr,
-    momentum=options.momentum,
-    max_norm=options.max_norm,
-    seed=0,
-)
-epsilon = epsilon_spent(sigma, rate, steps, options.delta)
-print(f"test accuracy {accuracy(model, data.x_test, data.y_test):.1%} at epsilon {epsilon:.2f}")
-assert epsilon <= options.epsilon
+history, private = train_private(model, data, options)
+print(private)
+print(f"test accuracy {accuracy(model, data.x_test, data.y_test):.1%} at epsilon {private.epsilon():.2f}")
+assert private.epsilon() <= options.epsilon
 assert accuracy(model, data.x_test, data.y_test) > 0.85
 
 # %%
@@ -77,8 +58,9 @@ assert accuracy(model, data.x_test, data.y_test) > 0.85
 # Loss and norms are those of the private images without noise. They are shown to learn from; a real run must not
 # release them.
 
-every = range(0, steps + 1, max(1, steps // 12))
-spent = [epsilon_spent(sigma, rate, t, options.delta, interval=1e-3) for t in every]
+every = range(0, private.steps + 1, max(1, private.steps // 12))
+settings = {"noise_multiplier": private.noise_multiplier, "sample_rate": private.sample_rate}
+spent = [epsilon(options.delta, steps=t, **settings) for t in every]
 
 figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")
 axes[0, 0].plot(history.loss)

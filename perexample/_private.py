@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -252,6 +253,33 @@ def has_hook(module: nn.Module, kind: type) -> bool:
     return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
 
 
+def shards(model: nn.Module) -> dict[int, tuple[Tensor, nn.Parameter]]:
+    """Parameters that FSDP2 (``fully_shard``) keeps in shards: what is computed with, and what the optimizer holds.
+
+    Returns:
+        Both, by the identity of either, since the model shows now the one and now the other. Before the first forward
+        they are the same.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not there yet: nothing is sharded
+    kind: Any = getattr(fsdp, "FSDPModule", ())
+    found: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    for module in model.modules() if kind else ():
+        if isinstance(module, kind):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for kept in [kept for group in groups if group is not None for kept in group.fsdp_params]:
+                own = kept.sharded_param
+                whole = getattr(kept, "_unsharded_param", own)  # made in the first forward
+                if not kept.is_dtensor:  # else not whole even then: tensor-parallel
+                    found[id(whole)] = found[id(own)] = whole, own
+    return found
+
+
+def laid_out_in_one(param: Tensor) -> bool:
+    """Whether a parameter is all those of a model in one, as FSDP1 (``FullyShardedDataParallel``) makes it."""
+    return bool(getattr(param, "_is_flat_param", False))
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Parameters owned directly, by name; unlike ``named_parameters`` it keeps one parameter under two names."""
     return module._parameters
@@ -302,3 +330,22 @@ def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
     for name in _HOOK_TABLES:
         for key in ids:
             getattr(module, name).pop(key, None)
+
+
+_MT_STATE = slice(24, 24 + 8 * 624)  # where the bytes of a CPU generator's state hold the Mersenne twister's 624 words
+
+
+def system_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that nobody can repeat.
+
+    ``Generator.seed`` uses 32 bits on CPU, so that all its streams can be tried; here the whole state is random.
+    """
+    generator = torch.Generator(device)
+    generator.seed()
+    if generator.device.type == "cpu":
+        state = generator.get_state()
+        words = torch.zeros(624, 8, dtype=torch.uint8)
+        words[:, :4] = torch.frombuffer(bytearray(os.urandom(4 * 624)), dtype=torch.uint8).view(624, 4)
+        state[_MT_STATE] = words.flatten()
+        generator.set_state(state)
+    return generator

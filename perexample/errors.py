@@ -40,6 +40,10 @@ class StaleGradientError(PerExampleError):
     """A clipped sum is missing, was used already, or belongs to a state that no longer exists."""
 
 
+class PrivacyBudgetError(PerExampleError):
+    """Another step would cost more privacy than was planned."""
+
+
 class CheckFailedError(PerExampleError):
     """`check` found a difference; the report is in the attribute ``report``."""
 

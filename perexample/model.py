@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from ._engine.backward import FIELDS
+from ._engine.coverage import COMPUTES_WITH_PARTS
 from ._engine.record import ROOTS, Enter, Exit
-from ._private import remove_hooks
+from ._private import remove_hooks, shards
+from ._shards import is_sharded
 from .errors import ConfigurationError, UnsupportedModuleError
 from .rule import can_refuse, refusal
 
@@ -43,8 +45,12 @@ def extend(model: M, *, batch_dim: int = 0) -> M:
     if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
         raise ConfigurationError(f"batch_dim must be an axis number 0, 1, ..., not {batch_dim!r}.")
     named = list(model.named_modules())
+    managed = shards(model)
     for path, module in named:
         _refuse(path or type(module).__name__, module)
+        for name, p in module.named_parameters(recurse=False):
+            if is_sharded(p) and id(p) not in managed:
+                raise UnsupportedModuleError(f"`{path}` ({type(module).__name__}): `{name}` {COMPUTES_WITH_PARTS}.")
     for path, module in named:
         remove_hooks(module, (Enter, Exit))
         if next(module.parameters(), None) is not None or can_refuse(module):
@@ -83,6 +89,11 @@ def _refuse(path: str, module: Any) -> None:
         )
     if kind == "OptimizedModule":
         raise UnsupportedModuleError(f"`{path}` is a compiled model; extend the model itself, without torch.compile.")
+    if kind == "FullyShardedDataParallel":
+        raise UnsupportedModuleError(
+            f"`{path}` ({kind}) lays all parameters out in one, which no longer shows them; use "
+            f"torch.distributed.fsdp.fully_shard (FSDP2)."
+        )
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UnsupportedModuleError(
             f"`{path}` ({kind}) copies or reduces gradients itself; call extend(model.module)."

@@ -255,6 +255,13 @@ def checked_terms(rule: Rule, call: Call, terms: Any) -> dict[str, Term]:
     return terms
 
 
+def evaluate(terms: Mapping[str, Term]) -> None:
+    """Let rules compute gradients now that would be asked for them later, when parameters may be gone."""
+    for term in terms.values():
+        if isinstance(term, _RuleTerm):
+            term.dense()
+
+
 def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
     """One entry of what a rule returned, after checking names and shape."""
     _check_names(rule, call, result, kind)

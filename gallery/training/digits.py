@@ -8,26 +8,21 @@ the epsilon and delta asked for; what is printed in the end is computed again fr
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import dp_accounting
 import torch
 import torch.nn.functional as F
-from dp_accounting import pld
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from perexample import DP_SGD, extend, perex
-from perexample.extensions import ClippedGrad
+from perexample.privacy import PoissonBatchSampler, Private, make_private
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting tells every step of its search
-
-TEST_SIZE = 297
+TRAIN_SIZE, TEST_SIZE = 1500, 297
 
 
 @dataclass(frozen=True)
@@ -97,36 +92,6 @@ def make_model(name: str, seed: int) -> nn.Module:
     return MODELS[name]()
 
 
-def poisson_batches(n: int, rate: float, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of the images of each step: every image by itself with probability ``rate``; a batch may be empty."""
-    for _ in range(steps):
-        yield torch.nonzero(torch.rand(n, generator=generator) < rate).squeeze(1)
-
-
-def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float, interval: float = 1e-4) -> float:
-    """Epsilon of DP-SGD with Poisson sampling, for adding or removing one example, by privacy loss distributions."""
-    if steps == 0:
-        return 0.0
-    if noise_multiplier == 0:
-        return float("inf")
-    accountant = pld.PLDAccountant(value_discretization_interval=interval)
-    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-    event = gaussian if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, gaussian)
-    return accountant.compose(dp_accounting.SelfComposedDpEvent(event, steps)).get_epsilon(delta)
-
-
-def noise_multiplier_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The smallest noise, to a thousandth, that keeps all steps together within epsilon and delta."""
-    low, high = 0.2, 1.0
-    while epsilon_spent(high, rate, steps, delta, interval=1e-3) > epsilon:
-        low, high = high, 2 * high
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        fits = epsilon_spent(middle, rate, steps, delta, interval=1e-3) <= epsilon
-        low, high = (low, middle) if fits else (middle, high)
-    return high
-
-
 @dataclass
 class History:
     """What happened in each step.
@@ -146,52 +111,46 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return (model(x).argmax(1) == y).float().mean().item()
 
 
-def train_private(
-    model: nn.Module,
-    data: Digits,
-    *,
-    noise_multiplier: float,
-    rate: float,
-    steps: int,
-    lr: float,
-    momentum: float,
-    max_norm: float,
-    seed: int,
-) -> History:
+def train_private(model: nn.Module, data: Digits, options: argparse.Namespace) -> tuple[History, Private]:
     """DP-SGD: Poisson samples, one backward for gradients' norms and clipped sums, noise in ``step``."""
-    model = extend(model)
-    clipping = ClippedGrad(max_norm)
-    optimizer = DP_SGD(
-        model.parameters(),
-        lr=lr,
-        momentum=momentum,
-        clipping=clipping,
-        noise_multiplier=noise_multiplier,
-        expected_batch_size=rate * len(data.x),
+    private = make_private(
+        model,
+        torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum),
+        TensorDataset(data.x, data.y),
+        target_epsilon=options.epsilon,
+        target_delta=options.delta,
+        steps=planned_steps(options),
+        batch_size=options.batch_size,
+        public_size=TRAIN_SIZE,
+        max_norm=options.max_norm,
+        sampling_generator=torch.Generator().manual_seed(options.seed),
     )
     history, started = History(), time.perf_counter()
-    sampling = torch.Generator().manual_seed(seed)
-    batches = poisson_batches(len(data.x), rate, steps, sampling)
-    for rows in tqdm(batches, total=steps, desc="private    ", unit="step", leave=False, disable=None):
-        optimizer.zero_grad()
-        with perex(clipping, grad=False):
-            loss = F.cross_entropy(model(data.x[rows]), data.y[rows])
+    for x, y in tqdm(private, total=private.planned_steps, desc="private    ", unit="step", leave=False, disable=None):
+        with private:
+            loss = F.cross_entropy(model(x), y)
             loss.backward()
-        optimizer.step()
+        private.step()
         history.loss.append(loss.item())
-        history.norms.append(clipping.norms)
+        history.norms.append(private.clipping.norms)
         history.accuracy.append(accuracy(model, data.x_test, data.y_test))
     history.seconds = time.perf_counter() - started
-    return history
+    return history, private
 
 
-def train_plain(model: nn.Module, data: Digits, *, rate: float, steps: int, seed: int) -> History:
+def planned_steps(options: argparse.Namespace) -> int:
+    """How many steps the epochs take, on average."""
+    return max(1, round(options.epochs * (0.1 if options.quick else 1) * TRAIN_SIZE / options.batch_size))
+
+
+def train_plain(model: nn.Module, data: Digits, options: argparse.Namespace) -> History:
     """The same batches without clipping and noise; without these, a smaller learning rate is the right one."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     history, started = History(), time.perf_counter()
-    batches = poisson_batches(len(data.x), rate, steps, torch.Generator().manual_seed(seed))
+    generator, steps = torch.Generator().manual_seed(options.seed), planned_steps(options)
+    batches = PoissonBatchSampler(len(data.x), options.batch_size / TRAIN_SIZE, steps, generator=generator)
     for rows in tqdm(batches, total=steps, desc="not private", unit="step", leave=False, disable=None):
-        if not len(rows):
+        if not rows:
             continue
         optimizer.zero_grad()
         loss = F.cross_entropy(model(data.x[rows]), data.y[rows])
@@ -239,40 +198,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Calibrate, train, print; returns what was printed."""
+    if options.batch_size > TRAIN_SIZE:
+        raise SystemExit(f"--batch-size {options.batch_size} is more than the {TRAIN_SIZE} training images")
     data = load_data()
-    n = len(data.x)
-    if options.batch_size > n:
-        raise SystemExit(f"--batch-size {options.batch_size} is more than the {n} training images")
-    rate = options.batch_size / n
-    steps = max(1, round(options.epochs * (0.1 if options.quick else 1) / rate))
-    started = time.perf_counter()
-    sigma = noise_multiplier_for(options.epsilon, options.delta, rate, steps)
-    print(f"{n} images, {steps} steps with sample rate {rate:.3g}, noise multiplier {sigma:.3f}", end=" ")
-    print(f"(calibrated in {time.perf_counter() - started:.1f} s)")
     model = make_model(options.model, options.seed)
-    history = train_private(
-        model,
-        data,
-        noise_multiplier=sigma,
-        rate=rate,
-        steps=steps,
-        lr=options.lr,
-        momentum=options.momentum,
-        max_norm=options.max_norm,
-        seed=options.seed,
-    )
+    history, private = train_private(model, data, options)
     result = {
         "accuracy": accuracy(model, data.x_test, data.y_test),
-        "epsilon": epsilon_spent(sigma, rate, len(history.loss), options.delta),
+        "epsilon": private.epsilon(),
         "seconds": history.seconds,
     }
+    print(
+        f"{TRAIN_SIZE} images, {private.steps} steps with sample rate {private.sample_rate:.3g}, "
+        f"noise multiplier {private.noise_multiplier:.3f}"
+    )
     print(
         f"private:     test accuracy {result['accuracy']:.1%} at epsilon {result['epsilon']:.2f}, "
         f"delta {options.delta:g}, in {history.seconds:.1f} s"
     )
     if not options.no_baseline:
         model = make_model(options.model, options.seed)
-        history = train_plain(model, data, rate=rate, steps=steps, seed=options.seed)
+        history = train_plain(model, data, options)
         result["plain_accuracy"] = accuracy(model, data.x_test, data.y_test)
         result["plain_seconds"] = history.seconds
         print(f"not private: test accuracy {result['plain_accuracy']:.1%} in {history.seconds:.1f} s")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .._placed import merged
 from .._private import version
+from .._shards import freed, is_sharded
 from .._vjp import pulled_back
-from ..errors import BatchAxisError, UncoveredParameterError
+from ..errors import BatchAxisError, ConfigurationError, UncoveredParameterError, UnsupportedModuleError
 from ..extension import Extension
 from ..methods import Choice
-from ..rule import Call, at_least_float32, checked_terms
+from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
 from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
 from .shortcuts import shortcut
@@ -54,12 +55,13 @@ class Backward:
             check_divisors(found, self.n)
         scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
-        trainable = [(p, name) for p, name in self.names.values() if p.requires_grad]
+        trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)
         self.choice = Choice(context.strategy, self.joint, least=context.max_memory is not None)
         self.held = 0  # bytes kept for the end
+        self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
-        self.views = {id(p): ParameterView(name, p, self.n, scale, forwards, self.choice) for p, name in trainable}
+        self.views = {key: ParameterView(name, p, self.n, scale, forwards, self.choice) for key, p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         for view in self.views.values():
             view.users = sum(extension.joint for extension in context.extensions)
@@ -73,6 +75,12 @@ class Backward:
             self._count({id(p) for p in source.leaves}, 1)
         self.unreached = [key for key, taps in self.pending.items() if not taps]
         self.results: dict[str, dict[int, Tensor]] = {extension.field: {} for extension in context.extensions}
+        self.sharded = {key for key, view in self.views.items() if is_sharded(view.param)}
+        if self.sharded and context.max_memory is not None:
+            raise ConfigurationError(
+                "perex(max_memory=...) runs a second backward where memory is short, which with parameters in shards "
+                "(FSDP2) all processes would have to do alike; leave max_memory out."
+            )
         self.devices = {view.param.device.type for view in self.views.values()}
 
     def _count(self, keys: set[int], step: int) -> list[int]:
@@ -130,14 +138,14 @@ class Backward:
     def _nothing_past_the_graph(self) -> Iterator[None]:
         """A backward inside of a function's own backward gives gradients to parameters that the graph does not show."""
         keys = self.unreached if self.context.grad else list(self.views)
-        params = [self.views[key].param for key in keys if key in self.views]
-        before = [(p.grad, None if p.grad is None else version(p.grad)) for p in params]
+        params = [(view.param, view.name) for key in keys if (view := self.views.get(key)) is not None]
+        before = [(p.grad, None if p.grad is None else version(p.grad)) for p, _ in params]
         yield
-        for p, (grad, count) in zip(params, before, strict=True):
+        for (p, name), (grad, count) in zip(params, before, strict=True):
             if p.grad is not grad or (grad is not None and version(grad) != count):
                 p.grad = grad
                 raise UncoveredParameterError(
-                    f"Parameter `{self.names[id(p)][1]}` was given a gradient past the graph, by a "
+                    f"Parameter `{name}` was given a gradient past the graph, by a "
                     f"torch.autograd.Function that calls backward itself (a reversible layer?), so its use cannot be "
                     f"seen. Run this part of the model without that function."
                 )
@@ -205,7 +213,16 @@ class Backward:
             g = tap.to_rows(g)
             call.saved |= {name: tap.to_rows(call.saved[name]) for name in tap.rule.batched}
         owner = tap.owner
+        sharded = tap.rule.reads_parameters and any(id(p) in self.sharded for p in tap.params.values())
+        if sharded and (self.over or any(map(freed, tap.params.values()))):
+            raise UnsupportedModuleError(
+                f"`{tap.name}` ({tap.kind}) needs its parameters for their gradients when FSDP2 has resharded them "
+                f"already, as the loss leaves out some of its outputs; use all of them, or leave this module out of "
+                f"fully_shard."
+            )
         terms = checked_terms(tap.rule, call, tap.rule.terms(call, g))
+        if sharded:
+            evaluate(terms)
         if owner is not None:
             terms = {name: term.regrouped(owner, self.n) for name, term in terms.items()}
         if STATE.listener is not None:
@@ -233,6 +250,7 @@ class Backward:
                 self.held += view.held()
 
     def _finish(self, views: list[ParameterView]) -> None:
+        self.over = True
         for tap in list(self.arrived):
             self._complete(tap)
         by_name = {view.name: view for view in views}

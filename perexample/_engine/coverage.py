@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._private import gradient_hooks, has_hook, mean_is_over
+from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, shards
+from .._shards import is_sharded
 from ..errors import (
     BatchAxisError,
     LossError,
@@ -22,18 +23,25 @@ from .walk import Walk, refuse_lost
 
 
 def parameter_names(found: Walk) -> dict[int, tuple[Tensor, str]]:
-    """All parameters of the models that take part, by identity, with their names."""
+    """All parameters of the models that take part, with their names.
+
+    Returns:
+        Them by the identity of what is computed with, another tensor where parameters are kept in shards.
+    """
     used = {id(p): p for source in found.sources.values() for p in source.leaves}
-    models = [dict(model.named_parameters()) for model in ROOTS]
-    models.sort(key=len, reverse=True)  # of a model and a part of it, both extended, the model names the parameters
+    models = [(dict(model.named_parameters()), shards(model)) for model in ROOTS]
+    models.sort(key=lambda pair: len(pair[0]), reverse=True)  # of a model and a part of it, the model names both
     names: dict[int, tuple[Tensor, str]] = {}
-    for model in models:
-        if any(id(p) in used for p in model.values()):
+    for model, sharded in models:
+        pairs = {name: sharded.get(id(p), (p, p)) for name, p in model.items()}
+        if any(id(whole) in used for whole, _ in pairs.values()):
             taken = {name for _, name in names.values()}
-            for name, own in model.items():
+            for name, (whole, own) in pairs.items():
                 while name in taken:
                     name += "'"  # a parameter of another model with the same name
-                names.setdefault(id(own), (own, name))
+                if id(own) not in sharded or whole is not own:
+                    _check_shards(name, whole, own)
+                names.setdefault(id(whole), (own, name))
     for tap in found.taps:
         for name, given in tap.params.items():
             for p in found.sources[id(given)].leaves:
@@ -41,12 +49,40 @@ def parameter_names(found: Walk) -> dict[int, tuple[Tensor, str]]:
     return names
 
 
+COMPUTES_WITH_PARTS = (
+    "is a DTensor that fully_shard (FSDP2) has not made of an ordinary parameter of this model: tensor parallelism is "
+    "not supported, and of a model that is kept in shards the whole has to be extended, not a part"
+)
+
+
+def _check_shards(name: str, whole: Tensor, own: Tensor) -> None:
+    """What is computed with must be the whole parameter, on the device where its shard is."""
+    if is_sharded(whole):
+        raise UnsupportedModuleError(f"Parameter `{name}` {COMPUTES_WITH_PARTS}.")
+    if whole.device != own.device:
+        raise UnsupportedModuleError(
+            f"Parameter `{name}` is kept on {own.device} and computed with on {whole.device}; leave "
+            f"offload_policy=CPUOffloadPolicy() out of fully_shard."
+        )
+
+
 def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, tuple[Tensor, str]]) -> None:
     """What must hold of a leaf that a tap answers for; one that took a parameter's place gets a name."""
+    if laid_out_in_one(p):
+        raise UnsupportedModuleError(
+            f"`{tap.name}` uses parameters that FullyShardedDataParallel has laid out in one; use "
+            f"torch.distributed.fsdp.fully_shard (FSDP2)."
+        )
+    if id(p) not in names and is_sharded(p):
+        raise UnsupportedModuleError(
+            f"`{tap.name}` ({tap.kind}) is handled as a whole, by repeating its forward, but its parameter `{name}` is "
+            f"kept in shards by a module inside of it; call fully_shard on `{tap.name}`, and not on its parts."
+        )
     if id(p) not in names and isinstance(p, nn.Parameter):
         raise StaleGradientError(
             f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
-            f"the forward. Replace parameters before the forward, and call extend(model) for new modules."
+            f"the forward. Replace parameters before the forward, call extend(model) for new modules, and extend the "
+            f"whole model that fully_shard was given."
         )
     if id(p) not in names:  # it took a parameter's place, as by torch.func.functional_call
         name = f"{tap.name}.{name}"
@@ -91,9 +127,10 @@ def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
 
 def _uncovered(p: nn.Parameter, found: Walk) -> PerExampleError:
     for model in ROOTS:
+        _, owner = shards(model).get(id(p), (p, p))
         for path, module in model.named_modules():
             for name, own in module.named_parameters(recurse=False):
-                if own is p:
+                if own is p or own is owner:
                     return _uncovered_at(path, name, module, found)
     return UncoveredParameterError(
         f"The loss depends on a trainable parameter of shape {list(p.shape)} that belongs to no extended model; call "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shards import is_sharded, summed_into_shards
 from ..errors import ExtensionError
 from ..methods import Choice
-from ..rule import at_least_float32
 from ..terms import Term, combine
 
 _TINY = 1e-30  # a weight below this loses digits in float32
@@ -70,7 +70,7 @@ class ParameterView:
 
     Attributes:
         name: Name of the parameter in the extended model.
-        param: The parameter.
+        param: The parameter, as the optimizer holds it; one that is kept in shards (FSDP2) is a ``DTensor``.
         n: Number of examples N.
         forwards: Tokens of the forwards that the loss depends on, the same for all views of a backward.
         late: Sums that were asked for in `Extension.finish` and are filled in after it, with their weights.
@@ -143,8 +143,7 @@ class ParameterView:
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros on the parameter's device, in at least float32."""
-        empty = at_least_float32(self.param.new_empty(0))
-        return empty.new_zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype or self._dtype, device=self.param.device)
 
     def grad_batch(self) -> Tensor:
         """Gradients of the examples' own losses, ``[N, *p.shape]``."""
@@ -204,6 +203,18 @@ class ParameterView:
         if doubtful.any():
             total = total + _sum(term.select(doubtful).double(), None, values[doubtful].double())
         return total.to(self._dtype)
+
+    def summed(self, w: Tensor | Weights) -> Tensor:
+        """`weighted_sum`, for an optimizer: of a parameter in shards over all processes, each its own shard.
+
+        Args:
+            w: Weights ``[N]`` of the examples of this process, or `Weights` made of them.
+
+        Returns:
+            The sum, in at least float32; a ``DTensor`` where the parameter is one. Then all processes must ask.
+        """
+        total = self.weighted_sum(w)
+        return summed_into_shards(total, self.param) if is_sharded(self.param) else total
 
     def _refuse_gone(self, what: str) -> None:
         if self._gone:

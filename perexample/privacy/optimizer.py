@@ -1,77 +1,130 @@
-"""Private optimizers: noise is added to clipped sums, and an ordinary torch optimizer does the step."""
+"""Making an optimizer private: noise is added to clipped sums, and the optimizer itself does the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
+from types import MethodType
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError, PerExampleError, StaleGradientError
+from ..errors import ConfigurationError, PerExampleError, StaleGradientError
+from .distributed import Processes
+from .ledger import Ledger, Release
+from .noise import Noise
+from .sampling import PhysicalBatches, PoissonBatchSampler
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
+Sampling = PoissonBatchSampler | PhysicalBatches
 _SETTINGS = ("noise_multiplier", "expected_batch_size")
+_KEY = "privacy"  # of what is added to the optimizer's state_dict
 
 
 class Clipping(Protocol):
     """What a private optimizer asks of an extension such as `ClippedGrad`."""
 
+    @property
+    def examples(self) -> int:
+        """Number of examples in the sums under way."""
+
     def sensitivity(self) -> float:
         """Bound on what one example adds to all sums together."""
+
+    def noise_share(self, noise_multiplier: float) -> float:
+        """Noise multiplier for the sums, if the step as a whole is to cost ``noise_multiplier``."""
 
     def consume(self, params: list[nn.Parameter]) -> list[Tensor]:
         """The sums, each for one step only."""
 
+    def after_step(self, draw: Callable[[float], float], processes: Processes) -> None:
+        """Prepare the next step; ``draw(std)`` is one Gaussian number."""
+
     def zero_grad(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Forget the sums so far."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
 
-class _Noise:
-    """Gaussian noise in float64 from a generator of its own, so that ``torch.manual_seed`` does not reveal it."""
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        self.given = generator
-        self.generators: dict[torch.device, torch.Generator] = {}
-
-    def like(self, tensor: Tensor, std: float) -> Tensor:
-        generator = self.given if self.given is not None else self._own(tensor.device)
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device=generator.device)
-        return noise.to(tensor.device).mul_(std)
-
-    def _own(self, device: torch.device) -> torch.Generator:
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device)
-            self.generators[device].seed()  # from the operating system
-        return self.generators[device]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
 
 
-class _Privatizer:
+class Privatizer:
     """The step pre-hook: writes ``p.grad = (clipped_sum + noise) / expected_batch_size``."""
 
-    def __init__(self, clipping: Clipping, generator: torch.Generator | None) -> None:
-        self.clipping, self.noise = clipping, _Noise(generator)
+    def __init__(
+        self, clipping: Clipping, sampler: Sampling | None, ledger: Ledger, noise: Noise, processes: Processes
+    ) -> None:
+        """Keep the parts, which know nothing of each other."""
+        self.clipping, self.sampler, self.ledger, self.noise = clipping, sampler, ledger, noise
+        self.processes = processes
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
-            raise PerExampleError(
-                f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
-                f"was added; run the backward before, and call step() without arguments."
-            )
+        """One step: check, write down, then let go of what is private."""
+        _refuse_closure(optimizer, args, kwargs)
         noise_multiplier, expected_batch_size = (_shared_setting(optimizer, name) for name in _SETTINGS)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
-        sums = self.clipping.consume(params)
-        std = noise_multiplier * self.clipping.sensitivity()
-        for p, clipped in zip(params, sums, strict=True):
-            total = clipped.double()
-            if std > 0:
-                total = total + self.noise.like(total, std)
+        with self.processes.together():
+            sums, std = self._taken(params, noise_multiplier)
+        self.processes.agree(
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=expected_batch_size,
+            std=std,
+            steps=self.ledger.steps,
+        )
+        release = Release(noise_multiplier, None if self.sampler is None else self.sampler.sample_rate)
+        with self.processes.together():
+            self.ledger.record(release)
+        totals = self.processes.total(sums, (lambda like: self.noise.like(like, std)) if std > 0 else None)
+        for p, total in zip(params, totals, strict=True):
             p.grad = (total / expected_batch_size).to(p.dtype)
         for p in frozen:
             p.grad = None
+        self.clipping.after_step(self.noise.number, self.processes)
+
+    def _taken(self, params: list[nn.Parameter], noise_multiplier: float) -> tuple[list[Tensor], float]:
+        """The sums of this process, which serve this step only, and the noise they need."""
+        examples = self.clipping.examples
+        std = self.clipping.noise_share(noise_multiplier) * self.clipping.sensitivity()
+        sums = self.clipping.consume(params)
+        if self.sampler is not None:
+            self.sampler.take(examples)
+        return sums, std
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain numbers and tensors."""
+        return {
+            "ledger": self.ledger.state_dict(),
+            "noise": self.noise.state(),
+            "clipping": self.clipping.state_dict(),
+            "sampler": None if self.sampler is None else self.sampler.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        if (self.sampler is None) != (state["sampler"] is None):
+            raise ConfigurationError(
+                f"The state was saved {'without' if state['sampler'] is None else 'with'} a sampler, and this optimizer "
+                f"was made {'without' if self.sampler is None else 'with'} one; privatize(sampler=...) must be given in "
+                f"both runs or in none."
+            )
+        self.ledger.load_state_dict(state["ledger"])
+        self.noise.set_state(state["noise"])
+        self.clipping.load_state_dict(state["clipping"])
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state["sampler"])
+
+
+def _refuse_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
+        raise PerExampleError(
+            f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
+            f"was added; run the backward before, and call step() without arguments."
+        )
 
 
 def _shared_setting(optimizer: torch.optim.Optimizer, name: str) -> float:
@@ -99,7 +152,11 @@ def privatize(
     clipping: Clipping,
     noise_multiplier: float,
     expected_batch_size: float,
+    sampler: Sampling | None = None,
+    ledger: Ledger | None = None,
     generator: torch.Generator | None = None,
+    noise: str = "torch",
+    processes: Processes | None = None,
 ) -> O:
     """Make any torch optimizer private: its steps use noisy clipped sums instead of ``p.grad``.
 
@@ -107,20 +164,34 @@ def privatize(
     every trainable parameter, where C is ``clipping.sensitivity()``. The optimizer stays what it is: learning-rate
     schedulers, ``state_dict`` and param groups work as before, and the two settings become part of the param groups.
 
+    Every step is written into a ledger before a parameter moves. With a `PoissonBatchSampler` it is written down as a
+    Poisson sample, if the examples of the backward are as many as the sampler drew; without, as a step that saw every
+    example (no amplification), which holds for any loader that gives an example at most once in a step.
+
     Args:
         optimizer: Any `torch.optim.Optimizer` whose step needs no closure.
         clipping: The `ClippedGrad` used in ``perex``.
         noise_multiplier: Standard deviation of the noise in units of C; 0 for none.
         expected_batch_size: What the sum is divided by: a public constant, such as sample rate times size of the data.
+            With several processes that of all of them together.
+        sampler: The `PoissonBatchSampler` or `PhysicalBatches` that the batches come from. With `PhysicalBatches`,
+            ``step`` and ``zero_grad`` do nothing until the last piece of a batch.
+        ledger: Where steps are written down; by default a new `Ledger`, see ``optimizer.ledger``.
         generator: Source of the noise. By default one seeded by the operating system that ``torch.manual_seed`` does
             not touch. A generator of your own makes noise repeatable, and with it the privacy void if it is known.
+        noise: ``"torch"``, or ``"os"`` for the operating system's cryptographic source; see `Noise`.
+        processes: The processes of ``torch.distributed`` that train together; by default all, where a process group
+            is initialised. Sums are added up over them, and noise is added once.
 
     Returns:
-        The same optimizer.
+        The same optimizer, with an attribute ``ledger``. Its ``state_dict`` holds ledger, sampler's position, and the
+        state of a generator that was given, under ``"privacy"``.
 
     Raises:
         ConfigurationError: For values without meaning, and optimizers that cannot be private.
-        StaleGradientError: From ``step``, if a clipped sum is missing or was used already.
+        StaleGradientError: From ``step``, if a clipped sum is missing or was used already, or the batch is not the
+            sampler's.
+        PrivacyBudgetError: From ``step``, if the ledger has a limit that is reached.
         PerExampleError: From ``step``, if it is given a closure.
 
     Guarantees:
@@ -138,7 +209,81 @@ def privatize(
         >>> with perex(clipping, grad=False):
         ...     model(torch.ones(4, 2)).mean().backward()
         >>> adam.step()
+        >>> adam.ledger
+        Ledger(1 steps of Release(noise_multiplier=1.1, sample_rate=None))
     """
+    _check_optimizer(optimizer)
+    _check_clipping(clipping)
+    ledger, source = _check_ledger(ledger), Noise(generator, noise)
+    settings = {"noise_multiplier": noise_multiplier, "expected_batch_size": expected_batch_size}
+    settings = {name: _check_setting(name, value) for name, value in settings.items()}
+    clipping.noise_share(settings["noise_multiplier"])  # raises now, if it does so at all
+    for name, value in settings.items():
+        optimizer.defaults[name] = value
+        for group in optimizer.param_groups:
+            group.setdefault(name, value)
+        _shared_setting(optimizer, name)
+    if sampler is not None:
+        _check_sampler(sampler)
+        sampler.claim()
+    privatizer = Privatizer(clipping, sampler, ledger, source, processes or Processes())
+    optimizer.register_step_pre_hook(privatizer)
+    _keep_state(optimizer, privatizer)
+    pieces = _Pieces(clipping, sampler) if isinstance(sampler, PhysicalBatches) else None
+    _clear_sums_too(optimizer, clipping, pieces)
+    if pieces is not None:
+        _step_on_the_last(optimizer, pieces)
+    _refuse_copies(optimizer)
+    optimizer.ledger = ledger  # type: ignore[attr-defined]
+    return optimizer
+
+
+def make_optimizer(cls: type[O]) -> type[O]:
+    """A private form of an optimizer class.
+
+    Its instances take what those of the class take, and by keyword what `privatize` takes.
+
+    Args:
+        cls: Any subclass of `torch.optim.Optimizer` whose step needs no closure.
+
+    Returns:
+        A subclass, named ``DP_`` and the name of the class.
+
+    Raises:
+        ConfigurationError: If it is no class of optimizers.
+
+    Example:
+        >>> from perexample import extend
+        >>> from perexample.extensions import ClippedGrad
+        >>> from perexample.privacy import make_optimizer
+        >>> model = extend(nn.Linear(2, 1))
+        >>> make_optimizer(torch.optim.Adam)(model.parameters(), lr=0.1, clipping=ClippedGrad(1.0),
+        ...                                  noise_multiplier=1.1, expected_batch_size=32).__class__.__name__
+        'DP_Adam'
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigurationError(f"make_optimizer takes a class of optimizers such as torch.optim.Adam, not {cls!r}.")
+
+    def initialize(
+        self: Any, *args: Any, clipping: Clipping, noise_multiplier: float, expected_batch_size: float, **options: Any
+    ) -> None:
+        private = {name: options.pop(name) for name in _OPTIONS & options.keys()}
+        cls.__init__(self, *args, **options)
+        privatize(
+            self,
+            clipping=clipping,
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=expected_batch_size,
+            **private,
+        )
+
+    return type(f"DP_{cls.__name__}", (cls,), {"__init__": initialize, "__doc__": f"Private `{cls.__name__}`."})
+
+
+_OPTIONS = {"sampler", "ledger", "generator", "noise", "processes"}
+
+
+def _check_optimizer(optimizer: Any) -> None:
     kind = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(f"privatize takes a torch.optim.Optimizer, not {kind}.")
@@ -146,34 +291,104 @@ def privatize(
         raise ConfigurationError(
             f"{kind} cannot be private: it needs a closure or sparse gradients; use SGD, Adam, AdamW or RMSprop."
         )
-    parts = ("sensitivity", "consume", "zero_grad")
-    if isinstance(clipping, type) or not all(callable(getattr(clipping, name, None)) for name in parts):
-        raise ConfigurationError(f"clipping must be an instance of ClippedGrad, not {clipping!r}.")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ConfigurationError(f"generator must be a torch.Generator or None, not {generator!r}.")
     if any(name in optimizer.defaults for name in _SETTINGS):
         raise ConfigurationError(f"This {kind} is private already.")
-    settings = {"noise_multiplier": noise_multiplier, "expected_batch_size": expected_batch_size}
-    for name, value in settings.items():
-        optimizer.defaults[name] = _check_setting(name, value)
-        for group in optimizer.param_groups:
-            group.setdefault(name, value)
-        _shared_setting(optimizer, name)
-    optimizer.register_step_pre_hook(_Privatizer(clipping, generator))
-    _clear_sums_too(optimizer, clipping)
-    _refuse_copies(optimizer)
-    return optimizer
 
 
-def _clear_sums_too(optimizer: torch.optim.Optimizer, clipping: Clipping) -> None:
+def _check_clipping(clipping: Any) -> None:
+    parts = ("sensitivity", "consume", "zero_grad", "noise_share", "after_step")
+    if isinstance(clipping, type) or not all(callable(getattr(clipping, name, None)) for name in parts):
+        raise ConfigurationError(f"clipping must be an instance of ClippedGrad, not {clipping!r}.")
+
+
+def _check_ledger(ledger: Any) -> Ledger:
+    if ledger is not None and not isinstance(ledger, Ledger):
+        raise ConfigurationError(f"ledger must be a perexample.privacy.Ledger, not {ledger!r}.")
+    return Ledger() if ledger is None else ledger
+
+
+def _check_sampler(sampler: Any) -> None:
+    if not isinstance(sampler, Sampling):
+        raise ConfigurationError(
+            f"sampler must be a PoissonBatchSampler or PhysicalBatches, not {type(sampler).__name__}: only these draw "
+            f"every example by itself, which is what amplification of privacy by sampling needs. Leave it out for other "
+            f"loaders; steps are then accounted without amplification."
+        )
+
+
+def _keep_state(optimizer: torch.optim.Optimizer, privatizer: Privatizer) -> None:
+    """Let ledger, noise and sampler travel in ``optimizer.state_dict()``."""
+
+    def saved(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, _KEY: privatizer.state()}
+
+    def loaded(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        if _KEY not in state:
+            raise StaleGradientError(
+                f"The state_dict has no entry {_KEY!r}: it is not that of a private optimizer, or something on the way "
+                f"has dropped it, and the steps taken before would not be accounted. Save optimizer.state_dict() whole; "
+                f"to start anew from a public optimizer's state, load it before privatize."
+            )
+        privatizer.load(state[_KEY])
+        return {key: value for key, value in state.items() if key != _KEY}
+
+    optimizer.register_state_dict_post_hook(saved)
+    optimizer.register_load_state_dict_pre_hook(loaded)
+
+
+class _Pieces:
+    """Tells the last piece of a logical batch: the one that brings the sum to the number of examples drawn."""
+
+    def __init__(self, clipping: Clipping, sampler: PhysicalBatches) -> None:
+        self.clipping, self.sampler, self.before = clipping, sampler, 0
+
+    def incomplete(self) -> bool:
+        """Whether the sum under way lacks examples of its logical batch."""
+        due = self.sampler.due()
+        return due is not None and self.clipping.examples < due
+
+    def wait(self) -> bool:
+        """Whether a step has to wait for more pieces.
+
+        Raises:
+            StaleGradientError: If nothing came since it was asked last.
+        """
+        examples = self.clipping.examples
+        if not self.incomplete():
+            self.before = 0
+            return False
+        if examples <= self.before:
+            raise StaleGradientError(
+                f"step() was called, and no example has come since the last call: {examples} of the "
+                f"{self.sampler.due()} examples of this batch are in the sum. Run the backward of every piece in "
+                f"perex(clipping), and call step() after it."
+            )
+        self.before = examples
+        return True
+
+
+def _clear_sums_too(optimizer: torch.optim.Optimizer, clipping: Clipping, pieces: _Pieces | None) -> None:
     """Let ``zero_grad`` forget clipped sums; torch has hooks for ``step``, none for ``zero_grad``."""
     plain = optimizer.zero_grad
 
     def zero_grad(set_to_none: bool = True) -> None:
         plain(set_to_none=set_to_none)
-        clipping.zero_grad([p for group in optimizer.param_groups for p in group["params"]])
+        if pieces is None or not (clipping.examples and pieces.incomplete()):
+            clipping.zero_grad([p for group in optimizer.param_groups for p in group["params"]])
 
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _step_on_the_last(optimizer: torch.optim.Optimizer, pieces: _Pieces) -> None:
+    """Let ``step`` do nothing before the last piece; torch's hooks cannot call a step off."""
+    plain = optimizer.step
+
+    def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return None if pieces.wait() else plain(*args, **kwargs)
+
+    if hasattr(plain, "_wrapped_by_lr_sched"):
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign] # schedulers need a bound method
 
 
 def _refuse_copies(optimizer: torch.optim.Optimizer) -> None:
@@ -187,74 +402,3 @@ def _refuse_copies(optimizer: torch.optim.Optimizer) -> None:
         )
 
     optimizer.__deepcopy__ = optimizer.__reduce_ex__ = refuse  # type: ignore[attr-defined, method-assign]
-
-
-class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
-    """Differentially private stochastic gradient descent.
-
-    ``torch.optim.SGD`` on ``(sum of clipped gradients + noise) / expected_batch_size``; see `privatize`, which makes
-    the same of any other optimizer. Momentum, weight decay, param groups, schedulers and ``state_dict`` are SGD's.
-
-    Args:
-        params: Parameters, or param groups, of an extended model.
-        lr: Learning rate.
-        clipping: The `ClippedGrad` used in ``perex``; holds C.
-        noise_multiplier: Standard deviation of the noise in units of C.
-        expected_batch_size: What the sum is divided by; a public constant.
-        generator: Source of the noise; see `privatize`.
-        momentum: As in SGD.
-        dampening: As in SGD.
-        weight_decay: As in SGD.
-        nesterov: As in SGD.
-        maximize: As in SGD.
-
-    Raises:
-        ConfigurationError: For values without meaning.
-        StaleGradientError: From ``step``, if a clipped sum is missing or was used already.
-
-    References:
-        Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
-
-    Example:
-        >>> from perexample import DP_SGD, extend, perex
-        >>> from perexample.extensions import ClippedGrad
-        >>> model, clipping = extend(nn.Linear(2, 1)), ClippedGrad(1.0)
-        >>> optimizer = DP_SGD(model.parameters(), lr=0.5, clipping=clipping, noise_multiplier=1.1,
-        ...                    expected_batch_size=4)
-        >>> with perex(clipping, grad=False):
-        ...     model(torch.ones(4, 2)).mean().backward()
-        >>> optimizer.step()
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        *,
-        clipping: Clipping,
-        noise_multiplier: float,
-        expected_batch_size: float,
-        generator: torch.Generator | None = None,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        maximize: bool = False,
-    ) -> None:
-        """Make an SGD optimizer private."""
-        super().__init__(
-            params,
-            lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-        )
-        privatize(
-            self,
-            clipping=clipping,
-            noise_multiplier=noise_multiplier,
-            expected_batch_size=expected_batch_size,
-            generator=generator,
-        )

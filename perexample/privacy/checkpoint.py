@@ -1,0 +1,52 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_file(state: Any, path: Path) -> None:
+    """Save with ``torch.save``, so that a crash leaves the old file or the new one.
+
+    Args:
+        state: Tensors, numbers, strings, and containers of these.
+        path: Where to.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _to_disk(path.parent)
+
+
+def load_file(path: Path) -> Any:
+    """Load what `save_file` saved; nothing in it is executed.
+
+    Args:
+        path: Where from.
+
+    Returns:
+        The state, on CPU.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """The name of a new file is on the disk when its folder is; not every system can do that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

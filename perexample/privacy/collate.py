@@ -1,0 +1,242 @@
+"""Batches without examples, and batches cut into pieces, in the structure that collating gave them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..errors import ConfigurationError
+from .sampling import _whole
+
+
+class EmptyBatches:
+    """Collates as another function does, and a batch of no examples to zero rows of the same structure.
+
+    A Poisson sample may be empty, and its step is a step like others: noise is added and the cost counted. For ``[]``
+    most functions fail. Which axis of which part counts examples is found by collating the given example once and
+    twice: tensors and numpy arrays, in tuples, namedtuples, lists, dicts, other mappings (`BatchEncoding` of
+    transformers) and dataclasses, get size 0 along the axis that doubles; lists that double become empty; what is the
+    same for both is kept.
+
+    Args:
+        collate_fn: From a list of examples to a batch; by default that of torch. For workers that are spawned it has
+            to be picklable, as everywhere.
+        example: Any item of the data set, such as ``dataset[0]``. Only its collated structure is kept.
+
+    Attributes:
+        collate_fn: The same.
+
+    Raises:
+        ConfigurationError: If ``collate_fn`` fails, or it cannot be told what no examples would give.
+
+    Example:
+        >>> from perexample.privacy import EmptyBatches
+        >>> collate = EmptyBatches(example={"x": torch.ones(3), "label": 1, "text": "a"})
+        >>> collate([])
+        {'x': tensor([], size=(0, 3)), 'label': tensor([], dtype=torch.int64), 'text': []}
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None, *, example: Any) -> None:
+        """Find the structure."""
+        if collate_fn is not None and not callable(collate_fn):
+            raise ConfigurationError(f"collate_fn must be callable or None, not {collate_fn!r}.")
+        self.collate_fn = default_collate if collate_fn is None else collate_fn
+        self._empty = _none_of(self._collated(example, 1), self._collated(example, 2), "batch")
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """Collate.
+
+        Args:
+            examples: Items of the data set; may be empty.
+
+        Returns:
+            The batch.
+        """
+        return self.collate_fn(examples) if len(examples) else _fresh(self._empty)
+
+    def _collated(self, example: Any, times: int) -> Any:
+        try:
+            return self.collate_fn([_fresh(example) for _ in range(times)])  # some functions take parts out of examples
+        except Exception as error:
+            raise ConfigurationError(
+                f"collate_fn failed for {times} x the given example, so that the structure of an empty batch is not "
+                f"known: {type(error).__name__}: {error}. Give an example as the data set gives it."
+            ) from error
+
+
+def split_batch(batch: Any, size: int) -> list[Any]:
+    """Cut a collated batch into pieces of at most ``size`` examples.
+
+    `PhysicalBatches` does this before collating and needs no such rules: the first axis of every tensor and numpy array
+    counts examples; lists and tuples that hold some are structure (as torch's collate function makes it), those of
+    other things have an entry for each example; tensors without axes, numbers and texts belong to every piece.
+
+    Args:
+        batch: Tensors and arrays, in tuples, namedtuples, lists, mappings and dataclasses.
+        size: Largest number of examples in a piece.
+
+    Returns:
+        The pieces, views of the same memory, in order; one if there are no examples.
+
+    Raises:
+        ConfigurationError: If parts differ in their number of examples, or it cannot be told.
+
+    Example:
+        >>> from perexample.privacy import split_batch
+        >>> [len(piece["x"]) for piece in split_batch({"x": torch.ones(5, 3), "y": torch.ones(5)}, 2)]
+        [2, 2, 1]
+    """
+    size = _whole("size", size, 1)
+    rows = _rows(batch, "batch")
+    if not rows:
+        raise ConfigurationError("batch has no tensor, array or list that tells the number of examples.")
+    path, examples = next(iter(rows.items()))
+    for other, count in rows.items():
+        if count != examples:
+            raise ConfigurationError(
+                f"{path} is for {examples} examples and {other} for {count}: the first axis must count examples in all "
+                f"parts of the batch. Cut it before it is collated, with PhysicalBatches."
+            )
+    if examples <= size:
+        return [batch]
+    return [_cut(batch, start, start + size, examples, "batch") for start in range(0, examples, size)]
+
+
+def _children(value: Any) -> dict[str, Any] | None:
+    """What a container holds, by how it is reached; None for anything else."""
+    if isinstance(value, Mapping):
+        return {f"[{key!r}]": child for key, child in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f".{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {f".{name}": child for name, child in zip(value._fields, value, strict=True)}
+    if isinstance(value, (list, tuple)):
+        return {f"[{i}]": child for i, child in enumerate(value)}
+    return None
+
+
+def _with_children(value: Any, children: list[Any]) -> Any:
+    """A container of the same kind that holds others."""
+    if isinstance(value, Mapping):
+        return _mapping(value, dict(zip(value, children, strict=True)))
+    if dataclasses.is_dataclass(value):
+        result = copy.copy(value)
+        for field, child in zip(dataclasses.fields(value), children, strict=True):
+            object.__setattr__(result, field.name, child)  # of frozen ones, too
+        return result
+    if hasattr(value, "_fields"):
+        return type(value)(*children)
+    return type(value)(children)
+
+
+def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    try:
+        return type(value)(items)  # type: ignore[call-arg]
+    except TypeError:  # made of something else, as defaultdict is
+        result: Any = copy.copy(value)
+        result.update(items)
+        return result
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a tensor or a numpy array, or behaves like one."""
+    return isinstance(value, Tensor) or all(hasattr(value, name) for name in ("shape", "dtype", "__array__"))
+
+
+def _none_of(one: Any, two: Any, path: str) -> Any:
+    """What no examples give, if one example gives ``one`` and two of them ``two``."""
+    if type(one) is not type(two):
+        _cannot_tell(path, one, two)
+    if _is_array(one):
+        return _no_rows(one, two, path)
+    if isinstance(one, (list, tuple)) and one and len(two) == 2 * len(one):
+        return type(one)()
+    parts, others = _children(one), _children(two)
+    if parts is None or others is None:
+        return one if _equal(one, two) else _cannot_tell(path, one, two)
+    if list(parts) != list(others):
+        _cannot_tell(path, one, two)
+    return _with_children(one, [_none_of(part, others[key], path + key) for key, part in parts.items()])
+
+
+def _no_rows(one: Any, two: Any, path: str) -> Any:
+    before, after = tuple(one.shape), tuple(two.shape)
+    differing = [axis for axis, size in enumerate(before) if (size,) != after[axis : axis + 1]]
+    if len(before) != len(after) or len(differing) > 1:
+        _cannot_tell(path, one, two)
+    if not differing:
+        return _plain(one) if bool((one == two).all()) else _cannot_tell(path, one, two)
+    axis = differing[0]
+    if after[axis] != 2 * before[axis]:
+        _cannot_tell(path, one, two)
+    return _plain(one[(slice(None),) * axis + (slice(0),)])
+
+
+def _plain(array: Any) -> Any:
+    """A copy that holds on to nothing else."""
+    return array.detach().clone() if isinstance(array, Tensor) else copy.deepcopy(array)
+
+
+def _fresh(value: Any) -> Any:
+    """A copy that shares no container and no array."""
+    if _is_array(value):
+        return _plain(value)
+    children = _children(value)
+    return value if children is None else _with_children(value, [_fresh(child) for child in children.values()])
+
+
+def _equal(one: Any, two: Any) -> bool:
+    try:
+        return bool(one is two or one == two)
+    except (RuntimeError, TypeError, ValueError):  # things that compare in ways of their own
+        return False
+
+
+def _cannot_tell(path: str, one: Any, two: Any) -> NoReturn:
+    first, second = (f"shape {list(v.shape)}" if _is_array(v) else f"a {type(v).__name__}" for v in (one, two))
+    raise ConfigurationError(
+        f"What {path} is for a batch of no examples cannot be told: it is {first} for one example and {second} for two "
+        f"that are equal, which differ otherwise than by twice as many rows. Let collate_fn itself handle []."
+    )
+
+
+def _holds_arrays(value: Any) -> bool:
+    return _is_array(value) or any(_holds_arrays(child) for child in (_children(value) or {}).values())
+
+
+def _is_list_of_examples(value: Any) -> bool:
+    """Whether it is a list of things that are not tensors, such as texts."""
+    return isinstance(value, (list, tuple)) and not hasattr(value, "_fields") and not _holds_arrays(value)
+
+
+def _rows(value: Any, path: str) -> dict[str, int]:
+    """Number of examples according to each part that tells it."""
+    if _is_array(value):
+        return {path: value.shape[0]} if len(value.shape) else {}
+    if _is_list_of_examples(value):
+        return {path: len(value)}
+    found: dict[str, int] = {}
+    for key, child in (_children(value) or {}).items():
+        found |= _rows(child, path + key)
+    return found
+
+
+def _cut(value: Any, start: int, stop: int, examples: int, path: str) -> Any:
+    if _is_array(value):
+        return value[start:stop] if len(value.shape) else value
+    if _is_list_of_examples(value):
+        return value[start:stop]
+    children = _children(value)
+    if children is None:
+        return value
+    if path != "batch" and isinstance(value, list) and len(value) == examples:
+        raise ConfigurationError(
+            f"{path} is a list of {examples} parts with tensors in a batch of {examples} examples: it cannot be told "
+            f"whether each part is of one example or of all. Cut the batch before it is collated, with PhysicalBatches."
+        )
+    return _with_children(value, [_cut(child, start, stop, examples, path + key) for key, child in children.items()])

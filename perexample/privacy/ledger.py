@@ -1,0 +1,202 @@
+"""What every step has cost, written down before the step is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError, PrivacyBudgetError, StaleGradientError
+
+
+@dataclass(frozen=True)
+class Release:
+    """The cost of one step.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise in units of the sensitivity.
+        sample_rate: Probability with which every example, by itself, was in the batch; ``None`` where that is not
+            known, and the step counts as one that saw every example.
+    """
+
+    noise_multiplier: float
+    sample_rate: float | None = None
+
+
+Runs = list[tuple[Release, int]]
+
+
+class Ledger:
+    """All steps that were taken, with what each cost.
+
+    A private optimizer writes each entry BEFORE it moves a parameter, so that a crash can make it count too many steps,
+    never too few. The ledger travels in ``optimizer.state_dict()``.
+
+    Args:
+        path: A file to which every entry is added, and forced to the disk, as well. With it, steps that were taken
+            after the last checkpoint are still known after a crash. An existing file is continued.
+        write: Whether this process adds to the file; of several processes one does, and all read it.
+        limit: Number of steps that may be taken; the one after is an error. `make_private` sets it.
+
+    Raises:
+        ConfigurationError: If the file holds something else, or ``limit`` is no positive whole number.
+
+    Example:
+        >>> from perexample.privacy import Ledger, Release
+        >>> ledger = Ledger()
+        >>> for _ in range(3):
+        ...     ledger.record(Release(noise_multiplier=1.1, sample_rate=0.01))
+        >>> ledger.steps, ledger.runs
+        (3, [(Release(noise_multiplier=1.1, sample_rate=0.01), 3)])
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, limit: int | None = None, *, write: bool = True
+    ) -> None:
+        """Continue the file, if there is one."""
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise ConfigurationError(f"Ledger(limit=...) must be a whole number of steps, 1 or more, not {limit!r}.")
+        self.limit = limit
+        self.runs: Runs = _read(Path(path)) if path is not None and Path(path).exists() else []
+        self._file = Path(path) if path is not None and write else None
+        if self._file is not None:
+            _end_with_whole_line(self._file)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps written down."""
+        return sum(count for _, count in self.runs)
+
+    def record(self, release: Release) -> None:
+        """Write down a step that is about to be taken.
+
+        Args:
+            release: What it costs.
+
+        Raises:
+            PrivacyBudgetError: If the steps that were planned have all been taken.
+        """
+        if self.limit is not None and self.steps >= self.limit:
+            raise PrivacyBudgetError(
+                f"The {self.limit} steps that were planned have been taken; another would cost more than the privacy "
+                f"budget that the noise was calibrated for. Stop here, or plan more steps (epochs) from the start."
+            )
+        if self._file is not None:
+            _append(self._file, [release])
+        _add(self.runs, release, 1)
+
+    def epsilon(self, delta: float, *, accountant: str = "pld", neighbours: str = "add-or-remove") -> float:
+        """Privacy spent by all steps so far.
+
+        Args:
+            delta: Probability with which the bound may fail.
+            accountant: ``"pld"`` (tight) or ``"rdp"``.
+            neighbours: ``"add-or-remove"`` one example, or ``"replace"`` it.
+
+        Returns:
+            An upper bound on epsilon; infinite if a step had no noise.
+        """
+        from .accounting import epsilon_of
+
+        return epsilon_of(self.runs, delta, accountant=accountant, neighbours=neighbours)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entries as plain numbers, equal ones in a row together."""
+        return {"runs": [[r.noise_multiplier, r.sample_rate, count] for r, count in self.runs]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; what this ledger knows beyond it is kept, since those steps were taken as well.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            StaleGradientError: If the entries of the two are not the same as far as both go.
+        """
+        runs: Runs = []
+        for noise_multiplier, sample_rate, count in state["runs"]:
+            _add(runs, Release(noise_multiplier, sample_rate), count)
+        short, long = sorted((self.runs, runs), key=lambda entries: sum(count for _, count in entries))
+        if not _begins_with(long, short):
+            raise StaleGradientError(
+                f"This ledger has {_count(self.runs)} steps, the state that is loaded has {_count(runs)}, and they are "
+                f"of different runs: what was spent cannot be told. Load the state into a new optimizer with a ledger "
+                f"of its own, or with the ledger file of the same run."
+            )
+        if self._file is not None:
+            _append(self._file, _expand(runs, _count(self.runs)))
+        self.runs = list(long)
+
+    def __repr__(self) -> str:
+        parts = [f"{count} steps of {release}" for release, count in self.runs]
+        return f"Ledger({', '.join(parts) or 'no steps'})"
+
+
+def _count(runs: Runs) -> int:
+    return sum(count for _, count in runs)
+
+
+def _add(runs: Runs, release: Release, count: int) -> None:
+    """Join equal entries in a row."""
+    if runs and runs[-1][0] == release:
+        runs[-1] = (release, runs[-1][1] + count)
+    elif count:
+        runs.append((release, count))
+
+
+def _expand(runs: Runs, skip: int) -> Iterable[Release]:
+    """The single entries after the first ``skip``."""
+    for release, count in runs:
+        for _ in range(max(0, count - skip)):
+            yield release
+        skip = max(0, skip - count)
+
+
+def _begins_with(long: Runs, short: Runs) -> bool:
+    """Whether the first steps of ``long`` are those of ``short``."""
+    whole, last = short[:-1], short[-1:]
+    if long[: len(whole)] != whole:
+        return False
+    if not last:
+        return True
+    (release, count), *_ = long[len(whole) :] or [(None, 0)]
+    return release == last[0][0] and count >= last[0][1]
+
+
+def _append(path: Path, releases: Iterable[Release]) -> None:
+    """One line for each, on the disk before this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        for release in releases:
+            line = json.dumps({"noise_multiplier": release.noise_multiplier, "sample_rate": release.sample_rate})
+            file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_with_whole_line(path: Path) -> None:
+    """Take off a line that a crash has cut short; its step was never taken."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _read(path: Path) -> Runs:
+    """The entries of a file. A last line without its end is of a step that was never taken: a step waits for it."""
+    runs: Runs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            entry = json.loads(line)
+            rate = entry["sample_rate"]
+            release = Release(float(entry["noise_multiplier"]), None if rate is None else float(rate))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"Ledger({str(path)!r}): line {number} is no entry of a ledger: {line!r}. Give the file of an earlier "
+                f"ledger, or a path where there is none yet."
+            ) from error
+        _add(runs, release, 1)
+    return runs

@@ -1,0 +1,156 @@
+"""The ledger: nothing is ever counted too few."""
+
+import os
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perexample import ConfigurationError, PrivacyBudgetError, StaleGradientError
+from perexample.privacy import Ledger, Release
+
+A, B, C = Release(1.0, 0.1), Release(2.0, 0.1), Release(1.0, None)
+entries = st.lists(st.sampled_from([A, B, C]), max_size=8)
+
+
+def book(releases, **options):
+    ledger = Ledger(**options)
+    for release in releases:
+        ledger.record(release)
+    return ledger
+
+
+def flat(ledger):
+    return [release for release, count in ledger.runs for _ in range(count)]
+
+
+@given(entries)
+def test_entries_are_kept_in_order_and_joined(releases):
+    ledger = book(releases)
+    assert flat(ledger) == releases
+    assert ledger.steps == len(releases)
+    assert all(one[0] != other[0] for one, other in zip(ledger.runs, ledger.runs[1:], strict=False))
+
+
+@given(entries)
+def test_state_round_trip(releases):
+    ledger, other = book(releases), Ledger()
+    other.load_state_dict(ledger.state_dict())
+    assert other.runs == ledger.runs
+
+
+def test_the_state_is_plain(tmp_path):
+    torch.save(book([A, A, C]).state_dict(), tmp_path / "state.pt")
+    other = Ledger()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.runs == [(A, 2), (C, 1)]
+
+
+@given(entries, entries)
+def test_what_is_known_beyond_a_state_is_kept_and_other_histories_are_refused(mine, theirs):
+    ledger, state = book(mine), book(theirs).state_dict()
+    n = min(len(mine), len(theirs))
+    if mine[:n] == theirs[:n]:
+        ledger.load_state_dict(state)
+        assert flat(ledger) == max(mine, theirs, key=len)
+    else:
+        with pytest.raises(StaleGradientError, match="of different runs"):
+            ledger.load_state_dict(state)
+        assert flat(ledger) == mine
+
+
+@settings(max_examples=30)
+@given(entries, entries)
+def test_a_file_is_continued(tmp_path_factory, first, second):
+    path = tmp_path_factory.mktemp("ledger") / "steps.jsonl"
+    book(first, path=path)
+    again = book(second, path=path)
+    assert flat(again) == first + second
+    assert flat(Ledger(path)) == first + second
+
+
+@given(entries)
+def test_a_file_takes_up_what_a_state_knows(tmp_path_factory, releases):
+    path = tmp_path_factory.mktemp("ledger") / "steps.jsonl"
+    Ledger(path).load_state_dict(book(releases).state_dict())
+    assert flat(Ledger(path)) == releases
+
+
+def test_a_reader_does_not_write(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    book([A], path=path)
+    reader = book([B], path=path, write=False)
+    assert flat(reader) == [A, B]
+    assert flat(Ledger(path)) == [A]
+
+
+def test_a_line_cut_short_is_of_a_step_never_taken(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    book([A, B], path=path)
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for length in range(first, len(whole)):
+        path.write_bytes(whole[:length])
+        assert flat(book([C], path=path)) == [A, C]
+        assert flat(Ledger(path)) == [A, C]
+
+
+@pytest.mark.parametrize("line", ["not json", "3", "{}", '{"noise_multiplier": 1.0}', '{"noise_multiplier": "x"}'])
+def test_other_files_are_refused(tmp_path, line):
+    path = tmp_path / "other.txt"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigurationError, match=r"other\.txt.*line 1 is no entry of a ledger"):
+        Ledger(path)
+
+
+def test_the_limit():
+    ledger = book([A, A], limit=2)
+    with pytest.raises(PrivacyBudgetError, match="The 2 steps that were planned have been taken"):
+        ledger.record(A)
+    assert ledger.steps == 2
+    late = Ledger(limit=1)
+    late.load_state_dict(ledger.state_dict())
+    with pytest.raises(PrivacyBudgetError):
+        late.record(A)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "3"])
+def test_limits_without_meaning(limit):
+    with pytest.raises(ConfigurationError, match=r"Ledger\(limit=\.\.\.\)"):
+        Ledger(limit=limit)
+
+
+def test_an_entry_is_forced_to_the_disk_before_record_returns(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_size))
+    book([A, B], path=tmp_path / "steps.jsonl")
+    assert len(done) == 2
+    assert 0 < done[0] < done[1] == (tmp_path / "steps.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_while_writing(tmp_path, seed):
+    """A process that says what it is about to do and what it has done, killed from outside."""
+    script = """
+        import sys
+        from perexample.privacy import Ledger, Release
+        ledger = Ledger(sys.argv[1])
+        while True:
+            ledger.record(Release(1.0, 0.5))
+            print(ledger.steps, flush=True)
+    """
+    path = tmp_path / "steps.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for _ in range(random.Random(seed).randrange(1, 60)):
+            line = process.stdout.readline()
+        process.kill()
+        rest = process.stdout.read().split()
+    taken = int((rest or [line])[-1])
+    assert taken <= Ledger(path).steps <= taken + 1

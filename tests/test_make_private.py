@@ -1,0 +1,596 @@
+"""Sampler, ledger and optimizer together, through `make_private` and by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from perexample import DP_SGD, ConfigurationError, PrivacyBudgetError, StaleGradientError, extend, perex, privatize
+from perexample.extensions import ClippedGrad
+from perexample.privacy import (
+    EmptyBatches,
+    Ledger,
+    Noise,
+    PhysicalBatches,
+    PoissonBatchSampler,
+    Release,
+    epsilon,
+    make_optimizer,
+    make_private,
+    noise_multiplier_for,
+)
+
+N, RATE = 40, 0.25
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def data(n=N, seed=1):
+    g = generator(seed)
+    return TensorDataset(
+        torch.randn(n, 3, generator=g, dtype=torch.float64), torch.randint(0, 2, (n,), generator=g)
+    )
+
+
+def network(seed=2, dropout=0.0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2)).double()
+
+
+def private(model=None, dataset=None, make=torch.optim.SGD, **options):
+    model, dataset = model or network(), data() if dataset is None else dataset
+    settings = {
+        "batch_size": RATE * N,
+        "public_size": N,
+        "max_norm": 0.5,
+        "noise_multiplier": 1.0,
+        "target_delta": 1e-3,
+        "epochs": 3,
+        "sampling_generator": generator(3),
+        "noise_generator": generator(4),
+    } | options
+    return make_private(model, make(model.parameters(), lr=0.5), dataset, **settings)
+
+
+def run(p, epochs=1, until=None):
+    """Train; how many batches came, and at which of them a step was taken."""
+    taken = []
+    for _ in range(epochs):
+        for x, y in p.loader:
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            taken.append(p.step())
+            if until is not None and len(taken) == until:
+                return taken
+    return taken
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_bitwise(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- what it promises
+
+
+def test_the_whole_plan_is_within_the_budget_and_a_step_more_is_refused():
+    p = private(noise_multiplier=None, target_epsilon=2.0)
+    assert p.planned_steps == 12
+    assert p.noise_multiplier == noise_multiplier_for(2.0, 1e-3, sample_rate=RATE, steps=12)
+    assert p.epsilon() == 0.0
+    assert run(p, 3) == [True] * 12
+    assert p.ledger.runs == [(Release(p.noise_multiplier, RATE), 12)]
+    assert 1.9 < p.epsilon() <= 2.0
+    assert p.epsilon() == epsilon(1e-3, noise_multiplier=p.noise_multiplier, sample_rate=RATE, steps=12)
+    before = parameters(p.model)
+    with pytest.raises(PrivacyBudgetError):
+        run(p)
+    assert_bitwise(parameters(p.model), before)
+
+
+def test_batches_come_from_the_sampler_and_sums_are_divided_by_the_expected_size():
+    p = private(noise_multiplier=0.0, epochs=1)
+    reference, seen = network(), iter(PoissonBatchSampler(N, RATE, generator=generator(3)))
+    x, y = data().tensors
+    for (some, _), before in zip(p.loader, [None] * 4, strict=True):
+        rows = next(seen)
+        assert torch.equal(some, x[rows])
+        with p:
+            F.cross_entropy(p.model(x[rows]), y[rows]).backward()
+        p.step()
+        sums = [torch.zeros_like(w) for w in reference.parameters()]
+        for i in rows:
+            loss = F.cross_entropy(reference(x[i : i + 1]), y[i : i + 1])
+            grads = torch.autograd.grad(loss, list(reference.parameters()))
+            norm = torch.cat([g.flatten() for g in grads]).norm()
+            for total, g in zip(sums, grads, strict=True):
+                total += g * (0.5 / norm).clamp(max=1.0)
+        with torch.no_grad():
+            for w, total in zip(reference.parameters(), sums, strict=True):
+                w -= 0.5 * total / (RATE * N)
+        for one, other in zip(parameters(p.model), parameters(reference), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert p.epsilon() == math.inf
+
+
+@pytest.mark.parametrize("physical", [1, 3, 10, 100])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_pieces_change_nothing(physical, make):
+    whole, cut = private(make=make), private(make=make, physical_batch_size=physical)
+    assert run(whole, 3) == [True] * 12
+    taken = run(cut, 3)
+    assert sum(taken) == 12
+    assert len(taken) > 12 or physical == 100
+    assert cut.ledger.runs == whole.ledger.runs
+    for one, other in zip(parameters(whole.model), parameters(cut.model), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("physical", [None, 2])
+def test_noise_is_drawn_once_for_each_logical_batch(physical, monkeypatch):
+    drawn = []
+    like = Noise.like
+    monkeypatch.setattr(Noise, "like", lambda self, t, std: drawn.append((t.shape, std)) or like(self, t, std))
+    p = private(physical_batch_size=physical)
+    run(p)
+    assert drawn == [(w.shape, 0.5) for _ in range(4) for w in p.model.parameters()]
+
+
+def test_the_public_numbers_do_not_depend_on_the_data():
+    """F18: one example more or less."""
+    with_one, without = private(dataset=data(N)), private(dataset=data(N - 1))
+    for name in ("noise_multiplier", "sample_rate", "expected_batch_size", "planned_steps", "_plan"):
+        assert getattr(with_one, name) == getattr(without, name)
+    assert len(with_one.loader) == len(without.loader)
+    groups = [[{k: v for k, v in g.items() if k != "params"} for g in p.optimizer.param_groups] for p in (with_one, without)]
+    assert groups[0] == groups[1]
+
+
+def test_empty_batches_are_steps():
+    p = private(batch_size=0.01, public_size=100, epochs=None, steps=20)
+    before = parameters(p.model)
+    batches = iter(p.loader)
+    for _ in range(20):
+        x, y = next(batches)
+        assert x.shape == (0, 3)
+        with p:
+            F.cross_entropy(p.model(x), y).backward()
+        assert p.step()
+    assert p.steps == 20
+    assert not torch.equal(parameters(p.model)[0], before[0])
+
+
+def test_workers():
+    alone, many = private(), private(num_workers=2)
+    run(alone, 2)
+    run(many, 2)
+    assert_bitwise(parameters(alone.model), parameters(many.model))
+
+
+def test_steps_instead_of_epochs_and_a_file_for_the_ledger(tmp_path):
+    p = private(epochs=None, steps=3, ledger=tmp_path / "steps.jsonl")
+    with pytest.raises(PrivacyBudgetError):
+        run(p)
+    assert Ledger(tmp_path / "steps.jsonl").runs == [(Release(1.0, RATE), 3)]
+
+
+def test_an_extension_of_your_own_and_a_sum_loss():
+    p = private(max_norm=None, clipping=ClippedGrad(0.5, clip="automatic"), loss_reduction="sum")
+    x, y = next(iter(p.loader))
+    with p:
+        F.cross_entropy(p.model(x), y, reduction="sum").backward()
+    assert p.step()
+    assert p.clipping.norms.shape == (len(x),)
+
+
+@pytest.mark.parametrize("physical", [None, 3])
+def test_iteration_over_the_whole_plan(physical):
+    p, q = (private(epochs=2.5, physical_batch_size=physical) for _ in range(2))
+    assert p.planned_steps == 10
+    for x, y in p:
+        with p:
+            F.cross_entropy(p.model(x), y).backward()
+        p.step()
+    assert p.steps == 10
+    assert list(p) == []
+    with pytest.raises(PrivacyBudgetError):
+        run(q, 3)
+    assert_bitwise(parameters(p.model), parameters(q.model))
+
+
+def test_iteration_without_steps_does_not_go_on_for_ever():
+    with pytest.raises(StaleGradientError, match="no step was taken"):
+        for _ in private():
+            pass
+
+
+def test_repr():
+    p = private()
+    run(p, until=2)
+    assert repr(p) == (
+        "Private(SGD, noise_multiplier=1, sample_rate=0.25, expected_batch_size=10, steps=2 of 12)"
+    )
+
+
+# ------------------------------------------------------------------------------------- only what was drawn is amplified
+
+
+def by_hand(sampler=None, batches=None, **settings):
+    """Model, optimizer, clipping, loader."""
+    model, clipping, dataset = extend(network()), ClippedGrad(0.5), data()
+    optimizer = DP_SGD(
+        model.parameters(), 0.5, clipping=clipping, noise_multiplier=1.0, expected_batch_size=10, sampler=sampler, **settings
+    )
+    loader = DataLoader(dataset, batch_sampler=batches or sampler, collate_fn=EmptyBatches(example=dataset[0]))
+    return model, optimizer, clipping, loader
+
+
+def backward(model, clipping, x, y):
+    with perex(clipping, grad=False):
+        F.cross_entropy(model(x), y).backward()
+
+
+def sampler():
+    return PoissonBatchSampler(N, RATE, generator=generator(3))
+
+
+def test_without_a_sampler_nothing_is_amplified():
+    model, optimizer, clipping, _ = by_hand(batches=sampler())
+    x, y = data().tensors
+    for _ in range(4):
+        backward(model, clipping, x[:10], y[:10])
+        optimizer.step()
+    assert optimizer.ledger.runs == [(Release(1.0, None), 4)]
+    plain, amplified = (epsilon(1e-3, noise_multiplier=1.0, sample_rate=q, steps=4) for q in (None, RATE))
+    assert optimizer.ledger.epsilon(1e-3) == plain > 2 * amplified
+
+
+def test_a_batch_of_another_loader_is_refused():
+    model, optimizer, clipping, _ = by_hand(sampler())
+    x, y = data().tensors
+    backward(model, clipping, x[:10], y[:10])
+    with pytest.raises(StaleGradientError, match="did not come from this sampler"):
+        optimizer.step()
+    assert optimizer.ledger.steps == 0
+
+
+@pytest.mark.parametrize("change", [lambda x: x[1:], lambda x: torch.cat([x, x[:1]])], ids=["dropped", "repeated"])
+def test_a_batch_that_was_changed_is_refused(change):
+    model, optimizer, clipping, loader = by_hand(sampler())
+    x, y = next(iter(loader))
+    before = parameters(model)
+    backward(model, clipping, change(x), change(y))
+    with pytest.raises(StaleGradientError, match=rf"drew a batch of {len(x)} examples, the backward saw {len(change(x))}"):
+        optimizer.step()
+    assert_bitwise(parameters(model), before)
+    assert optimizer.ledger.steps == 0
+
+
+def test_a_skipped_batch_is_noticed():
+    model, optimizer, clipping, loader = by_hand(sampler())
+    batches = iter(loader)
+    first, second = next(batches), next(batches)
+    assert len(first[0]) != len(second[0])
+    backward(model, clipping, *second)
+    with pytest.raises(StaleGradientError, match="the backward saw"):
+        optimizer.step()
+
+
+def test_several_views_of_an_example_are_refused():
+    """Augmented twice, an example would have twice the sensitivity."""
+    model, optimizer, clipping, loader = by_hand(sampler())
+    x, y = next(iter(loader))
+    backward(model, clipping, x.repeat(2, 1), y.repeat(2))
+    with pytest.raises(StaleGradientError, match="the backward saw"):
+        optimizer.step()
+
+
+def test_two_backwards_of_one_forward_count_their_examples_once():
+    model, optimizer, clipping, loader = by_hand(sampler())
+    x, y = next(iter(loader))
+    with perex(clipping, grad=False):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert clipping.examples == len(x)
+    assert clipping.sensitivity() == 1.0
+    optimizer.step()
+
+
+def test_accumulation_by_hand_is_one_step():
+    model, optimizer, clipping, loader = by_hand(sampler())
+    for x, y in loader:
+        optimizer.zero_grad()
+        for rows in torch.arange(len(x)).chunk(3):
+            backward(model, clipping, x[rows], y[rows])
+        assert clipping.examples == len(x)
+        optimizer.step()
+        assert clipping.examples == 0
+    assert optimizer.ledger.runs == [(Release(1.0, RATE), 4)]
+
+
+def test_one_sampler_for_one_optimizer():
+    s = sampler()
+    by_hand(s)
+    with pytest.raises(ConfigurationError, match="belongs to another private optimizer"):
+        by_hand(s)
+
+
+@pytest.mark.parametrize("wrong", [torch.utils.data.RandomSampler(data()), [[0, 1], [2]], object()])
+def test_other_samplers_are_no_poisson_samplers(wrong):
+    with pytest.raises(ConfigurationError, match="must be a PoissonBatchSampler or PhysicalBatches"):
+        by_hand(wrong)
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_schedulers_with_pieces():
+    """Made before or after the optimizer is private, a scheduler finds the steps it looks for."""
+    for order in ("before", "after"):
+        model, clipping, dataset = extend(network()), ClippedGrad(0.5), data()
+        batches = PhysicalBatches(sampler(), 4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        make = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5)  # noqa: E731
+        scheduler = make(optimizer) if order == "before" else None
+        privatize(optimizer, clipping=clipping, noise_multiplier=1.0, expected_batch_size=10, sampler=batches)
+        scheduler = scheduler or make(optimizer)
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=EmptyBatches(example=dataset[0]))
+        for x, y in loader:
+            before = optimizer.ledger.steps
+            backward(model, clipping, x, y)
+            optimizer.step()
+            if optimizer.ledger.steps > before:
+                scheduler.step()
+        assert optimizer.ledger.steps == 4
+        assert optimizer.param_groups[0]["lr"] == 0.5 * 0.5**4
+
+
+def test_zero_grad_between_pieces_keeps_them():
+    with_it, without = private(physical_batch_size=3), private(physical_batch_size=3)
+    for x, y in with_it.loader:
+        with_it.optimizer.zero_grad()
+        with with_it:
+            F.cross_entropy(with_it.model(x), y).backward()
+        with_it.step()
+    run(without)
+    assert_bitwise(parameters(with_it.model), parameters(without.model))
+
+
+def test_a_piece_without_backward_is_an_error_and_not_a_lost_step():
+    p = private(physical_batch_size=3)
+    batches = iter(p.loader)
+    for x, y in (next(batches), next(batches)):
+        F.cross_entropy(p.model(x), y)
+        with pytest.raises(StaleGradientError, match="no example has come"):
+            p.step()
+        with p:
+            F.cross_entropy(p.model(x), y).backward()
+        assert not p.step()
+    with pytest.raises(StaleGradientError, match="no example has come"):
+        p.step()
+
+
+def test_a_piece_too_much():
+    p = private(physical_batch_size=3)
+    x, y = next(iter(p.loader))
+    with p:
+        for _ in range(20):
+            F.cross_entropy(p.model(x), y).backward()
+    with pytest.raises(StaleGradientError, match="the backward saw 60"):
+        p.step()
+
+
+# ------------------------------------------------------------------------------------------------------- save and resume
+
+
+@pytest.mark.parametrize("physical", [None, 3])
+@pytest.mark.parametrize("at", [0, 1, 3, 4, 7])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, physical, at):
+    options = {"physical_batch_size": physical, "make": torch.optim.AdamW}
+    whole = private(network(dropout=0.3), **options)
+    torch.manual_seed(9)
+    run(whole, 3)
+    first = private(network(dropout=0.3), **options)
+    torch.manual_seed(9)
+    if at:
+        run(first, 3, until=at)
+    first.save(tmp_path / "run.pt")
+    second = private(network(7, dropout=0.3), **options | {"sampling_generator": None})
+    torch.manual_seed(10)
+    second.load(tmp_path / "run.pt")
+    if physical is None:
+        while second.steps < second.planned_steps:
+            run(second)
+        assert_bitwise(parameters(whole.model), parameters(second.model))
+    else:  # masks of the pieces that came again are others
+        while second.steps < second.planned_steps:
+            run(second)
+    assert second.ledger.runs == whole.ledger.runs
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_noise_of_the_system_is_not_repeated_by_a_resumed_run(tmp_path):
+    first = private(noise_generator=None)
+    run(first, until=2)
+    first.save(tmp_path / "run.pt")
+    ends = []
+    for _ in range(2):
+        second = private(noise_generator=None)
+        second.load(tmp_path / "run.pt")
+        run(second, until=1)
+        ends.append(parameters(second.model)[0])
+    assert not torch.equal(*ends)
+
+
+def test_steps_after_the_checkpoint_stay_counted_with_a_file(tmp_path):
+    first = private(ledger=tmp_path / "steps.jsonl")
+    run(first, until=2)
+    first.save(tmp_path / "run.pt")
+    run(first, until=3)
+    second = private(ledger=tmp_path / "steps.jsonl")
+    second.load(tmp_path / "run.pt")
+    assert second.steps == 5
+
+
+def test_going_back_in_one_process_does_not_forget_steps(tmp_path):
+    p = private()
+    run(p, until=1)
+    p.save(tmp_path / "run.pt")
+    run(p, until=2)
+    p.load(tmp_path / "run.pt")
+    assert p.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"noise_multiplier": 2.0}, "noise_multiplier"),
+        ({"batch_size": 5}, "sample_rate"),
+        ({"epochs": 4}, "planned_steps"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_plan(other, name):
+    with pytest.raises(ConfigurationError, match=f"The saved run has {name}="):
+        private(**other).load_state_dict(private().state_dict())
+
+
+def test_a_state_without_ledger_is_refused():
+    model, optimizer, _, _ = by_hand(sampler())
+    plain = torch.optim.SGD(network().parameters(), 0.5).state_dict()
+    with pytest.raises(StaleGradientError, match="would not be accounted"):
+        optimizer.load_state_dict(plain)
+
+
+def test_a_state_with_and_a_run_without_a_sampler():
+    _, one, _, _ = by_hand(sampler())
+    _, other, _, _ = by_hand(batches=sampler())
+    with pytest.raises(ConfigurationError, match="saved with a sampler"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(ConfigurationError, match="saved without a sampler"):
+        one.load_state_dict(other.state_dict())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    p = private()
+    p.save(tmp_path / "run.pt")
+    old = (tmp_path / "run.pt").read_bytes()
+    run(p, until=1)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        p.save(tmp_path / "run.pt")
+    assert (tmp_path / "run.pt").read_bytes() == old
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ any optimizer
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_make_optimizer(cls):
+    made = make_optimizer(cls)
+    assert issubclass(made, cls)
+    assert made.__name__ == f"DP_{cls.__name__}"
+    model, other = extend(network()), extend(network())
+    one, two = ClippedGrad(0.5), ClippedGrad(0.5)
+    settings = {"noise_multiplier": 1.0, "expected_batch_size": 10}
+    a = made(model.parameters(), lr=0.1, clipping=one, generator=generator(), **settings)
+    b = privatize(cls(other.parameters(), lr=0.1), clipping=two, generator=generator(), **settings)
+    x, y = data().tensors
+    for _ in range(3):
+        backward(model, one, x, y)
+        backward(other, two, x, y)
+        a.step()
+        b.step()
+    assert_bitwise(parameters(model), parameters(other))
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, "Adam", torch.optim.SGD([torch.zeros(1)])])
+def test_make_optimizer_of_what_is_none(wrong):
+    with pytest.raises(ConfigurationError, match="make_optimizer takes a class of optimizers"):
+        make_optimizer(wrong)
+
+
+def test_make_optimizer_of_lbfgs():
+    model = extend(network())
+    with pytest.raises(ConfigurationError, match="needs a closure"):
+        make_optimizer(torch.optim.LBFGS)(
+            model.parameters(), clipping=ClippedGrad(1.0), noise_multiplier=1.0, expected_batch_size=1
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield 1
+
+
+class NoLength(Dataset):
+    def __getitem__(self, index):
+        return index
+
+    def __len__(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"public_size": None}, "needs public_size"),
+        ({"public_size": 5}, "batch_size=10.0 is more than public_size=5"),
+        ({"batch_size": 0}, "batch_size must be a finite number greater than 0"),
+        ({"batch_size": math.nan}, "batch_size must be"),
+        ({"public_size": "many"}, "public_size must be"),
+        ({"epochs": None}, "needs one of epochs and steps"),
+        ({"steps": 3}, "needs one of epochs and steps"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"epochs": None, "steps": 2.5}, "steps must be a whole number"),
+        ({"max_norm": None}, "needs one of max_norm and clipping"),
+        ({"clipping": ClippedGrad(1.0)}, "needs one of max_norm and clipping"),
+        ({"max_norm": -1.0}, "max_norm must be a finite number greater than 0"),
+        ({"target_epsilon": 1.0}, "needs one of target_epsilon and noise_multiplier"),
+        ({"noise_multiplier": None}, "needs one of target_epsilon and noise_multiplier"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier must be"),
+        ({"target_delta": 0.0}, "delta"),
+        ({"target_delta": 1.0}, "delta"),
+        ({"accountant": "moments"}, "accountant"),
+        ({"physical_batch_size": 0}, "size must be an integer >= 1"),
+        ({"noise": "secure"}, "'torch' or 'os'"),
+        ({"noise": "os"}, "takes no generator"),
+        ({"shuffle": True}, "option 'shuffle'"),
+        ({"drop_last": True}, "option 'drop_last'"),
+        ({"dataset": Stream()}, "Stream is no such thing"),
+        ({"dataset": NoLength()}, "dataset is empty"),
+        ({"dataset": DataLoader(data())}, "DataLoader is no such thing"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_arguments_without_meaning(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        private(**options)
+
+
+def test_the_optimizer_must_hold_the_models_parameters():
+    model, other = network(), network()
+    make = lambda *params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    settings = {"batch_size": 10, "public_size": N, "max_norm": 1.0, "noise_multiplier": 1.0, "target_delta": 1e-3}
+    with pytest.raises(ConfigurationError, match=r"`3\.bias` is trainable, and the optimizer does not have it"):
+        make_private(model, make(*list(model.parameters())[:-1]), data(), epochs=1, **settings)
+    with pytest.raises(ConfigurationError, match=r"a parameter of shape \[2\] that is not the model's"):
+        make_private(model, make(*model.parameters(), other[3].bias), data(), epochs=1, **settings)
+    with pytest.raises(ConfigurationError, match=r"optimizer must be a torch\.optim\.Optimizer, not type"):
+        make_private(model, torch.optim.SGD, data(), epochs=1, **settings)
