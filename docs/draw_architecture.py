@@ -1,4 +1,4 @@
-"""Draw the picture of the architecture: how a batch flows through taps, walk, rules, terms, views and extensions."""
+"""Draw the picture of the architecture: how a batch flows through taps, walk, rules, terms, views and extensions to a private step."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 INK = "#5b7fa6"  # readable on white and on black
-GREEN, RED, GRAY = "#4c9a6a", "#c8664f", "#8a8f98"
+GREEN, RED, GRAY, VIOLET = "#4c9a6a", "#c8664f", "#8a8f98", "#9a6fb0"
 
 
 def box(axis: plt.Axes, x: float, y: float, width: float, title: str, text: str, color: str = INK) -> None:
@@ -38,8 +38,8 @@ def main(path: Path) -> None:
     """Draw it to an SVG file."""
     plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["svg.hashsalt"] = "perexample"
-    figure, axis = plt.subplots(figsize=(10.4, 5.6))
-    axis.set(xlim=(0, 15.6), ylim=(-0.2, 8.2))
+    figure, axis = plt.subplots(figsize=(10.4, 7.4))
+    axis.set(xlim=(0, 15.6), ylim=(-2.9, 8.2))
     axis.axis("off")
     axis.text(0.2, 7.85, "forward: extend(model)", fontsize=10, color=INK)
     box(axis, 1.8, 6.7, 2.6, "model(x)", "modules as they are", GRAY)
@@ -64,11 +64,20 @@ def main(path: Path) -> None:
     box(axis, 1.8, 1.3, 2.6, "view", "a parameter: the sum\nof all its terms", RED)
     box(axis, 6.0, 1.3, 3.4, "extensions", "ask views for gradients,\nnorms, weighted sums", RED)
     box(axis, 10.4, 1.3, 3.2, "p.grad_batch ...", "p.batch_l2, p.clipped_sum", RED)
-    box(axis, 14.1, 1.3, 2.2, "optimizer", "DP_SGD: noise,\nthen a plain step", GRAY)
+    box(axis, 14.1, 1.3, 2.2, "privatize", "a hook before the\noptimizer's step", GRAY)
     arrow(axis, (1.8, 3.3), (1.8, 2.15))
     arrow(axis, (3.25, 1.3), (4.2, 1.3))
     arrow(axis, (7.85, 1.3), (8.7, 1.3))
     arrow(axis, (12.15, 1.3), (12.9, 1.3))
+    axis.text(0.2, -0.2, "private step", fontsize=10, color=VIOLET)
+    box(axis, 14.1, -1.5, 2.2, "sampler", "were as many\nexamples drawn?", VIOLET)
+    box(axis, 10.4, -1.5, 3.2, "ledger", "what the step costs,\nwritten down first", VIOLET)
+    box(axis, 6.0, -1.5, 3.4, "processes, noise", "clipped sums added up,\nnoise once, in float64", VIOLET)
+    box(axis, 1.8, -1.5, 2.6, "optimizer", "its own step on\nsum / expected size", GRAY)
+    arrow(axis, (14.1, 0.5), (14.1, -0.65))
+    arrow(axis, (12.9, -1.5), (12.15, -1.5))
+    arrow(axis, (8.7, -1.5), (7.85, -1.5))
+    arrow(axis, (4.2, -1.5), (3.25, -1.5))
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
