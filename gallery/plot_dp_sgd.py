@@ -15,8 +15,8 @@ clipped gradients are added up, and Gaussian noise in proportion to C hides what
 # ---------
 #
 # Data and network are those of the training script, ``gallery/training/digits.py``. ``make_private`` calibrates the
-# noise to the privacy budget (with Google's ``dp-accounting``), and makes a loader of Poisson samples: every image is in
-# a batch with the same probability, by itself.
+# noise to the privacy budget (with Google's ``dp-accounting``), and makes a loader of Poisson samples: every image is
+# in a batch with the same probability, by itself.
 
 import matplotlib.pyplot as plt
 import torch

@@ -339,6 +339,9 @@ def system_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that nobody can repeat.
 
     ``Generator.seed`` uses 32 bits on CPU, so that all its streams can be tried; here the whole state is random.
+
+    Returns:
+        A generator on the device.
     """
     generator = torch.Generator(device)
     generator.seed()

@@ -32,9 +32,7 @@ def generator(seed=0):
 
 def data(n=N, seed=1):
     g = generator(seed)
-    return TensorDataset(
-        torch.randn(n, 3, generator=g, dtype=torch.float64), torch.randint(0, 2, (n,), generator=g)
-    )
+    return TensorDataset(torch.randn(n, 3, generator=g, dtype=torch.float64), torch.randint(0, 2, (n,), generator=g))
 
 
 def network(seed=2, dropout=0.0):
@@ -150,7 +148,9 @@ def test_the_public_numbers_do_not_depend_on_the_data():
     for name in ("noise_multiplier", "sample_rate", "expected_batch_size", "planned_steps", "_plan"):
         assert getattr(with_one, name) == getattr(without, name)
     assert len(with_one.loader) == len(without.loader)
-    groups = [[{k: v for k, v in g.items() if k != "params"} for g in p.optimizer.param_groups] for p in (with_one, without)]
+    groups = [
+        [{k: v for k, v in g.items() if k != "params"} for g in p.optimizer.param_groups] for p in (with_one, without)
+    ]
     assert groups[0] == groups[1]
 
 
@@ -215,9 +215,7 @@ def test_iteration_without_steps_does_not_go_on_for_ever():
 def test_repr():
     p = private()
     run(p, until=2)
-    assert repr(p) == (
-        "Private(SGD, noise_multiplier=1, sample_rate=0.25, expected_batch_size=10, steps=2 of 12)"
-    )
+    assert repr(p) == ("Private(SGD, noise_multiplier=1, sample_rate=0.25, expected_batch_size=10, steps=2 of 12)")
 
 
 # ------------------------------------------------------------------------------------- only what was drawn is amplified
@@ -227,7 +225,13 @@ def by_hand(sampler=None, batches=None, **settings):
     """Model, optimizer, clipping, loader."""
     model, clipping, dataset = extend(network()), ClippedGrad(0.5), data()
     optimizer = DP_SGD(
-        model.parameters(), 0.5, clipping=clipping, noise_multiplier=1.0, expected_batch_size=10, sampler=sampler, **settings
+        model.parameters(),
+        0.5,
+        clipping=clipping,
+        noise_multiplier=1.0,
+        expected_batch_size=10,
+        sampler=sampler,
+        **settings,
     )
     loader = DataLoader(dataset, batch_sampler=batches or sampler, collate_fn=EmptyBatches(example=dataset[0]))
     return model, optimizer, clipping, loader
@@ -268,7 +272,9 @@ def test_a_batch_that_was_changed_is_refused(change):
     x, y = next(iter(loader))
     before = parameters(model)
     backward(model, clipping, change(x), change(y))
-    with pytest.raises(StaleGradientError, match=rf"drew a batch of {len(x)} examples, the backward saw {len(change(x))}"):
+    with pytest.raises(
+        StaleGradientError, match=rf"drew a batch of {len(x)} examples, the backward saw {len(change(x))}"
+    ):
         optimizer.step()
     assert_bitwise(parameters(model), before)
     assert optimizer.ledger.steps == 0

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import pathlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ import textwrap
 
 import operation_cases
 import pytest
+import scorecard
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -167,3 +169,14 @@ def test_the_folder_extensions_cannot_be_imported_by_itself():
     run = subprocess.run([sys.executable, "-c", "import extensions"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode
     assert run.stderr.strip().splitlines()[-1].startswith("ImportError: Import perexample.extensions instead")
+
+
+def test_the_scorecard_is_that_of_the_numbers():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.partition(scorecard.START)[2].partition(scorecard.END)[0].strip()
+    assert shown == scorecard.table(json.loads(scorecard.NUMBERS.read_text()))
+
+
+def test_every_fault_is_on_the_page_of_pitfalls():
+    text = (ROOT / "docs" / "pitfalls.rst").read_text()
+    assert set(map(int, re.findall(r"\bF(\d+)\b", text))) == set(range(1, 51))

@@ -270,8 +270,8 @@ def _rate(value: Any) -> float:
 
 
 def _whole(name: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ConfigurationError(f"{name} must be a whole number, {least} or more, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= 2**53:
+        raise ConfigurationError(f"{name} must be a whole number, {least} or more (up to 2^53), not {value!r}.")
     return int(value)
 
 
@@ -399,21 +399,34 @@ def _rdp_epsilon(events: tuple[Event, ...], delta: float, fine: bool) -> float:
 
 @lru_cache(maxsize=4096)
 def _divergences(noise: float, rate: float, few: bool) -> tuple[float, ...]:
-    """Renyi divergence of one step at each order."""
+    """Renyi divergence of one step at each order, rounded upwards."""
     orders, library = FEW_ORDERS if few else ORDERS, _library("dp_accounting")
     event = library.GaussianDpEvent(noise)
     accountant = _library("dp_accounting.rdp").RdpAccountant(orders)
     try:
         accountant.compose(event if rate == 1 else library.PoissonSampledDpEvent(rate, event))
-        values = [_bound(value) for value in accountant.rdp]
+        values = [max(_bound(value), 0.0) for value in accountant.rdp]
     except ArithmeticError:  # a noise so small that its square vanishes
         values = [math.inf] * len(orders)
-    return tuple(max(value, 0) + _rdp_roundoff(order) for value, order in zip(values, orders, strict=True))
+    return tuple(map(_roundoff_added, orders, _chords_taken(orders, values)))
 
 
-def _rdp_roundoff(order: float) -> float:
-    """Bound on the error of a divergence: log-gammas of the order, divided by order - 1."""
-    return 2.0**-50 * (1 + math.log(order) + 1 / (order - 1))
+def _chords_taken(orders: list[float], values: list[float]) -> list[float]:
+    """No more than the convexity of ``(order - 1) * divergence`` allows between whole orders; it is 0 at order 1."""
+    # At broken orders dp-accounting adds up a series by absolute values, which can be a thousand times too much, or it
+    # finds no convergence; whole orders are finite sums.
+    whole = {1: 0.0} | {int(a): (a - 1) * value for a, value in zip(orders, values, strict=True) if a == int(a)}
+    chords = []
+    for a, value in zip(orders, values, strict=True):
+        below, share = int(a), a - int(a)
+        chord = whole[below] + share * (whole[below + 1] - whole[below]) if share else math.inf
+        chords.append(min(value, _bound(chord / (a - 1))))
+    return chords
+
+
+def _roundoff_added(order: float, value: float) -> float:
+    """What floats may have lost: of the value, and of log-gammas of the order that cancel, divided by order - 1."""
+    return value * (1 + 2.0**-48) + 2.0**-50 * (1 + math.log(order) + 1 / (order - 1))
 
 
 def _gaussian_epsilon(distance: float, delta: float, neighbours: str) -> float:

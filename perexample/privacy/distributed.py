@@ -149,7 +149,7 @@ class Processes:
         if shards and noise is not None:
             self._refuse_equal_noise(shards)
         if self.size > 1:
-            whole = _in_buckets(whole, self._reduced)
+            _in_buckets(whole, self._reduced)
         totals, parts = iter(whole), iter(shards)
         return [next(parts).shared() if is_sharded(t) else next(totals) for t in sums]
 
@@ -243,7 +243,8 @@ class _Shard:
 
     def __init__(self, total: Any, ranks: Sequence[int]) -> None:
         """Copy the part in float64."""
-        self.total, self.mesh, self.sample = total, total.device_mesh, []
+        self.total, self.mesh = total, total.device_mesh
+        self.sample: list[float] = []
         if sorted(self.mesh.mesh.flatten().tolist()) != sorted(ranks):
             raise ConfigurationError(
                 f"Parameters are kept in shards by the processes {self.mesh.mesh.tolist()}, but those that train "
@@ -273,18 +274,25 @@ class _Shard:
         )
 
 
-def _in_buckets(tensors: list[Tensor], work: Callable[[Tensor], None]) -> list[Tensor]:
-    """Work in place on many tensors laid out in few; returns views of those."""
-    results: dict[int, Tensor] = {}
+def _in_buckets(tensors: list[Tensor], work: Callable[[Tensor], None]) -> None:
+    """Work in place on many tensors laid out in few, of which they become parts."""
     for device in {t.device: None for t in tensors}:
-        bucket: list[int] = []
         numbers = [i for i, t in enumerate(tensors) if t.device == device]
-        for last, i in enumerate(numbers, 1):
-            bucket.append(i)
-            if last == len(numbers) or sum(tensors[k].numel() for k in bucket) >= _BUCKET:
-                flat = torch.cat([tensors[k].reshape(-1) for k in bucket])
-                work(flat)
-                parts = flat.split([tensors[k].numel() for k in bucket])
-                results |= {k: part.view(tensors[k].shape) for k, part in zip(bucket, parts, strict=True)}
-                bucket = []
-    return [results[i] for i in range(len(tensors))]
+        for bucket in _parted(numbers, [tensors[i].numel() for i in numbers]):
+            flat = torch.cat([tensors[i].reshape(-1) for i in bucket])
+            work(flat)
+            parts = flat.split([tensors[i].numel() for i in bucket])
+            for i, part in zip(bucket, parts, strict=True):
+                tensors[i] = part.view(tensors[i].shape)
+
+
+def _parted(numbers: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """Runs of numbers whose sizes add up to a bucket, or all that remain."""
+    bucket, size = list[int](), 0
+    for i, more in zip(numbers, sizes, strict=True):
+        bucket, size = [*bucket, i], size + more
+        if size >= _BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket

@@ -162,8 +162,8 @@ def _begins_with(long: Runs, short: Runs) -> bool:
         return False
     if not last:
         return True
-    (release, count), *_ = long[len(whole) :] or [(None, 0)]
-    return release == last[0][0] and count >= last[0][1]
+    rest = long[len(whole) :]
+    return bool(rest) and rest[0][0] == last[0][0] and rest[0][1] >= last[0][1]
 
 
 def _append(path: Path, releases: Iterable[Release]) -> None:

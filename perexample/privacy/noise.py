@@ -49,7 +49,7 @@ class Noise:
         if source not in ("torch", "os"):
             raise ConfigurationError(f"The source of noise must be 'torch' or 'os', not {source!r}.")
         if generator is not None and source == "os":
-            raise ConfigurationError("noise='os' draws from the operating system and takes no generator; give only one.")
+            raise ConfigurationError("noise='os' draws from the operating system, and takes no generator.")
         self.given, self.source = generator, source
         self._own: dict[torch.device, torch.Generator] = {}
 

@@ -108,9 +108,9 @@ class Privatizer:
         """Continue from a state."""
         if (self.sampler is None) != (state["sampler"] is None):
             raise ConfigurationError(
-                f"The state was saved {'without' if state['sampler'] is None else 'with'} a sampler, and this optimizer "
-                f"was made {'without' if self.sampler is None else 'with'} one; privatize(sampler=...) must be given in "
-                f"both runs or in none."
+                f"The state was saved {'without' if state['sampler'] is None else 'with'} a sampler, and this "
+                f"optimizer was made {'without' if self.sampler is None else 'with'} one; privatize(sampler=...) must "
+                f"be given in both runs or in none."
             )
         self.ledger.load_state_dict(state["ledger"])
         self.noise.set_state(state["noise"])
@@ -311,8 +311,8 @@ def _check_sampler(sampler: Any) -> None:
     if not isinstance(sampler, Sampling):
         raise ConfigurationError(
             f"sampler must be a PoissonBatchSampler or PhysicalBatches, not {type(sampler).__name__}: only these draw "
-            f"every example by itself, which is what amplification of privacy by sampling needs. Leave it out for other "
-            f"loaders; steps are then accounted without amplification."
+            f"every example by itself, which is what amplification of privacy by sampling needs. Leave it out for "
+            f"other loaders; steps are then accounted without amplification."
         )
 
 
@@ -326,8 +326,8 @@ def _keep_state(optimizer: torch.optim.Optimizer, privatizer: Privatizer) -> Non
         if _KEY not in state:
             raise StaleGradientError(
                 f"The state_dict has no entry {_KEY!r}: it is not that of a private optimizer, or something on the way "
-                f"has dropped it, and the steps taken before would not be accounted. Save optimizer.state_dict() whole; "
-                f"to start anew from a public optimizer's state, load it before privatize."
+                f"has dropped it, and the steps taken before would not be accounted. Save optimizer.state_dict() "
+                f"whole; to start anew from a public optimizer's state, load it before privatize."
             )
         privatizer.load(state[_KEY])
         return {key: value for key, value in state.items() if key != _KEY}
@@ -349,6 +349,9 @@ class _Pieces:
 
     def wait(self) -> bool:
         """Whether a step has to wait for more pieces.
+
+        Returns:
+            True before the last piece.
 
         Raises:
             StaleGradientError: If nothing came since it was asked last.

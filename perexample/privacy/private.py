@@ -98,8 +98,8 @@ class Private:
                     return
             if self.steps == before:
                 raise StaleGradientError(
-                    "An epoch of batches went by, and no step was taken: run each backward in `with private:`, and call "
-                    "private.step() after it."
+                    "An epoch of batches went by, and no step was taken: run each backward in `with private:`, and "
+                    "call private.step() after it."
                 )
 
     @property
@@ -374,9 +374,9 @@ def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:
         raise ConfigurationError("make_private needs one of max_norm and clipping.")
     if clipping is not None:
         return clipping
-    from perexample.extensions import ClippedGrad  # extensions need this package first
+    from perexample.extensions import ClippedGrad  # type: ignore[import-not-found] # needs this package first
 
-    return ClippedGrad(max_norm)  # type: ignore[arg-type]
+    return ClippedGrad(max_norm)
 
 
 def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -402,13 +402,13 @@ def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 def _check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:
     if isinstance(dataset, (IterableDataset, DataLoader)) or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
-            f"dataset must have __len__ and __getitem__, and {type(dataset).__name__} is no such thing; Poisson sampling "
-            f"draws every example by its index."
+            f"dataset must have __len__ and __getitem__, and {type(dataset).__name__} is no such thing; Poisson "
+            f"sampling draws every example by its index."
         )
     if len(dataset) == 0:
         raise ConfigurationError("dataset is empty.")
     for name in sorted(_OURS & loader_options.keys()):
         raise ConfigurationError(
-            f"make_private got the DataLoader option {name!r}, which it sets itself: batches are Poisson samples of the "
-            f"expected size batch_size, in pieces of physical_batch_size."
+            f"make_private got the DataLoader option {name!r}, which it sets itself: batches are Poisson samples of "
+            f"the expected size batch_size, in pieces of physical_batch_size."
         )

@@ -41,7 +41,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
     Only the newest iteration is valid: one that began before raises an error when it is continued. A private optimizer
     that has claimed the sampler (``privatize(sampler=...)``) takes the batches one by one, in order; those that were
     drawn ahead (by workers of a loader, or before ``break``) and not taken are drawn again, alike, by the next
-    iteration. Batches drawn ahead take 5 kB each.
+    iteration of the same sampler. Batches drawn ahead take 5 kB each.
 
     Args:
         data_size: Number of examples, ``len(dataset)``; 0 gives empty batches.
@@ -68,8 +68,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     Guarantees:
         Indices are ascending and distinct. Inclusions are independent of each other and between batches, with
-        probability sample_rate up to 2^-53. The state of the generator is in `state_dict`, which is as secret as the
-        data.
+        probability sample_rate up to 2^-53. The state of a generator of yours is in `state_dict`, which is as secret as
+        the data.
 
     References:
         Mironov, Talwar and Zhang 2019, arXiv:1908.10530 (section 3.1); Zhu and Wang 2019 (Poisson subsampling).
@@ -102,7 +102,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.sample_rate = _checked_rate(sample_rate)
         self.steps = _checked_steps(steps, self.sample_rate)
         self.rank, self.world_size = _checked_shard(rank, world_size)
-        self._generator = _own_generator(generator)
+        self._generator, self._repeatable = _own_generator(generator), generator is not None
         self._pending: deque[_Drawn] = deque()  # oldest first; of a sampler that nobody claimed at most one
         self._claimed = False
         self._iteration = 0  # which of the iterations is valid
@@ -166,17 +166,20 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self._done()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw exactly those batches that were not stepped on.
+        """What a resumed run needs.
 
-        Without a private optimizer: those that were not handed out, whatever was read ahead by a loader's workers.
+        With a generator of yours it draws exactly those batches that were not stepped on (without a private optimizer:
+        not handed out). Otherwise it draws new ones: after a crash, steps that were released and are taken again with
+        other noise are accounted as independent samples, so they must be.
 
         Returns:
-            Integers, a float and a byte tensor: ``position``, the number of batches done in the iteration under way;
-            ``generator``; and the configuration. Each rank has a state of its own.
+            Integers, a float and a byte tensor or None: ``position``, the number of batches done in the iteration under
+            way; ``generator``; and the configuration. Each rank has a state of its own.
         """
         state = self._pending[0].state if self._pending else self._generator.get_state()
         configuration = {name: getattr(self, name) for name in _CONFIGURATION}
-        return {**configuration, "position": self._position % self.steps, "generator": state.clone()}
+        generator = state.clone() if self._repeatable else None
+        return {**configuration, "position": self._position % self.steps, "generator": generator}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state: the next iteration has what is left of the one under way, then whole ones follow.
@@ -190,7 +193,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         position, generator = _checked_state(state, {name: getattr(self, name) for name in _CONFIGURATION})
         self._iteration += 1
         self._pending.clear()
-        self._generator = generator
+        if generator is not None:
+            self._generator, self._repeatable = generator, True
         self._position = self._resume = position
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -411,7 +415,7 @@ def _own_generator(given: torch.Generator | None) -> torch.Generator:
     return generator
 
 
-def _checked_state(state: Any, expected: dict[str, Any]) -> tuple[int, torch.Generator]:
+def _checked_state(state: Any, expected: dict[str, Any]) -> tuple[int, torch.Generator | None]:
     """Position and generator, if the state is one of a sampler of the expected configuration."""
     names = [*_CONFIGURATION, "position", "generator"]
     if not isinstance(state, Mapping) or any(name not in state for name in names):
@@ -428,7 +432,7 @@ def _checked_state(state: Any, expected: dict[str, Any]) -> tuple[int, torch.Gen
     position = _whole("position (of the state)", state["position"], 0)
     if position >= expected["steps"]:
         raise ConfigurationError(f"position (of the state) must be less than steps, not {position}.")
-    return position, _restored(state["generator"])
+    return position, None if state["generator"] is None else _restored(state["generator"])
 
 
 def _restored(state: Any) -> torch.Generator:
