@@ -10,7 +10,7 @@ from torch import nn
 from ._engine.backward import FIELDS
 from ._engine.coverage import COMPUTES_WITH_PARTS
 from ._engine.record import ROOTS, Enter, Exit
-from ._private import remove_hooks, shards
+from ._private import has_hook, remove_hooks, shards
 from ._shards import is_sharded
 from .errors import ConfigurationError, UnsupportedModuleError
 from .rule import can_refuse, refusal
@@ -107,3 +107,8 @@ def _refuse(path: str, module: Any) -> None:
             raise UnsupportedModuleError(
                 f"`{path}` ({kind}) has no shape yet (`{name}`); run one forward before extend()."
             )
+
+
+def is_extended(module: nn.Module) -> bool:
+    """Whether `extend` has registered its hooks on this very module."""
+    return has_hook(module, Enter)

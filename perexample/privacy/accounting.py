@@ -8,9 +8,9 @@ and quick; upper bounds where floating point or memory give out; and the searche
   the loss of one step, 1/4 to 1/40 of it. The Fourier transforms that compose the steps may lose some delta to
   roundoff (up to ``0.83 steps 2^-52`` in 120 random cases against extended precision); twice ``steps 2^-52`` is taken
   off delta beforehand.
-* Steps that are not amplified are one Gaussian together, whose epsilon is known in closed form (arXiv:1805.06530).
-* Where PLD would be too large (epsilon above 600, delta near roundoff), RDP takes over, or the closed form without
-  amplification if that is less.
+* Steps that are not amplified are one Gaussian together, whose epsilon is known in closed form (arXiv:1805.06530). The
+  same, as if no step were amplified, bounds every epsilon.
+* Where PLD would be too large (epsilon above 600) or too rough (delta near roundoff), RDP takes over.
 * More than 128 different releases (RDP: 16), as a noise schedule makes them, are put in that many groups, each counted
   with its least noise and its largest sample rate.
 """
@@ -327,12 +327,10 @@ def _cost(events: tuple[Event, ...], delta: float, accountant: str, neighbours: 
             return _rdp_epsilon(events, delta, fine)
         if all(event.rate == 1 for event in events):
             return _gaussian_epsilon(_distance(events), delta, neighbours)
-        value = _pld_epsilon(events, delta, neighbours, fine)
-        if value <= LARGEST:
-            return value
         bounds = [_gaussian_epsilon(_distance(events), delta, neighbours)]
-        if neighbours == "add-or-remove":
-            bounds.append(_rdp_epsilon(events, delta, fine))
+        bounds.append(_pld_epsilon(events, delta, neighbours, fine))
+        if bounds[-1] > LARGEST:
+            bounds[-1] = math.inf if neighbours == "replace" else _rdp_epsilon(events, delta, fine)
         return min(bounds)
 
 
@@ -390,17 +388,16 @@ def _reach(noise: float, rate: float) -> float:
 def _rdp_epsilon(events: tuple[Event, ...], delta: float, fine: bool) -> float:
     """By adding up Renyi divergences, each a little more than computed for what roundoff may have taken."""
     events = _grouped(events, GROUPS["rdp"])
-    few = not fine or len(events) > 4
-    rows = [[event.steps * value for value in _divergences(event.noise, event.rate, few)] for event in events]
-    orders = FEW_ORDERS if few else ORDERS
+    rows = [[event.steps * value for value in _divergences(event.noise, event.rate, fine)] for event in events]
+    orders = ORDERS if fine else FEW_ORDERS
     total = [sum(at) for at in zip(*rows, strict=True)]
     return _bound(_library("dp_accounting.rdp").compute_epsilon(orders, total, delta)[0])
 
 
 @lru_cache(maxsize=4096)
-def _divergences(noise: float, rate: float, few: bool) -> tuple[float, ...]:
+def _divergences(noise: float, rate: float, fine: bool) -> tuple[float, ...]:
     """Renyi divergence of one step at each order, rounded upwards."""
-    orders, library = FEW_ORDERS if few else ORDERS, _library("dp_accounting")
+    orders, library = ORDERS if fine else FEW_ORDERS, _library("dp_accounting")
     event = library.GaussianDpEvent(noise)
     accountant = _library("dp_accounting.rdp").RdpAccountant(orders)
     try:

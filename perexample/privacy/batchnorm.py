@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .._private import has_hook, overridden_forward
 from ..errors import ConfigurationError, UnsupportedModuleError
-from ..model import Enter  # the hook that `extend` registers
+from ..model import is_extended
 
 _FEATURES = 16  # least number of channels in a group of BatchNorm1d, which may have nothing else to normalise over
 _LEAST = 3  # numbers to normalise over: of one nothing is left, of two a sign
@@ -94,7 +94,7 @@ def _check(model: Any, groups: Any, make: Any) -> None:
         raise ConfigurationError(f"make must be a function from a number of channels to a module, not {make!r}.")
     for path, module in model.named_modules():
         name, kinds = path or type(module).__name__, {cls.__name__ for cls in type(module).__mro__}
-        if has_hook(module, Enter):
+        if is_extended(module):
             raise ConfigurationError(
                 f"`{name}` is extended already, and perex would not see a module that is put into it now: call "
                 f"replace_batchnorm first and extend after it (unextend undoes extend)."
