@@ -601,3 +601,41 @@ def test_transforms_are_noticed_whatever_their_tensors_are():
     torch.func.vmap(lambda x: seen.append(_private.transforms_active()) or x)(torch.ones(2))
     assert seen == [True]
     assert not _private.transforms_active()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_parameters_in_shards_are_found_with_what_is_computed_with(process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    assert _private.shards(model) == {}
+    fully_shard(model[1])
+    fully_shard(model)
+    held = list(model.parameters())
+    assert {key: (id(whole), id(own)) for key, (whole, own) in _private.shards(model).items()} == {
+        id(p): (id(p), id(p)) for p in held
+    }
+    seen = []
+    for layer in model:
+        layer.register_forward_hook(lambda layer, *_: seen.extend(layer.parameters()), prepend=True)
+    model(torch.ones(1, 2))
+    found = _private.shards(model)
+    assert all(whole is not own for whole, own in zip(seen, held, strict=True))
+    for whole, own in zip(seen, held, strict=True):
+        assert all(a is b for a, b in zip(found[id(whole)], (whole, own), strict=True))
+        assert all(a is b for a, b in zip(found[id(own)], (whole, own), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch recommends its successor
+def test_parameters_laid_out_in_one_are_recognised(process_group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    (p,) = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")).parameters()
+    assert _private.laid_out_in_one(p)
+    assert not _private.laid_out_in_one(nn.Parameter(torch.ones(2)))

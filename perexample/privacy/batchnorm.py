@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .._private import has_hook, overridden_forward
+from .._private import overridden_forward
 from ..errors import ConfigurationError, UnsupportedModuleError
 from ..model import is_extended
 

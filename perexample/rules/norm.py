@@ -150,7 +150,8 @@ class BatchNormRule(_PerChannelRule):
         if module.training or module.running_mean is None:
             return (
                 "normalises each example with statistics of the whole batch, so no example has a gradient of its own; "
-                "replace it (privacy.replace_batchnorm puts GroupNorm in its place), or call .eval() on it if it has running statistics"
+                "replace it (privacy.replace_batchnorm puts GroupNorm in its place), or call .eval() on it if it has "
+                "running statistics"
             )
         return None
 
