@@ -1,4 +1,4 @@
-"""Draw the picture of the architecture: how a batch flows through taps, walk, rules, terms and views to a private step."""
+"""Draw the picture of the architecture: how a batch flows through taps, walk, rules and terms to a private step."""
 
 from pathlib import Path
 

@@ -95,7 +95,6 @@ LAYERS: dict[str, tuple[Callable[[Sizes], nn.Module], Layer]] = {
     "bare-attention": (lambda s: Bare(s.d), _attended),
 }
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
-UNFIT = {("lstm", "all")}  # test_sensitivity.py tells why, and tests it
 SHARED = ("again", "tied-module", "tied-function", "tied-embedding")
 
 
@@ -113,7 +112,7 @@ class Net(nn.Module):
         if isinstance(tree, Leaf):
             self.calls.append(self._call(tree.kind))
             if tree.kind in LAYERS:
-                _freeze(self.layers[-1], "no" if (tree.kind, tree.frozen) in UNFIT else tree.frozen)
+                _freeze(self.layers[-1], tree.frozen)
             return
         for part in tree.parts if isinstance(tree, Chain) else (tree.part,):
             self._build(part)

@@ -239,7 +239,7 @@ def bad_sum_where_a_mean_was_said():
         F.cross_entropy(p.model(x), y, reduction="sum").backward()
 
 
-@case(ConfigurationError, "optimizer", "privatize|new|Make", "says only that it is private already")
+@case(ConfigurationError, "optimizer", "privatize|new|Make")
 def bad_optimizer_that_is_private_already():
     model = linear()
     optimizer = sgd(model)
@@ -307,7 +307,7 @@ def bad_optimizer_class_in_place_of_an_instance():
     private(linear(), torch.optim.SGD)
 
 
-@case(ConfigurationError, "model", r"torch\.nn\.Module", "AttributeError: no attribute 'named_parameters'")
+@case(ConfigurationError, "model", r"torch\.nn\.Module")
 def bad_function_in_place_of_a_model():
     make_private(
         lambda x: x, sgd(linear()), data(), batch_size=4, public_size=N, max_norm=1.0, noise_multiplier=1.0,
@@ -343,7 +343,7 @@ def bad_stream_of_examples():
     private(dataset=Stream())
 
 
-@case(ConfigurationError, "dataset must have __len__ and __getitem__, and Unsized", "index", "TypeError from len")
+@case(ConfigurationError, "dataset must have __len__ and __getitem__, and Unsized", "index")
 def bad_dataset_without_a_length():
     private(dataset=Unsized())
 
@@ -353,7 +353,7 @@ def bad_loader_in_place_of_a_dataset():
     private(dataset=DataLoader(data()))
 
 
-@case(ConfigurationError, "dataset is empty", "Give|give|needs", "says only that it is empty")
+@case(ConfigurationError, "dataset is empty", "Give|give|needs")
 def bad_empty_dataset():
     private(dataset=TensorDataset(torch.ones(0, 3)))
 
@@ -436,12 +436,12 @@ def bad_neither_budget_nor_noise():
     private(noise_multiplier=None)
 
 
-@case(ConfigurationError, "target_epsilon", "> 0", "called epsilon, which is no argument of make_private")
+@case(ConfigurationError, "target_epsilon", "> 0")
 def bad_target_epsilon():
     private(noise_multiplier=None, target_epsilon=-1.0)
 
 
-@case(ConfigurationError, "target_delta", "below 1", "called delta, which is no argument of make_private")
+@case(ConfigurationError, "target_delta", "below 1")
 def bad_target_delta():
     private(target_delta=1.0)
 
@@ -456,17 +456,17 @@ def bad_accountant():
     private(accountant="moments")
 
 
-@case(ConfigurationError, "physical_batch_size", ">= 1", "called size, which is no argument of make_private")
+@case(ConfigurationError, "physical_batch_size", ">= 1")
 def bad_physical_batch_size():
     private(physical_batch_size=0)
 
 
-@case(ConfigurationError, "sampling_generator", r"torch\.Generator", "called generator; make_private has two")
+@case(ConfigurationError, "sampling_generator", r"torch\.Generator")
 def bad_sampling_generator():
     private(sampling_generator=0)
 
 
-@case(ConfigurationError, "noise_generator", r"torch\.Generator", "called generator; make_private has two")
+@case(ConfigurationError, "noise_generator", r"torch\.Generator")
 def bad_noise_generator():
     private(noise_generator=0)
 
@@ -481,9 +481,7 @@ def bad_noise_of_the_system_with_a_generator():
     private(noise="os", noise_generator=torch.Generator())
 
 
-@case(
-    ConfigurationError, "loss_reduction must be 'mean' or 'sum', not 'none'", "must be", "only the first `with` tells"
-)
+@case(ConfigurationError, "loss_reduction must be 'mean' or 'sum', not 'none'", "must be")
 def bad_loss_reduction():
     private(loss_reduction="none")
 
@@ -499,7 +497,7 @@ def bad_batch_dim():
     private(batch_dim=-1)
 
 
-@case(ConfigurationError, "processes", "Processes", "AttributeError: 'int' object has no attribute 'rank'")
+@case(ConfigurationError, "processes", "Processes")
 def bad_processes():
     private(processes=2)
 
@@ -525,24 +523,22 @@ def bad_ledger_file(folder):
     private(ledger=Path(folder, "notes"))
 
 
-@case(
-    ConfigurationError, "Ledger|ledger", "folder|directory", "FileNotFoundError of the first step, after its backward"
-)
+@case(ConfigurationError, "Ledger|ledger", "folder|directory")
 def bad_ledger_in_a_folder_that_does_not_exist(folder):
     private(ledger=Path(folder, "missing", "ledger"))
 
 
-@case(ConfigurationError, "Ledger|ledger", "folder|directory|file", "IsADirectoryError")
+@case(ConfigurationError, "Ledger|ledger", "folder|directory|file")
 def bad_ledger_that_is_a_folder(folder):
     private(ledger=folder)
 
 
-@case(ConfigurationError, "ledger", "Ledger", "TypeError of pathlib")
+@case(ConfigurationError, "ledger", "Ledger")
 def bad_ledger():
     private(ledger=3)
 
 
-@case(PrivacyBudgetError, "The 2 steps that were planned", r"plan more steps \(epochs\)", "a Ledger sets no limit")
+@case(PrivacyBudgetError, "The 2 steps that were planned", r"plan more steps \(epochs\)")
 def bad_step_too_many_with_a_ledger_of_ones_own():
     p = private(ledger=Ledger())
     train(p)
@@ -596,7 +592,7 @@ def bad_state_of_another_plan():
     private(noise_multiplier=2.0).load_state_dict(private().state_dict())
 
 
-@case(ConfigurationError, "plan|state", "state_dict", "KeyError: 'plan'")
+@case(ConfigurationError, "plan|state", "state_dict")
 def bad_state_of_a_model_in_place_of_a_run():
     p = private()
     p.load_state_dict(p.model.state_dict())
@@ -621,7 +617,7 @@ def bad_model_in_place_of_an_optimizer():
     privatize(linear(), clipping=ClippedGrad(1.0), noise_multiplier=1.0, expected_batch_size=4)
 
 
-@case(ConfigurationError, "SGD is private already", "privatize|new|Make", "no word on what to do")
+@case(ConfigurationError, "SGD is private already", "privatize|new|Make")
 def bad_privatized_twice():
     _, clipping, optimizer = private_sgd()
     privatize(optimizer, clipping=clipping, noise_multiplier=1.0, expected_batch_size=4)
@@ -704,7 +700,7 @@ def bad_state_of_a_sampled_run():
     private_sgd()[2].load_state_dict(private_sgd(sampler=PoissonBatchSampler(N, 0.5))[2].state_dict())
 
 
-@case(ConfigurationError, "'privacy'|privacy", "state_dict", "KeyError: 'sampler'")
+@case(ConfigurationError, "'privacy'|privacy", "state_dict")
 def bad_state_without_its_parts():
     *_, optimizer = private_sgd()
     optimizer.load_state_dict(optimizer.state_dict() | {"privacy": {}})
@@ -818,7 +814,7 @@ def bad_limit():
     Ledger(limit=0)
 
 
-@case(ConfigurationError, "path", "path", "TypeError of pathlib")
+@case(ConfigurationError, "path", "path")
 def bad_path_of_a_ledger():
     Ledger(path=3)
 
@@ -828,12 +824,12 @@ def bad_release():
     Ledger().record((1.0, 0.5))
 
 
-@case(ConfigurationError, "noise_multiplier", ">= 0", "recorded as it is, and epsilon fails when the training is over")
+@case(ConfigurationError, "noise_multiplier", ">= 0")
 def bad_release_of_less_than_no_noise():
     Ledger().record(Release(-1.0, 0.5))
 
 
-@case(ConfigurationError, "runs|state", "state_dict", "KeyError: 'runs'")
+@case(ConfigurationError, "runs|state", "state_dict")
 def bad_state_of_a_ledger():
     Ledger().load_state_dict({})
 
@@ -864,7 +860,7 @@ def bad_group():
     Processes("world")
 
 
-@case(ConfigurationError, "processes", "Processes", "taken as it is; AttributeError in the first step")
+@case(ConfigurationError, "processes", "Processes")
 def bad_processes_of_an_optimizer():
     private_sgd(processes=2)
 
@@ -1131,18 +1127,7 @@ SWEPT = {
         "loss_scale": [x for x in NOT_A_NUMBER if x is not True],
     },
 }  # fmt: skip
-RENAMED = "the message calls it {}, as an inner function does"
-FAULTY: dict[tuple[str, str], str] = {
-    ("make_private", "target_delta"): RENAMED.format("delta"),
-    ("make_private", "physical_batch_size"): RENAMED.format("size"),
-    ("make_private", "sampling_generator"): RENAMED.format("generator"),
-    ("make_private", "noise_generator"): RENAMED.format("generator"),
-    ("make_private", "loss_reduction"): "accepted until the first `with`",
-    ("make_private", "processes"): "AttributeError: no attribute 'rank'",
-    ("make_private", "ledger"): "TypeError of pathlib",
-    ("privatize", "processes"): "accepted until the first step: AttributeError",
-    ("Ledger", "path"): "TypeError of pathlib",
-}
+FAULTY: dict[tuple[str, str], str] = {}
 NUMPY: dict[str, dict[str, Any]] = {
     "make_private": {
         "batch_size": np.int64(4), "public_size": np.int64(8), "max_norm": np.float32(1), "steps": np.int64(2),
@@ -1163,10 +1148,6 @@ NUMPY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 INTEGER = "refused as being no number, as it is no int"
 FAULTY_NUMPY: dict[tuple[str, str], str] = {
-    ("make_private", "batch_size"): INTEGER,
-    ("make_private", "public_size"): INTEGER,
-    ("make_private", "steps"): INTEGER,
-    ("Ledger", "limit"): INTEGER,
     ("replace_batchnorm", "groups"): INTEGER,
     ("perex", "max_memory"): INTEGER,
 }

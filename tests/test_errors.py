@@ -24,6 +24,7 @@ from perexample import (
     GenericRule,
     LossError,
     PerExampleError,
+    PrivacyBudgetError,
     Rule,
     RuleContractError,
     StaleGradientError,
@@ -36,6 +37,7 @@ from perexample import (
     register_rule,
 )
 from perexample.extensions import BatchGrad, BatchL2Grad, Clip, ClippedGrad, Flat, Variance
+from perexample.privacy import Ledger, Release
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -1076,6 +1078,13 @@ def bad_check_random():
 @case(CrossExampleError, r"moves the gradients of others, at `0\.weight`")
 def bad_check_mixed():
     check(naive.mlp(), lambda z, y: (z - z.mean(0) - y).square().mean(), *naive.batch())
+
+
+@case(PrivacyBudgetError, "The 1 steps that were planned have been taken")
+def bad_step_beyond_the_plan():
+    ledger = Ledger(limit=1)
+    for _ in range(2):
+        ledger.record(Release(1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------- imports

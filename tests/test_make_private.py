@@ -98,7 +98,7 @@ def test_batches_come_from_the_sampler_and_sums_are_divided_by_the_expected_size
     p = private(noise_multiplier=0.0, epochs=1)
     reference, seen = network(), iter(PoissonBatchSampler(N, RATE, generator=generator(3)))
     x, y = data().tensors
-    for (some, _), before in zip(p.loader, [None] * 4, strict=True):
+    for some, _ in p.loader:
         rows = next(seen)
         assert torch.equal(some, x[rows])
         with p:
@@ -395,7 +395,7 @@ def test_a_piece_too_much():
         p.step()
 
 
-# ------------------------------------------------------------------------------------------------------- save and resume
+# ------------------------------------------------------------------------------------------------------ save and resume
 
 
 @pytest.mark.parametrize("physical", [None, 3])
@@ -470,7 +470,7 @@ def test_a_run_is_resumed_with_its_own_plan(other, name):
 
 
 def test_a_state_without_ledger_is_refused():
-    model, optimizer, _, _ = by_hand(sampler())
+    _, optimizer, _, _ = by_hand(sampler())
     plain = torch.optim.SGD(network().parameters(), 0.5).state_dict()
     with pytest.raises(StaleGradientError, match="would not be accounted"):
         optimizer.load_state_dict(plain)

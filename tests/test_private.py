@@ -24,6 +24,12 @@ def test_every_function_of_the_module_is_tested_here():
     assert functions <= tested
 
 
+def test_generators_of_the_system_differ():
+    """test_noise.py tells the rest."""
+    one, other = _private.system_generator(), _private.system_generator("cpu")
+    assert not torch.equal(one.get_state(), other.get_state())
+
+
 def leaf(*shape):
     return torch.ones(*shape, requires_grad=True)
 

@@ -45,7 +45,7 @@ class Context(Protocol):
 class Backward:
     """One backward: gradients arrive at live taps, views fill, extensions compute."""
 
-    def __init__(self, context: Context, found: Walk) -> None:
+    def __init__(self, context: Context, found: Walk, exact: bool = True) -> None:
         """Find out all that can be wrong before anything is computed."""
         self.context, self.found, self.retain = context, found, False
         self.names = parameter_names(found)
@@ -53,7 +53,11 @@ class Backward:
         self.n = number_of_examples(found)
         if self.n and context.loss_reduction == "mean":
             check_divisors(found, self.n)
-        scale = (self.n if context.loss_reduction == "mean" else 1.0) / context.loss_scale
+        # A mean is seeded with N where no p.grad nor other gradient is wanted: what is divided by N and rounded, as by
+        # autocast, would change with the size of the batch.
+        mean = context.loss_reduction == "mean"
+        self.seed = float(self.n) if mean and exact and self.n and not context.grad and not found.leaves else 1.0
+        scale = (self.n if mean else 1.0) / self.seed / context.loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, shards
 from .._shards import is_sharded
@@ -176,6 +179,25 @@ def check_divisors(found: Walk, n: int) -> None:
             raise LossError(
                 f"The loss ({node.name()}) is a mean with the divisor {total:g} over {targets.numel()} targets "
                 f"(ignored targets or class weights), which all examples share, so none has a loss of its own. Use "
+                f"reduction='none', average over each example's own targets, then take the mean."
+            )
+
+
+def check_sums(loss: Tensor, found: Walk, n: int, factor: float) -> None:
+    """Refuse sums that are divided by what all examples share; ``factor`` is that of an example's own loss."""
+    for node in found.losses:
+        over = mean_is_over(node, "sum")
+        if over is None:
+            continue
+        total, targets, ignored = over
+        if targets.numel() < n or total == targets.numel() or _as_many_each(total, targets, ignored, n):
+            continue
+        actual = float(torch.autograd.grad(loss, GradientEdge(node, 0), retain_graph=True)[0])
+        if not math.isclose(actual, factor, rel_tol=1e-3):
+            raise LossError(
+                f"The loss is the sum of a cross-entropy ({node.name()}) times {actual:g}, and the {n} examples have "
+                f"different numbers of targets that count ({total:g} of {targets.numel()}): a divisor that is computed "
+                f"from them, as num_items_in_batch of transformers is, leaves none a loss of its own. Use "
                 f"reduction='none', average over each example's own targets, then take the mean."
             )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._shards import is_sharded, summed_into_shards
+from .._trust import blocks
 from ..errors import ExtensionError
 from ..methods import Choice
 from ..terms import Term, combine
@@ -193,15 +194,21 @@ class ParameterView:
         if w.tiny is not None:
             doubtful = w.tiny if doubtful is None else doubtful | w.tiny.to(doubtful.device)
         if doubtful is None:
-            return _sum(term, used, w.scaled(device, self._scale, dtype)).to(self._dtype)
+            total = _sum(term, used, w.scaled(device, self._scale, dtype))
+            if torch.isfinite(total).all():
+                return total.to(self._dtype)
+            doubtful = torch.ones_like(w.used)  # a factor times a weight was too large, their product is not
         values = w.scaled(device, self._scale, torch.float64)
         doubtful = doubtful.to(device) & (True if used is None else used)
         rest = ~doubtful & (True if used is None else used)
         total = self.zeros(*self.param.shape)
         if rest.any():
-            total = total + _sum(term, rest, values.to(dtype))
+            part = _sum(term, rest, values.to(dtype))
+            total = total + (part if torch.isfinite(part).all() else _sum(term.double(), rest, values))
         if doubtful.any():
-            total = total + _sum(term.select(doubtful).double(), None, values[doubtful].double())
+            exact, chosen = term.select(doubtful).double(), values[doubtful].double()
+            for one in blocks(exact):  # of the gradients that gave the norms: another order of summation is another sum
+                total = total + torch.tensordot(chosen[one], exact.select(one).dense(), dims=1)
         return total.to(self._dtype)
 
     def summed(self, w: Tensor | Weights) -> Tensor:

@@ -369,7 +369,9 @@ def _grid(events: tuple[Event, ...], neighbours: str, fine: bool) -> float | Non
     reach = max(_reach(event.noise / distance, event.rate) for event in events)
     width = min(spread / 4, max(spread / 20, reach / 10_000))
     width = width if fine else min(4 * width, spread / 2)
-    extent = 2 * reach + distance**2 * variance + 14 * distance * math.sqrt(variance)
+    variance *= distance**2
+    # of all steps together: mean and tails, whose bound by dp-accounting is rough where the steps are many
+    extent = 2 * reach + variance + max(14 * math.sqrt(variance), variance / (2 * reach))
     width = max(width, extent / POINTS, 2.0**-30)  # narrower than that, differences of delta are roundoff
     return None if variance > 4000 or width > spread else 2.0 ** math.floor(math.log2(width))
 

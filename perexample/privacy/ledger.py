@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ class Release:
 
     noise_multiplier: float
     sample_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """An entry that means nothing would be found out when the training is over."""
+        noise, rate = self.noise_multiplier, self.sample_rate
+        if not _number(noise) or not 0 <= noise < math.inf:
+            raise ConfigurationError(f"Release(noise_multiplier=...) must be a finite number >= 0, not {noise!r}.")
+        if rate is not None and (not _number(rate) or not 0 <= rate <= 1):
+            raise ConfigurationError(
+                f"Release(sample_rate=...) must be a probability, or None for no amplification, not {rate!r}."
+            )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 Runs = list[tuple[Release, int]]
@@ -53,13 +69,19 @@ class Ledger:
         (3, [(Release(noise_multiplier=1.1, sample_rate=0.01), 3)])
     """
 
+    limit: int | None
+
     def __init__(
         self, path: str | os.PathLike[str] | None = None, limit: int | None = None, *, write: bool = True
     ) -> None:
         """Continue the file, if there is one."""
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral) or limit < 1):
             raise ConfigurationError(f"Ledger(limit=...) must be a whole number of steps, 1 or more, not {limit!r}.")
-        self.limit = limit
+        if path is not None and (not isinstance(path, (str, os.PathLike)) or Path(path).is_dir()):
+            raise ConfigurationError(f"Ledger(path=...) must be the path of a file, or None, not {path!r}.")
+        self.limit = None if limit is None else int(limit)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigurationError(f"Ledger(path={str(path)!r}): its folder does not exist; make it first.")
         self.runs: Runs = _read(Path(path)) if path is not None and Path(path).exists() else []
         self._file = Path(path) if path is not None and write else None
         if self._file is not None:
@@ -78,7 +100,10 @@ class Ledger:
 
         Raises:
             PrivacyBudgetError: If the steps that were planned have all been taken.
+            ConfigurationError: If it is no `Release`.
         """
+        if not isinstance(release, Release):
+            raise ConfigurationError(f"record takes a Release, such as Release(1.1, 0.01), not {release!r}.")
         if self.limit is not None and self.steps >= self.limit:
             raise PrivacyBudgetError(
                 f"The {self.limit} steps that were planned have been taken; another would cost more than the privacy "
@@ -114,8 +139,11 @@ class Ledger:
             state: From `state_dict`.
 
         Raises:
+            ConfigurationError: If it is no such state.
             StaleGradientError: If the entries of the two are not the same as far as both go.
         """
+        if not isinstance(state, Mapping) or "runs" not in state:
+            raise ConfigurationError("The state is not that of a Ledger, with 'runs'; load what state_dict() gave.")
         runs: Runs = []
         for noise_multiplier, sample_rate, count in state["runs"]:
             _add(runs, Release(noise_multiplier, sample_rate), count)

@@ -60,10 +60,11 @@ class Privatizer:
     ) -> None:
         """Keep the parts, which know nothing of each other."""
         self.clipping, self.sampler, self.ledger, self.noise = clipping, sampler, ledger, noise
-        self.processes = processes
+        self.processes, self._compared = processes, False
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """One step: check, write down, then let go of what is private."""
+        _refuse_scaler(optimizer, kwargs)
         _refuse_closure(optimizer, args, kwargs)
         noise_multiplier, expected_batch_size = (_shared_setting(optimizer, name) for name in _SETTINGS)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -76,6 +77,9 @@ class Privatizer:
             std=std,
             steps=self.ledger.steps,
         )
+        if not self._compared:
+            self.processes.agree_on({f"parameter {i}": p.detach() for i, p in enumerate(params)})
+            self._compared = True
         release = Release(noise_multiplier, None if self.sampler is None else self.sampler.sample_rate)
         with self.processes.together():
             self.ledger.record(release)
@@ -90,10 +94,19 @@ class Privatizer:
         """The sums of this process, which serve this step only, and the noise they need."""
         examples = self.clipping.examples
         std = self.clipping.noise_share(noise_multiplier) * self.clipping.sensitivity()
-        sums = self.clipping.consume(params)
+        sums = self._zeros(params) if self._nothing_due(examples) else self.clipping.consume(params)
         if self.sampler is not None:
             self.sampler.take(examples)
         return sums, std
+
+    def _nothing_due(self, examples: int) -> bool:
+        """Whether the batch to step on is known to be empty; many models cannot be run on one."""
+        return self.sampler is not None and self.sampler.due() == 0 and not examples
+
+    def _zeros(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """What an empty batch gives, with a backward or without."""
+        self.clipping.zero_grad(params)
+        return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers and tensors."""
@@ -106,6 +119,12 @@ class Privatizer:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
+        missing = [name for name in ("ledger", "noise", "clipping", "sampler") if name not in state]
+        if missing:
+            raise ConfigurationError(
+                f"The entry {_KEY!r} of the state_dict has no {', '.join(missing)}; load the whole state_dict() of a "
+                f"private optimizer."
+            )
         if (self.sampler is None) != (state["sampler"] is None):
             raise ConfigurationError(
                 f"The state was saved {'without' if state['sampler'] is None else 'with'} a sampler, and this "
@@ -124,6 +143,19 @@ def _refuse_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict)
         raise PerExampleError(
             f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
             f"was added; run the backward before, and call step() without arguments."
+        )
+
+
+def _refuse_scaler(optimizer: torch.optim.Optimizer, kwargs: dict) -> None:
+    """`GradScaler.step` leaves marks on optimizers that say they know of it, and calls them in any case."""
+    marks = [name for name in ("grad_scale", "found_inf") if name in vars(optimizer)]
+    for name in marks:
+        delattr(optimizer, name)  # torch takes them back only after a step that succeeds
+    if marks or "grad_scaler" in kwargs:
+        raise PerExampleError(
+            f"{type(optimizer).__name__} was stepped by a GradScaler, which skips steps and changes its scale as the "
+            f"data have it; both tell of the data. Use a fixed scale instead: (1024.0 * loss).backward() in "
+            f"perex(clipping, grad=False, loss_scale=1024.0), then optimizer.step(); or bfloat16, which needs none."
         )
 
 
@@ -226,7 +258,7 @@ def privatize(
     if sampler is not None:
         _check_sampler(sampler)
         sampler.claim()
-    privatizer = Privatizer(clipping, sampler, ledger, source, processes or Processes())
+    privatizer = Privatizer(clipping, sampler, ledger, source, checked_processes(processes))
     optimizer.register_step_pre_hook(privatizer)
     _keep_state(optimizer, privatizer)
     pieces = _Pieces(clipping, sampler) if isinstance(sampler, PhysicalBatches) else None
@@ -234,6 +266,7 @@ def privatize(
     if pieces is not None:
         _step_on_the_last(optimizer, pieces)
     _refuse_copies(optimizer)
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined] # GradScaler then calls it, to be refused
     optimizer.ledger = ledger  # type: ignore[attr-defined]
     return optimizer
 
@@ -292,13 +325,23 @@ def _check_optimizer(optimizer: Any) -> None:
             f"{kind} cannot be private: it needs a closure or sparse gradients; use SGD, Adam, AdamW or RMSprop."
         )
     if any(name in optimizer.defaults for name in _SETTINGS):
-        raise ConfigurationError(f"This {kind} is private already.")
+        raise ConfigurationError(
+            f"This {kind} is private already; make a new optimizer for other settings, or change those in its "
+            f"param_groups."
+        )
 
 
 def _check_clipping(clipping: Any) -> None:
     parts = ("sensitivity", "consume", "zero_grad", "noise_share", "after_step")
     if isinstance(clipping, type) or not all(callable(getattr(clipping, name, None)) for name in parts):
         raise ConfigurationError(f"clipping must be an instance of ClippedGrad, not {clipping!r}.")
+
+
+def checked_processes(processes: Any) -> Processes:
+    """Those that were given, or all."""
+    if processes is not None and not isinstance(processes, Processes):
+        raise ConfigurationError(f"processes must be a perexample.privacy.Processes, or None, not {processes!r}.")
+    return Processes() if processes is None else processes
 
 
 def _check_ledger(ledger: Any) -> Ledger:
@@ -387,6 +430,7 @@ def _step_on_the_last(optimizer: torch.optim.Optimizer, pieces: _Pieces) -> None
     plain = optimizer.step
 
     def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        _refuse_scaler(self, kwargs)
         return None if pieces.wait() else plain(*args, **kwargs)
 
     if hasattr(plain, "_wrapped_by_lr_sched"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .checkpoint import load_file, save_file
 from .collate import EmptyBatches
 from .distributed import Processes
 from .ledger import Ledger
-from .optimizer import Clipping, privatize
+from .optimizer import Clipping, checked_processes, privatize
 from .sampling import PhysicalBatches, PoissonBatchSampler
 
 _OURS = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset", "collate_fn"}
@@ -59,6 +60,7 @@ class Private:
         delta: float,
         accountant: str,
         loss_reduction: str,
+        strategy: str,
     ) -> None:
         """Keep the parts; `make_private` makes them."""
         self.model, self.optimizer, self.loader, self.sampler = model, optimizer, loader, sampler
@@ -67,12 +69,13 @@ class Private:
         self.sample_rate: float = plan["sample_rate"]
         self.expected_batch_size: float = plan["expected_batch_size"]
         self.planned_steps: int = plan["planned_steps"]
-        self._plan, self._accountant, self._loss_reduction = dict(plan), accountant, loss_reduction
+        self._plan, self._accountant = dict(plan), accountant
+        self._settings: dict[str, Any] = {"loss_reduction": loss_reduction, "strategy": strategy}
         self._contexts: list[perex] = []
 
     def __enter__(self) -> Private:
         """Open ``perex(clipping, grad=False)``."""
-        context = perex(self.clipping, loss_reduction=self._loss_reduction, grad=False)
+        context = perex(self.clipping, grad=False, **self._settings)
         context.__enter__()
         self._contexts.append(context)
         return self
@@ -152,6 +155,12 @@ class Private:
             ConfigurationError: If the state is of a run with another plan; it names what differs.
             StaleGradientError: If this run has taken steps that the state does not know, of another history.
         """
+        missing = [name for name in ("model", "optimizer", "plan", "random") if name not in state]
+        if missing:
+            raise ConfigurationError(
+                f"The state has no {', '.join(missing)}: it is not that of a Private. Load what private.state_dict() "
+                f"or private.save(path) gave."
+            )
         theirs = state["plan"]
         for name, value in self._plan.items():
             if theirs.get(name) != value:
@@ -204,6 +213,7 @@ def make_private(
     physical_batch_size: int | None = None,
     accountant: str = "pld",
     loss_reduction: str = "mean",
+    strategy: str = "measure",
     batch_dim: int = 0,
     collate_fn: Callable | None = None,
     ledger: str | os.PathLike[str] | Ledger | None = None,
@@ -237,6 +247,7 @@ def make_private(
             of a batch takes a step. Per process.
         accountant: ``"pld"`` (tight) or ``"rdp"``.
         loss_reduction: How the loss joins the examples, as in ``perex``.
+        strategy: As in ``perex``; with ``"model"`` a resumed run is the same to the last bit for layers of any size.
         batch_dim: Axis of the examples, as in ``extend``.
         collate_fn: Of the ``DataLoader``; it needs no case for empty batches.
         ledger: A file that every step is written to before it is taken, or a `Ledger`.
@@ -275,7 +286,10 @@ def make_private(
         >>> private.steps, private.epsilon() <= 3.0
         (10, True)
     """
-    processes = processes or Processes()
+    _check_model(model, loss_reduction)
+    generators = {"sampling_generator": sampling_generator, "noise_generator": noise_generator}
+    _check_named(target_epsilon, target_delta, physical_batch_size, generators)
+    processes = checked_processes(processes)
     rate = _rate(batch_size, public_size)
     planned = _planned(epochs, steps, rate)
     clipping = _clipping(max_norm, clipping)
@@ -306,7 +320,7 @@ def make_private(
         **{"generator": system_generator(), **loader_options},
     )
     extend(model, batch_dim=batch_dim)
-    book = ledger if isinstance(ledger, Ledger) else Ledger(ledger, planned, write=processes.rank == 0)
+    book = _book(ledger, planned, processes)
     privatize(
         optimizer,
         clipping=clipping,
@@ -335,7 +349,28 @@ def make_private(
         delta=target_delta,
         accountant=accountant,
         loss_reduction=loss_reduction,
+        strategy=strategy,
     )
+
+
+def _positive(name: str, value: Any, wanted: str = "greater than 0") -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+        raise ConfigurationError(f"{name} must be a finite number {wanted}, not {value!r}.")
+
+
+def _check_named(epsilon: Any, delta: Any, physical: Any, generators: Mapping[str, Any]) -> None:
+    """What the parts would refuse under names of their own."""
+    if isinstance(delta, bool) or not isinstance(delta, Real) or not 0 < float(delta) < 1:
+        raise ConfigurationError(
+            f"target_delta must be a number above 0 and below 1 (far below 1 / public_size), not {delta!r}."
+        )
+    if epsilon is not None:
+        _positive("target_epsilon", epsilon, "> 0")
+    if physical is not None and (isinstance(physical, bool) or not isinstance(physical, Integral) or physical < 1):
+        raise ConfigurationError(f"physical_batch_size must be an integer >= 1, or None, not {physical!r}.")
+    for name, generator in generators.items():
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ConfigurationError(f"{name} must be a torch.Generator or None, not {generator!r}.")
 
 
 def _rate(batch_size: float, public_size: int | None) -> float:
@@ -347,8 +382,7 @@ def _rate(batch_size: float, public_size: int | None) -> float:
             "among them. If it is no secret, pass public_size=len(dataset); else a rough number."
         )
     for name, value in (("batch_size", batch_size), ("public_size", public_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ConfigurationError(f"{name} must be a finite number greater than 0, not {value!r}.")
+        _positive(name, value)
     if batch_size > public_size:
         raise ConfigurationError(
             f"batch_size={batch_size} is more than public_size={public_size}; it is the expected number of examples in "
@@ -362,11 +396,20 @@ def _planned(epochs: float | None, steps: int | None, rate: float) -> int:
     if (epochs is None) == (steps is None):
         raise ConfigurationError("make_private needs one of epochs and steps.")
     name, value = ("steps", steps) if epochs is None else ("epochs", epochs)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConfigurationError(f"{name} must be a finite number greater than 0, not {value!r}.")
+    _positive(name, value)
     if steps is not None and steps != int(steps):
         raise ConfigurationError(f"steps must be a whole number, not {steps!r}.")
     return int(steps) if epochs is None else max(1, round(epochs * round(1 / rate)))  # type: ignore[arg-type]
+
+
+def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
+    """The ledger, held to the plan; one that was given may know steps already, which count."""
+    if not isinstance(ledger, Ledger):
+        if not isinstance(ledger, (str, os.PathLike, type(None))):
+            raise ConfigurationError(f"ledger must be a path of a file, or a Ledger, not {ledger!r}.")
+        return Ledger(ledger, planned, write=processes.rank == 0)
+    ledger.limit = planned if ledger.limit is None else min(ledger.limit, planned)
+    return ledger
 
 
 def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:
@@ -377,6 +420,13 @@ def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:
     from perexample.extensions import ClippedGrad  # type: ignore[import-not-found] # needs this package first
 
     return ClippedGrad(max_norm)
+
+
+def _check_model(model: Any, loss_reduction: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    if loss_reduction not in ("mean", "sum"):
+        raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
 
 
 def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -400,13 +450,14 @@ def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:
-    if isinstance(dataset, (IterableDataset, DataLoader)) or not hasattr(dataset, "__getitem__"):
+    sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, (IterableDataset, DataLoader, Mapping)) or not sized:
         raise ConfigurationError(
             f"dataset must have __len__ and __getitem__, and {type(dataset).__name__} is no such thing; Poisson "
             f"sampling draws every example by its index."
         )
     if len(dataset) == 0:
-        raise ConfigurationError("dataset is empty.")
+        raise ConfigurationError("dataset is empty; give one with an example, from which the form of a batch is known.")
     for name in sorted(_OURS & loader_options.keys()):
         raise ConfigurationError(
             f"make_private got the DataLoader option {name!r}, which it sets itself: batches are Poisson samples of "

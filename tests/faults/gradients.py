@@ -81,7 +81,7 @@ MUTANTS = (
     mutant(
         "F9-mean-as-it-is",
         "leaves the 1 / N of a mean in every gradient",
-        Edit(f"{BACKWARD}.__init__", ('(self.n if context.loss_reduction == "mean" else 1.0)', "1.0")),
+        Edit(f"{BACKWARD}.__init__", ("(self.n if mean else 1.0)", "1.0")),
         killers=[
             "test_faults.py::test_f09_reductions[mean]",
             "test_faults.py::test_finding_5_sum_of_rows_is_the_gradient[mean-mlp]",
@@ -90,7 +90,7 @@ MUTANTS = (
     mutant(
         "F9-sum-as-a-mean",
         "multiplies a sum by N, too",
-        Edit(f"{BACKWARD}.__init__", ('(self.n if context.loss_reduction == "mean" else 1.0)', "self.n")),
+        Edit(f"{BACKWARD}.__init__", ("(self.n if mean else 1.0)", "self.n")),
         killers="test_faults.py::test_f09_reductions[sum]",
     ),
     mutant(

@@ -62,6 +62,21 @@ MUTANTS = (
         killers="test_optim.py::test_accumulation_over_backwards[1]",
     ),
     mutant(
+        "F15-grad-scaler",
+        "lets a GradScaler skip the step of a batch with an infinite gradient",
+        Edit(f"{OPTIMIZER}:privatize", ("optimizer._step_supports_amp_scaling = True", "pass")),
+        killers=[
+            "test_privacy_faults.py::test_f15_a_grad_scaler_skips_no_step[True-SGD]",
+            "test_privacy_faults.py::test_f15_a_grad_scaler_skips_no_step[False-AdamW]",
+        ],
+    ),
+    mutant(
+        "F15-scaler-of-fused-steps",
+        "lets a GradScaler divide noisy gradients by its scale",
+        Body(f"{OPTIMIZER}:_refuse_scaler", "return None"),
+        killers="test_privacy_faults.py::test_f15_a_grad_scaler_skips_no_step[True-fused]",
+    ),
+    mutant(
         "F15-skipped-step",
         "skips the step of a batch with an infinite gradient, as a GradScaler does",
         Edit(f"{STEP}.__call__", (FIRST, f"{FIRST}\n    if self.clipping.nonfinite:\n        return")),

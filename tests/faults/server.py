@@ -136,10 +136,12 @@ def _prepare() -> None:
     import hypothesis
     import torch._dynamo  # torch.optim imports it when the first optimizer is made
 
+    for name in ("perexample.extensions", "perexample.privacy"):
+        importlib.import_module(name)
+    remember()
     for name in ("dp_accounting.pld.privacy_loss_distribution", "dp_accounting.rdp", "scipy.stats"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    remember()
     torch.set_num_threads(1)
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure needs not be made small
     hypothesis.settings.register_profile("faults", database=None, phases=phases, deadline=None)
