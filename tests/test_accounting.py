@@ -604,10 +604,10 @@ def test_what_others_log_meanwhile_is_seen(caplog):
     """Messages of other threads, and of this one from elsewhere."""
     with accounting._quiet():
         logging.getLogger("absl").warning("mine")
-        thread = threading.Thread(target=lambda: RdpAccountant([1.9]).compose(event(FLOODS[1], FLOODS[0])))
+        thread = threading.Thread(target=lambda: RdpAccountant([1.02]).compose(event(FLOODS[1], FLOODS[0])))
         thread.start()
         thread.join()
-        RdpAccountant([1.9]).compose(event(FLOODS[1], FLOODS[0]))
+        RdpAccountant([1.02]).compose(event(FLOODS[1], FLOODS[0]))
     assert [record.message[:10] for record in caplog.records] == ["mine", "_compute_l"]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import faults
 import pytest
 from audit import save_scores
 from faults.mutant import Edit, FaultError, Put
+from faults.server import SECONDS
 
 TESTS = Path(__file__).resolve().parent
 ORDINARY = faults.ordinary()
@@ -59,11 +61,12 @@ class Server:
         """Outcome of these tests with a fault, or without any."""
         try:
             print(json.dumps({"mutant": mutant, "tests": tests}), file=self.requests, flush=True)
-            answer = self.answers.readline()
+            ready, _, _ = select.select([self.answers], [], [], 2 * SECONDS)
+            answer = self.answers.readline() if ready else ""
         except BrokenPipeError:
             answer = ""
         if not answer:
-            pytest.fail(f"The process that runs the tests has ended:\n{self.log.read_text()[-3000:]}")
+            pytest.fail(f"The process that runs the tests has ended, or hangs:\n{self.log.read_text()[-3000:]}")
         outcome = json.loads(answer)
         if "error" in outcome:
             pytest.fail(outcome["error"])
@@ -74,7 +77,11 @@ class Server:
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
         self.answers.close()
-        self.process.wait(timeout=60)
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture(scope="module")

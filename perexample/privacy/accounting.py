@@ -40,6 +40,7 @@ LEAST_NOISE, MOST_NOISE, MOST_STEPS = 0.01, 1e8, 10**9  # where the searches end
 ROUNDOFF = 2.0**-51  # of delta, for one composition
 LARGEST = 600.0  # epsilon by PLD; near 700 its e^-epsilon underflows
 POINTS = 1_000_000  # of a PLD, about
+BLOCK = 512  # steps composed at once where there are more than its square
 TAIL = 1e-6  # of delta, that may be cut off a PLD and counted as infinite loss
 GROUPS = {"pld": 128, "rdp": 16}
 
@@ -352,11 +353,20 @@ def _pld_epsilon(events: tuple[Event, ...], delta: float, neighbours: str, fine:
                 log_mass_truncation_bound=math.log(TAIL * delta / steps),
                 sampling_prob=rate,
                 neighboring_relation=relation.REPLACE_ONE if neighbours == "replace" else relation.ADD_OR_REMOVE_ONE,
-            ).self_compose(count, tail)
-            total = total.compose(one, tail)
+            )
+            total = total.compose(_repeated(one, count, tail), tail)
         return _bound(total.get_epsilon_for_delta(left))
     except (ArithmeticError, ValueError):  # what its own functions raise where floats overflow or lose their order
         return math.inf
+
+
+def _repeated(one: Any, count: int, tail: float) -> Any:
+    """``count`` times one PLD, in blocks where that is often: a short PLD takes its size to the power of ``count``."""
+    blocks, rest = divmod(count, BLOCK)
+    if blocks < BLOCK:
+        return one.self_compose(count, tail)
+    many = one.self_compose(BLOCK, tail / (2 * blocks)).self_compose(blocks, tail / 2)
+    return many.compose(one.self_compose(rest, tail / 2), tail / 2) if rest else many
 
 
 def _grid(events: tuple[Event, ...], neighbours: str, fine: bool) -> float | None:

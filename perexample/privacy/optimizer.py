@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._shards import is_sharded
 from ..errors import ConfigurationError, PerExampleError, StaleGradientError
 from .distributed import Processes
 from .ledger import Ledger, Release
@@ -94,7 +95,12 @@ class Privatizer:
         """The sums of this process, which serve this step only, and the noise they need."""
         examples = self.clipping.examples
         std = self.clipping.noise_share(noise_multiplier) * self.clipping.sensitivity()
-        sums = self._zeros(params) if self._nothing_due(examples) else self.clipping.consume(params)
+        try:
+            sums = self.clipping.consume(params)
+        except StaleGradientError:
+            if not self._nothing_due(examples) or any(map(is_sharded, params)):  # sums of shards are of all processes
+                raise
+            sums = self._zeros(params)
         if self.sampler is not None:
             self.sampler.take(examples)
         return sums, std

@@ -9,6 +9,7 @@ Nothing here may run a backward before it forks: torch does not let a process us
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -80,6 +81,9 @@ class Runs:
         """In the fork: put the fault in, run the tests, tell, and end without anything of the parent's."""
         try:
             os.setsid()
+            for file in (self.requests, self.answers):
+                os.close(file.fileno())
+            faulthandler.dump_traceback_later(SECONDS - 5, file=sys.__stderr__)
             _fork_workers()
             answer = self._tested(session, request)
         except BaseException:  # noqa: BLE001 - told to who has asked
