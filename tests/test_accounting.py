@@ -327,7 +327,8 @@ def test_groups_of_similar_releases_cost_no_less_and_little_more(way, monkeypatc
     accounting._cost.cache_clear()
     found = mixed(runs, way)
     accounting._cost.cache_clear()
-    assert exact * 0.9999 <= found <= 1.2 * exact
+    worst = mixed([(1.0, 0.02 + 11 / 4000, 60), runs[-1]], way)
+    assert exact * 0.9999 <= found < worst
     assert len(accounting._grouped(accounting._merged(accounting.Event(*run[:2], 1) for run in runs[:-1]), 5)) <= 5
 
 
@@ -353,20 +354,20 @@ def test_a_noise_schedule_of_a_thousand_kinds_by_pld():
 
 # rate, epsilon, steps, delta
 PLANS = [
-    (0.001, 1.0, 10**4, 1e-6),
     (0.004, 3.0, 5000, 1e-5),
-    (0.01, 0.01, 10**5, 1e-10),
     (0.01, 8.0, 1000, 1e-5),
     (0.01, 50.0, 1000, 1e-2),
     (0.1, 0.1, 1, 1e-8),
     (0.3, 8.0, 300, 1e-5),
     (0.3, 50.0, 1, 1e-5),
-    (0.9, 3.0, 1000, 1e-6),
     (None, 1.0, 1, 1e-5),
     (None, 0.01, 1, 1e-2),
     (1.0, 50.0, 10**5, 1e-10),
 ]
 HEAVY = [
+    (0.001, 1.0, 10**4, 1e-6),
+    (0.01, 0.01, 10**5, 1e-10),
+    (0.9, 3.0, 1000, 1e-6),
     (1e-4, 0.01, 1, 1e-5),
     (1e-4, 1.0, 10**5, 1e-5),
     (1e-4, 1.0, 1000, 1e-10),
@@ -404,8 +405,8 @@ def test_affordable_steps_are_the_most(rate, target, steps, delta, way):
     assert cost(delta, sigma, rate, found, way) <= target < cost(delta, sigma, rate, found + 1, way)
 
 
-@quick
-@given(target=st.floats(-2, 1.7).map(lambda x: 10**x), **RUN)
+@settings(quick, max_examples=8)
+@given(target=st.floats(-1, 1.5).map(lambda x: 10**x), **RUN | {"steps": st.integers(1, 300)})
 def test_no_search_rounds_down(target, sigma, rate, steps, delta, way):
     named = {"sample_rate": rate, "accountant": way[0], "neighbours": way[1]}
     found = noise_multiplier_for(target, delta, steps=steps, **named)

@@ -45,7 +45,7 @@ TAIL = 1e-6  # of delta, that may be cut off a PLD and counted as infinite loss
 GROUPS = {"pld": 128, "rdp": 16}
 
 FRACTIONS = [1.02, 1.05, *(1 + x / 10 for x in range(1, 100))]
-ORDERS = [*FRACTIONS, *range(11, 64), *(round(64 * 1.2**k) for k in range(26))]  # up to 6104
+ORDERS = [*FRACTIONS, *range(11, 64), *(round(64 * 1.25**k) for k in range(20))]  # up to 4441
 FEW_ORDERS = [1.05, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 57]
 FEW_ORDERS += [round(68 * 1.2**k) for k in range(16)]  # up to 1048
 
@@ -377,13 +377,15 @@ def _grid(events: tuple[Event, ...], neighbours: str, fine: bool) -> float | Non
     variance = sum(event.steps * _spread(event.noise, event.rate) ** 2 for event in amplified)
     spread = math.sqrt(variance / sum(event.steps for event in amplified))
     reach = max(_reach(event.noise / distance, event.rate) for event in events)
+    if not 0 < variance * distance**2 < 4000 or reach == 0:
+        return None
     width = min(spread / 4, max(spread / 20, reach / 10_000))
     width = width if fine else min(4 * width, spread / 2)
     variance *= distance**2
     # of all steps together: mean and tails, whose bound by dp-accounting is rough where the steps are many
     extent = 2 * reach + variance + max(14 * math.sqrt(variance), variance / (2 * reach))
     width = max(width, extent / POINTS, 2.0**-30)  # narrower than that, differences of delta are roundoff
-    return None if variance > 4000 or width > spread else 2.0 ** math.floor(math.log2(width))
+    return None if width > spread else 2.0 ** math.floor(math.log2(width))
 
 
 def _spread(noise: float, rate: float) -> float:
