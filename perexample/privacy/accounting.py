@@ -519,6 +519,8 @@ def _bracket(
 
 def _between(low: float, high: float, cost_low: float, cost_high: float, target: float, whole: bool) -> float:
     """Where to look next: beside the place where a line through both ends, in logarithms, crosses the target."""
+    if whole and high <= low * CLOSE:  # a step aside is then more than half of what is left
+        return (low + high) // 2
     width = math.log(high / low)
     if cost_low > 0 and cost_high < math.inf and cost_low < cost_high and width < 1:
         crossing = math.log(target / cost_low) / math.log(cost_high / cost_low) * width
