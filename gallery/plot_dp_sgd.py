@@ -33,6 +33,7 @@ data = load_data()
 #
 # .. literalinclude:: ../../gallery/training/digits.py
 #    :pyobject: train_private
+#    :start-at: private = make_private
 #    :end-at: private.step()
 #    :dedent: 4
 #
