@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -111,3 +112,12 @@ class Lambda(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.function(self, *inputs)
+
+
+def lstm_in_bfloat16() -> None:
+    """Skip where torch itself has no LSTM for bfloat16 autocast, which depends on the processor."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(2, 2)(torch.ones(1, 1, 2))
+    except RuntimeError as error:
+        pytest.skip(f"torch has no bfloat16 LSTM on this processor: {error}")

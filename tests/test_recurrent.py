@@ -2,6 +2,7 @@
 
 import itertools
 
+import naive
 import pytest
 import torch
 from naive import assert_same, randn
@@ -166,6 +167,8 @@ def test_packed(kind, lengths, layers, bidirectional, state):
 @pytest.mark.usefixtures("only_fast")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast(kind):
+    if kind == "lstm":
+        naive.lstm_in_bfloat16()
     module = build(kind, 2, dropout=0.2).float()
     with torch.autocast("cpu", torch.bfloat16):
         ran = Ran(module, padded(module).float())
@@ -174,6 +177,8 @@ def test_autocast(kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast_the_slow_way(kind, monkeypatch):
+    if kind == "lstm":
+        naive.lstm_in_bfloat16()
     answers = iter([False, True])
     monkeypatch.setattr(recurrent, "_same", lambda out, call: next(answers) and repeats(out, call))
     module = build(kind, 2, dropout=0.2).float()

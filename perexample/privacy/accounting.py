@@ -97,7 +97,7 @@ def epsilon(
     Example:
         >>> from perexample.privacy import epsilon
         >>> round(epsilon(1e-5, noise_multiplier=1.0, sample_rate=0.1, steps=10), 2)
-        2.86
+        2.85
         >>> round(epsilon(1e-5, noise_multiplier=1.0, sample_rate=0.1, steps=10, accountant="rdp"), 2)
         3.44
     """
@@ -129,7 +129,7 @@ def epsilon_of(
         >>> from perexample.privacy import Release, epsilon_of
         >>> halved = [(Release(2.0, 0.01), 500), (Release(1.0, 0.01), 500)]
         >>> round(epsilon_of(halved, 1e-5), 1)
-        1.9
+        1.4
     """
     ways = _ways(accountant, neighbours)
     events = [Event(_noise(r.noise_multiplier), _rate(r.sample_rate), _whole("count", n)) for r, n in _pairs(runs)]
