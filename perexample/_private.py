@@ -261,9 +261,11 @@ def shards(model: nn.Module) -> dict[int, tuple[Tensor, nn.Parameter]]:
         they are the same.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not there yet: nothing is sharded
-    kind: Any = getattr(fsdp, "FSDPModule", ())
+    kind: Any = getattr(fsdp, "FSDPModule", None)
+    if kind is None or not kind.__subclasses__():  # which fully_shard makes
+        return {}
     found: dict[int, tuple[Tensor, nn.Parameter]] = {}
-    for module in model.modules() if kind else ():
+    for module in model.modules():
         if isinstance(module, kind):
             state: Any = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]

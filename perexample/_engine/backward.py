@@ -18,7 +18,7 @@ from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
-from .coverage import check_coverage, check_divisors, number_of_examples, parameter_names
+from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .shortcuts import shortcut
 from .state import STATE, plain
 from .tap import Tap
@@ -45,18 +45,22 @@ class Context(Protocol):
 class Backward:
     """One backward: gradients arrive at live taps, views fill, extensions compute."""
 
-    def __init__(self, context: Context, found: Walk, exact: bool = True) -> None:
+    def __init__(self, context: Context, loss: Tensor, found: Walk) -> None:
         """Find out all that can be wrong before anything is computed."""
         self.context, self.found, self.retain = context, found, False
         self.names = parameter_names(found)
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
-        if self.n and context.loss_reduction == "mean":
+        mean = context.loss_reduction == "mean"
+        n = float(self.n) if mean and self.n else 1.0  # what an example's own loss is divided by
+        if self.n:
+            check_sums(loss, found, self.n, context.loss_scale / n)
+        if self.n and mean:
             check_divisors(found, self.n)
         # A mean is seeded with N where no p.grad nor other gradient is wanted: what is divided by N and rounded, as by
         # autocast, would change with the size of the batch.
-        mean = context.loss_reduction == "mean"
-        self.seed = float(self.n) if mean and exact and self.n and not context.grad and not found.leaves else 1.0
+        seeded = not context.grad and not found.leaves and loss.dtype in (torch.float32, torch.float64)
+        self.seed = n if seeded else 1.0
         scale = (self.n if mean else 1.0) / self.seed / context.loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]

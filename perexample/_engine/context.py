@@ -16,7 +16,6 @@ from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import Choice
 from .backward import Backward
-from .coverage import check_sums
 from .record import forget_forwards
 from .walk import walk
 
@@ -134,10 +133,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         forget_forwards()
         with undispatched():
             _check_loss(loss, gradient, inputs, self.loss_reduction)
-            run = Backward(self, walk([loss]), exact=loss.dtype in (torch.float32, torch.float64))
-            if run.n:
-                own = self.loss_scale / (run.n if self.loss_reduction == "mean" else 1)
-                check_sums(loss, run.found, run.n, own)
+            run = Backward(self, loss, walk([loss]))
         keep = create_graph if retain_graph is None else retain_graph
 
         def backward(inputs: Any, keep: bool) -> None:

@@ -66,6 +66,11 @@ def _times(term: Term, scale: float) -> Tensor:
     return dense * scale if held else dense.mul_(scale)
 
 
+def _finite(total: Tensor) -> bool:
+    """Whether a sum has no NaN or infinity, for which its own sum is enough; False also where that overflows."""
+    return bool(torch.isfinite(total.sum()))
+
+
 class ParameterView:
     """Per-example gradient of one parameter: of each example's own loss, over every use of the parameter.
 
@@ -195,7 +200,7 @@ class ParameterView:
             doubtful = w.tiny if doubtful is None else doubtful | w.tiny.to(doubtful.device)
         if doubtful is None:
             total = _sum(term, used, w.scaled(device, self._scale, dtype))
-            if torch.isfinite(total).all():
+            if _finite(total):
                 return total.to(self._dtype)
             doubtful = torch.ones_like(w.used)  # a factor times a weight was too large, their product is not
         values = w.scaled(device, self._scale, torch.float64)
@@ -204,7 +209,7 @@ class ParameterView:
         total = self.zeros(*self.param.shape)
         if rest.any():
             part = _sum(term, rest, values.to(dtype))
-            total = total + (part if torch.isfinite(part).all() else _sum(term.double(), rest, values))
+            total = total + (part if _finite(part) else _sum(term.double(), rest, values))
         if doubtful.any():
             exact, chosen = term.select(doubtful).double(), values[doubtful].double()
             for one in blocks(exact):  # of the gradients that gave the norms: another order of summation is another sum
