@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README, NUMBERS = ROOT / "README.md", ROOT / "tests" / "scores.json"
+TWO_STEPS = "two steps"  # a score that is not tight, see test_audit.py
 START, END = "<!-- scores:start -->", "<!-- scores:end -->"
 FILES = [
     "test_sensitivity",
@@ -64,7 +65,7 @@ def rows(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
         scores[name] for name in ("sensitivity", "audit", "faults", "crash", "bad_input")
     )
     kills, accounted = (crash[name] + crash[f"secure_{name}"] for name in ("kills", "accounted"))
-    bounds = [case["epsilon"] for case in audit["correct"].values()]
+    bounds = [case["epsilon"] for name, case in audit["correct"].items() if name != TWO_STEPS]
     seen = sum(case["violates"] for case in audit["faults"].values())
     return [
         (

@@ -133,6 +133,30 @@ def test_an_entry_is_forced_to_the_disk_before_record_returns(tmp_path, monkeypa
     assert 0 < done[0] < done[1] == (tmp_path / "steps.jsonl").stat().st_size
 
 
+def test_the_name_of_a_new_file_is_forced_to_the_disk_too(tmp_path, monkeypatch):
+    forced = []
+    monkeypatch.setattr("perexample.privacy.ledger.names_to_disk", forced.append)
+    book([A, B], path=tmp_path / "steps.jsonl")
+    assert forced == [tmp_path]
+
+
+@pytest.mark.parametrize("before", [[], [A]])
+def test_an_entry_that_cannot_be_written_leaves_no_half_line(tmp_path, monkeypatch, before):
+    path = tmp_path / "steps.jsonl"
+    ledger = book(before, path=path)
+
+    def full(_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="disk full"):
+            ledger.record(B)
+    assert flat(ledger) == flat(Ledger(path)) == before
+    ledger.record(C)
+    assert flat(Ledger(path)) == [*before, C]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_while_writing(tmp_path, seed):
     """A process that says what it is about to do and what it has done, killed from outside."""

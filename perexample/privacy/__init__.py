@@ -7,7 +7,8 @@ from .distributed import Processes
 from .ledger import Ledger, Release
 from .noise import Noise
 from .optimizer import make_optimizer, privatize
-from .private import Private, make_private
+from .prepare import make_private
+from .private import Private
 from .sampling import PhysicalBatches, PoissonBatchSampler
 
 __all__ = [

@@ -25,7 +25,7 @@ def save_file(state: Any, path: Path) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    _to_disk(path.parent)
+    names_to_disk(path.parent)
 
 
 def load_file(path: Path) -> Any:
@@ -40,8 +40,8 @@ def load_file(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _to_disk(folder: Path) -> None:
-    """The name of a new file is on the disk when its folder is; not every system can do that."""
+def names_to_disk(folder: Path) -> None:
+    """Force the names of a folder's files to the disk, without which a new file can be lost; not every system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, PrivacyBudgetError, StaleGradientError
+from .checkpoint import names_to_disk
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,20 @@ def _begins_with(long: Runs, short: Runs) -> bool:
 
 
 def _append(path: Path, releases: Iterable[Release]) -> None:
-    """One line for each, on the disk before this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        for release in releases:
-            line = json.dumps({"noise_multiplier": release.noise_multiplier, "sample_rate": release.sample_rate})
-            file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """One line for each, on the disk before this returns; if that fails, the file is as it was."""
+    before = path.stat().st_size if path.exists() else None
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for release in releases:
+                line = json.dumps({"noise_multiplier": release.noise_multiplier, "sample_rate": release.sample_rate})
+                file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        os.truncate(path, before or 0)
+        raise
+    if before is None:
+        names_to_disk(path.parent)
 
 
 def _end_with_whole_line(path: Path) -> None:

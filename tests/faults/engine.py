@@ -180,7 +180,7 @@ MUTANTS = (
     mutant(
         "F46-other-parameters",
         "takes an optimizer of other parameters than the model's",
-        Body("perexample.privacy.private:_check_optimized", "return None"),
+        Body("perexample.privacy.prepare:_check_optimized", "return None"),
         killers="test_make_private.py::test_the_optimizer_must_hold_the_models_parameters",
     ),
     mutant(

@@ -8,7 +8,7 @@ OPTIMIZER = "perexample.privacy.optimizer"
 STEP = f"{OPTIMIZER}:Privatizer"
 NOISE = "perexample.privacy.noise"
 LEDGER = "perexample.privacy.ledger"
-PRIVATE = "perexample.privacy.private"
+PREPARE = "perexample.privacy.prepare"
 
 SIZE = "(total / expected_batch_size)"
 FIRST = "_refuse_closure(optimizer, args, kwargs)"
@@ -104,7 +104,7 @@ MUTANTS = (
         "F18-rate-from-the-data",
         "computes the sample rate from the length of the data set",
         Edit(
-            f"{PRIVATE}:make_private",
+            f"{PREPARE}:make_private",
             (
                 "rate = _rate(batch_size, public_size)",
                 "_rate(batch_size, public_size)\n    rate = _rate(batch_size, len(dataset))",
@@ -116,7 +116,7 @@ MUTANTS = (
         "F18-divisor-from-the-data",
         "computes the divisor from the length of the data set, as Opacus does",
         Edit(
-            f"{PRIVATE}:make_private",
+            f"{PREPARE}:make_private",
             ("        expected_batch_size=batch_size,", "        expected_batch_size=rate * len(dataset),"),
         ),
         killers="test_make_private.py::test_the_public_numbers_do_not_depend_on_the_data",
@@ -125,7 +125,7 @@ MUTANTS = (
         "F18-length-by-default",
         "takes the length of the data set for public if nothing is said",
         Edit(
-            f"{PRIVATE}:make_private",
+            f"{PREPARE}:make_private",
             ("rate = _rate(batch_size, public_size)", "rate = _rate(batch_size, public_size or len(dataset))"),
         ),
         killers="test_make_private.py::test_arguments_without_meaning",

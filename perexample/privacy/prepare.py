@@ -1,0 +1,292 @@
+"""Private training in one call: everything from a model, an optimizer and a dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .._private import system_generator
+from ..errors import ConfigurationError
+from ..model import extend
+from . import accounting
+from .collate import EmptyBatches
+from .distributed import Processes
+from .ledger import Ledger
+from .optimizer import Clipping, checked_processes, privatize
+from .private import Plan, Private
+from .sampling import PhysicalBatches, PoissonBatchSampler
+
+_OURS = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset", "collate_fn"}
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    *,
+    batch_size: float,
+    public_size: int | None = None,
+    max_norm: float | None = None,
+    clipping: Clipping | None = None,
+    target_epsilon: float | None = None,
+    target_delta: float,
+    noise_multiplier: float | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    physical_batch_size: int | None = None,
+    accountant: str = "pld",
+    loss_reduction: str = "mean",
+    strategy: str = "measure",
+    batch_dim: int = 0,
+    collate_fn: Callable | None = None,
+    ledger: str | os.PathLike[str] | Ledger | None = None,
+    noise: str = "torch",
+    sampling_generator: torch.Generator | None = None,
+    noise_generator: torch.Generator | None = None,
+    processes: Processes | None = None,
+    **loader_options: Any,
+) -> Private:
+    """Everything that private training needs, from a model, an optimizer and a dataset.
+
+    Extends the model, calibrates the noise to the budget, makes the optimizer private, and makes a loader of Poisson
+    batches: every example is in a batch with probability ``batch_size / public_size``, by itself.
+
+    Args:
+        model: Any model without BatchNorm in training mode; see `replace_batchnorm`.
+        optimizer: Any torch optimizer of the model's trainable parameters; it is made private in place.
+        dataset: A dataset with ``__len__`` and ``__getitem__``, one example for each index.
+        batch_size: Expected size of a batch, over all processes; also what noisy sums are divided by.
+        public_size: Number of examples, as far as it may be known; must be given. Sample rate, steps and noise are
+            computed from it and are public, so it is yours to say that ``len(dataset)`` is no secret, or to give a
+            rough number.
+        max_norm: C, to which the gradient of each example is clipped; or give ``clipping``.
+        clipping: A `ClippedGrad`, for other clip functions, groups, or an adaptive C.
+        target_epsilon: Budget for the whole training; or give ``noise_multiplier``.
+        target_delta: Its second part; well below 1 / public_size.
+        noise_multiplier: Standard deviation of the noise in units of C.
+        epochs: Passes over the data, on average; or give ``steps``.
+        steps: Number of private steps.
+        physical_batch_size: Batches are cut into pieces of at most so many examples, for memory; only the last piece
+            of a batch takes a step. Per process.
+        accountant: ``"pld"`` (tight) or ``"rdp"``.
+        loss_reduction: How the loss joins the examples, as in ``perex``.
+        strategy: As in ``perex``; with ``"model"`` a resumed run is the same to the last bit for layers of any size.
+        batch_dim: Axis of the examples, as in ``extend``.
+        collate_fn: Of the ``DataLoader``; it needs no case for empty batches.
+        ledger: A file that every step is written to before it is taken, or a `Ledger`.
+        noise: ``"torch"``, or ``"os"`` for the operating system's cryptographic source.
+        sampling_generator: Makes the batches repeatable, for tests.
+        noise_generator: Makes the noise repeatable, for tests.
+        processes: As in ``privatize``.
+        loader_options: Others of ``DataLoader``, such as ``num_workers``.
+
+    Returns:
+        One object with loader, context, ``step``, ``epsilon(delta)`` and state.
+
+    Raises:
+        ConfigurationError: For arguments without meaning, or that contradict each other.
+        UnsupportedModuleError: For a module that mixes examples.
+
+    Guarantees:
+        The training is (epsilon, delta)-differentially private for adding or removing one example, if the model that
+        is released comes from its steps alone. Choices made by looking at the data (learning rate, C, when to stop)
+        are not accounted.
+
+    References:
+        Abadi et al. 2016, arXiv:1607.00133, algorithm 1; accounting by privacy loss distributions: Koskela et al.
+        2020, arXiv:1906.03049.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> from perexample.privacy import make_private
+        >>> model, data = nn.Linear(2, 2), TensorDataset(torch.randn(100, 2), torch.randint(0, 2, (100,)))
+        >>> private = make_private(model, torch.optim.Adam(model.parameters()), data, target_epsilon=3.0,
+        ...                        target_delta=1e-3, epochs=2, batch_size=20, public_size=100, max_norm=1.0)
+        >>> for x, y in private:
+        ...     with private:
+        ...         nn.functional.cross_entropy(model(x), y).backward()
+        ...     _ = private.step()
+        >>> private.steps, private.epsilon() <= 3.0
+        (10, True)
+    """
+    _check_model(model, loss_reduction)
+    generators = {"sampling_generator": sampling_generator, "noise_generator": noise_generator}
+    _check_named(target_epsilon, target_delta, physical_batch_size, generators)
+    processes = checked_processes(processes)
+    rate = _rate(batch_size, public_size)
+    planned = _planned(epochs, steps, rate)
+    clipping = _clipping(max_norm, clipping)
+    _check_optimized(model, optimizer)
+    _check_data(dataset, loader_options)
+    noise_multiplier = _noise(target_epsilon, target_delta, noise_multiplier, rate, planned, accountant)
+    shard = {"rank": processes.rank, "world_size": processes.size}
+    sampler = PoissonBatchSampler(len(dataset), rate, generator=sampling_generator, **shard)  # type: ignore[arg-type]
+    batches = sampler if physical_batch_size is None else PhysicalBatches(sampler, physical_batch_size)
+    collate = EmptyBatches(collate_fn, example=dataset[0])
+    # A loader draws a number when an iteration begins: not from the stream that a resumed run continues.
+    options = {"generator": system_generator(), **loader_options}
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
+    extend(model, batch_dim=batch_dim)
+    book = _book(ledger, planned, processes)
+    privatize(
+        optimizer,
+        clipping=clipping,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=batch_size,
+        sampler=batches,
+        ledger=book,
+        generator=noise_generator,
+        noise=noise,
+        processes=processes,
+    )
+    plan = Plan(float(noise_multiplier), rate, float(batch_size), planned)
+    return Private(
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        sampler=sampler,
+        clipping=clipping,
+        ledger=book,
+        plan=plan,
+        delta=target_delta,
+        accountant=accountant,
+        settings={"loss_reduction": loss_reduction, "strategy": strategy},
+    )
+
+
+def _noise(
+    epsilon: float | None, delta: float, noise_multiplier: float | None, rate: float, steps: int, accountant: str
+) -> float:
+    """The noise multiplier, given or calibrated."""
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigurationError("make_private needs one of target_epsilon and noise_multiplier.")
+    if epsilon is not None:
+        return accounting.noise_multiplier_for(epsilon, delta, sample_rate=rate, steps=steps, accountant=accountant)
+    accounting.epsilon(
+        delta,
+        noise_multiplier=1.0,
+        sample_rate=None,
+        steps=1,
+        accountant=accountant,
+        # Errors of delta and accountant come before the training, not after it.
+    )
+    assert noise_multiplier is not None
+    return noise_multiplier
+
+
+def _positive(name: str, value: Any, wanted: str = "greater than 0") -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+        raise ConfigurationError(f"{name} must be a finite number {wanted}, not {value!r}.")
+
+
+def _check_named(epsilon: Any, delta: Any, physical: Any, generators: Mapping[str, Any]) -> None:
+    """What the parts would refuse under names of their own."""
+    if isinstance(delta, bool) or not isinstance(delta, Real) or not 0 < float(delta) < 1:
+        raise ConfigurationError(
+            f"target_delta must be a number above 0 and below 1 (far below 1 / public_size), not {delta!r}."
+        )
+    if epsilon is not None:
+        _positive("target_epsilon", epsilon, "> 0")
+    if physical is not None and (isinstance(physical, bool) or not isinstance(physical, Integral) or physical < 1):
+        raise ConfigurationError(f"physical_batch_size must be an integer >= 1, or None, not {physical!r}.")
+    for name, generator in generators.items():
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ConfigurationError(f"{name} must be a torch.Generator or None, not {generator!r}.")
+
+
+def _rate(batch_size: float, public_size: int | None) -> float:
+    """Sample rate of two public numbers."""
+    if public_size is None:
+        raise ConfigurationError(
+            "make_private needs public_size, the number of examples as far as it may be known: sample rate, number of "
+            "steps and noise are computed from it, and a number read from the data would tell whether one example is "
+            "among them. If it is no secret, pass public_size=len(dataset); else a rough number."
+        )
+    for name, value in (("batch_size", batch_size), ("public_size", public_size)):
+        _positive(name, value)
+    if batch_size > public_size:
+        raise ConfigurationError(
+            f"batch_size={batch_size} is more than public_size={public_size}; it is the expected number of examples in "
+            f"a batch, of all that there are."
+        )
+    return batch_size / public_size
+
+
+def _planned(epochs: float | None, steps: int | None, rate: float) -> int:
+    """Number of steps; an epoch has ``round(1 / rate)``, as one iteration of the sampler."""
+    if (epochs is None) == (steps is None):
+        raise ConfigurationError("make_private needs one of epochs and steps.")
+    name, value = ("steps", steps) if epochs is None else ("epochs", epochs)
+    _positive(name, value)
+    if steps is not None and steps != int(steps):
+        raise ConfigurationError(f"steps must be a whole number, not {steps!r}.")
+    return int(steps) if epochs is None else max(1, round(epochs * round(1 / rate)))  # type: ignore[arg-type]
+
+
+def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
+    """The ledger, held to the plan; one that was given may know steps already, which count."""
+    if not isinstance(ledger, Ledger):
+        if not isinstance(ledger, (str, os.PathLike, type(None))):
+            raise ConfigurationError(f"ledger must be a path of a file, or a Ledger, not {ledger!r}.")
+        return Ledger(ledger, planned, write=processes.rank == 0)
+    ledger.limit = planned if ledger.limit is None else min(ledger.limit, planned)
+    return ledger
+
+
+def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:
+    if (max_norm is None) == (clipping is None):
+        raise ConfigurationError("make_private needs one of max_norm and clipping.")
+    if clipping is not None:
+        return clipping
+    from perexample.extensions import ClippedGrad  # type: ignore[import-not-found] # needs this package first
+
+    return ClippedGrad(max_norm)
+
+
+def _check_model(model: Any, loss_reduction: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    if loss_reduction not in ("mean", "sum"):
+        raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
+
+
+def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer must have the model's trainable parameters: all share one norm."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for key, name in names.items():
+        if key not in held:
+            raise ConfigurationError(
+                f"Parameter `{name}` is trainable, and the optimizer does not have it: it would take part in the norms "
+                f"and never be trained. Give it to the optimizer, or freeze it with requires_grad_(False)."
+            )
+    for key, p in held.items():
+        if key not in names:
+            raise ConfigurationError(
+                f"The optimizer has a parameter of shape {list(p.shape)} that is not the model's; was the model copied "
+                f"or converted after the optimizer was made?"
+            )
+
+
+def _check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:
+    sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, (IterableDataset, DataLoader, Mapping)) or not sized:
+        raise ConfigurationError(
+            f"dataset must have __len__ and __getitem__, and {type(dataset).__name__} is no such thing; Poisson "
+            f"sampling draws every example by its index."
+        )
+    if len(dataset) == 0:
+        raise ConfigurationError("dataset is empty; give one with an example, from which the form of a batch is known.")
+    for name in sorted(_OURS & loader_options.keys()):
+        raise ConfigurationError(
+            f"make_private got the DataLoader option {name!r}, which it sets itself: batches are Poisson samples of "
+            f"the expected size batch_size, in pieces of physical_batch_size."
+        )
