@@ -24,8 +24,10 @@ assert importlib.util.find_spec("dp_accounting") is None, "an extra, which only 
 assert optimizer.ledger.steps == 1
 batches = list(PhysicalBatches(PoissonBatchSampler(20, 0.5, steps=4), 3))
 assert all(len(batch) <= 3 for batch in batches)
+message = ""
 try:
     optimizer.ledger.epsilon(1e-5)
 except ImportError as error:
-    assert "perexample[privacy]" in str(error), error
+    message = str(error)
+assert "perexample[privacy]" in message
 print("installed:", perexample.__version__, model.weight.grad_batch.shape)
