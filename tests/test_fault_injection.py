@@ -41,9 +41,11 @@ class Server:
         self.log = folder / "log"
         command = [sys.executable, "-m", "faults.server", str(requests[0]), str(answers[1]), str(folder / "base")]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = {**os.environ, **threads}
+        environment.pop("PEREXAMPLE_SCORES", None)  # what tests measure of a faulty library is no score
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, *tests], cwd=TESTS, env={**os.environ, **threads}, pass_fds=(requests[0], answers[1]),
+                [*command, *tests], cwd=TESTS, env=environment, pass_fds=(requests[0], answers[1]),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         os.close(requests[0])
