@@ -140,6 +140,7 @@ def rounded(data: dict) -> dict:
 
 def save(path: Path, data: dict) -> None:
     """Replace the numbers at once, so that a run that is stopped leaves a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(rounded(data), indent=1) + "\n")
     os.replace(beside, path)
