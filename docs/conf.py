@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "gallery" / "training")]
 
 import draw_architecture
+import error_examples
 import support_table
 
 import perexample
@@ -53,3 +54,15 @@ sphinx_gallery_conf = {
 
 draw_architecture.main(Path(__file__).parent / "_static" / "architecture.svg")
 support_table.main(Path(__file__).parent / "generated" / "support.inc")
+error_examples.main(Path(__file__).parent / "generated" / "errors.inc")  # after the table: it registers rules
+
+
+def link_to_examples(app, what, name, obj, options, lines):
+    """Exceptions of the API point to the code that raises them."""
+    if what == "exception" and name.rpartition(".")[2] in error_examples.NAMES:
+        lines += ["", f"Examples: :ref:`{name.rpartition('.')[2]} <error-{name.rpartition('.')[2]}>`."]
+
+
+def setup(app):
+    """Called by sphinx."""
+    app.connect("autodoc-process-docstring", link_to_examples)

@@ -165,6 +165,34 @@ def test_the_code_of_the_docs_runs(page, number):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
 
 
+def test_our_side_of_the_migration_page_runs():
+    text = (ROOT / "docs" / "migration.rst").read_text()
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    ours = [block for block in map(textwrap.dedent, blocks) if block.startswith("# perexample")]
+    assert (len(blocks), len(ours)) == (6, 3)
+    setup = """
+import torch
+from torch import nn
+from perexample import DP_SGD, extend
+from perexample.extensions import ClippedGrad
+x, y = torch.randn(600, 4), torch.randint(0, 3, (600,))
+dataset = torch.utils.data.TensorDataset(x, y)
+model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+    script = "\n".join([setup, *ours[:2], "model = nn.Linear(4, 3); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)", ours[2]])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
+
+
+def test_the_errors_page_has_every_exception_and_its_code_says_what_it_should():
+    pytest.importorskip("dp_accounting")
+    raised = {name for name, value in vars(perexample).items() if isinstance(value, type) and issubclass(value, BaseException)}
+    code = "import sys; sys.path.insert(0, 'docs'); import error_examples as e; e.page(); print(*e.NAMES)"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert set(run.stdout.split()) == raised - {"PerExampleError"}
+
+
 def test_the_folder_extensions_cannot_be_imported_by_itself():
     run = subprocess.run([sys.executable, "-c", "import extensions"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode

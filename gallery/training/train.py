@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from train_courses import OPTIMIZERS, Course, make_course
 from train_data import Data, DataError, load_data
 from train_methods import BACKWARDS
 from train_models import ACTIVATIONS, ModelError, Shape, make_model
-from train_report import draw, peak_mib, read_rows, write_rows
+from train_report import Row, draw, peak_mib, save, write_rows
 
 from perexample import PerExampleError
 
@@ -128,6 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="(default: sgd)")
     add("--lr", type=real, help="learning rate (default: one known to work for the bundled data)")
     add("--momentum", type=_number(float, 0, False, 1), help="of sgd and rmsprop (default: 0, plain 0.9)")
+    add("--average", type=_number(float, 0, False, math.nextafter(1, 2)), metavar="SHARE", help="the network that is tested is the mean of the last "
+        "steps' weights, of this share of all; 0 for the last weights alone (default: 0.5, plain 0)")  # fmt: skip
     add("--weight-decay", type=_number(float, 0, False), default=0.0, help="(default: 0)")
     add("--epochs", type=real, help="passes over the data, on average (default: 50 for digits, 30 for names, 20)")
     add("--batch-size", type=whole, help="expected number of examples of a step (default: 750 for digits, 1000)")
@@ -193,6 +196,7 @@ def filled(options: argparse.Namespace, data: Data) -> argparse.Namespace:
         "batch_size": min(batch_size, count),
         "epochs": epochs,
         "momentum": 0.9 if plain else 0.0,
+        "average": 0.0 if plain else 0.5,
         "public_size": count,
         "delta": 10.0 ** -math.ceil(math.log10(max(2, count))),
     }
@@ -219,7 +223,7 @@ def evaluated(model: nn.Module, dataset: Dataset, device: str) -> tuple[float, f
     return loss / count, right / count
 
 
-def run(options: argparse.Namespace, data: Data, folder: Path) -> dict[str, float | None]:
+def run(options: argparse.Namespace, data: Data, folder: Path) -> Row:
     """One training; returns the last row of its table."""
     table, state = folder / "run.csv", folder / "state.pt"
     if not options.resume and any(path.exists() for path in (table, state, folder / "ledger.jsonl")):
@@ -236,18 +240,21 @@ def run(options: argparse.Namespace, data: Data, folder: Path) -> dict[str, floa
         options.pretrained,
     )  # fmt: skip
     model = make_model(options.model, data, shape).to(options.device)
+    average = AveragedModel(model)
     course = make_course(model, data, options, folder)
-    rows: list[dict[str, float | None]] = []
+    rows: list[Row] = []
     if options.resume:
-        course.load(state)
-        rows = read_rows(table)
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        course.load_state_dict(saved["course"])
+        average.load_state_dict(saved["average"])
+        rows = saved["rows"]
     last = min(course.planned, options.steps or course.planned)
     label = "not private" if options.method == "plain" else "private"
     with tqdm(total=last, initial=course.steps, desc=f"{label:11}", unit="step", leave=False, disable=None) as bar:
         while course.steps < last:
-            row = one_epoch(course, data, options, len(rows), last, bar)
+            row = one_epoch(course, average, data, options, len(rows), last, bar)
             rows.append(row)
-            course.save(state)
+            save({"course": course.state_dict(), "average": average.state_dict(), "rows": rows}, state)
             write_rows(table, rows)
             bar.set_postfix(accuracy=f"{row['test_accuracy']:.1%}")
             if options.verbose:
@@ -259,9 +266,10 @@ def run(options: argparse.Namespace, data: Data, folder: Path) -> dict[str, floa
 
 
 def one_epoch(
-    course: Course, data: Data, options: argparse.Namespace, epoch: int, last: int, bar: tqdm
-) -> dict[str, float | None]:
+    course: Course, average: AveragedModel, data: Data, options: argparse.Namespace, epoch: int, last: int, bar: tqdm
+) -> Row:
     """Train for an epoch, or to the last step; the row of it."""
+    begin = (1 - options.average) * course.planned  # of the average, which is that of noisy weights, and costs no privacy
     loss, right, count, seconds, start = 0.0, 0, 0, 0.0, time.perf_counter()
     for x, y in course.batches(epoch):
         if len(x):  # a Poisson batch may be empty: its step is noise alone
@@ -271,10 +279,13 @@ def one_epoch(
         before = course.steps
         course.step()
         bar.update(course.steps - before)
+        if course.steps > max(before, begin):
+            average.update_parameters(course.model)
         if course.steps >= last:
             break
     seconds = time.perf_counter() - start
-    test_loss, test_accuracy = evaluated(course.model, data.test, options.device)
+    shown = average if average.n_averaged else course.model
+    test_loss, test_accuracy = evaluated(shown, data.test, options.device)
     return {
         "epoch": epoch + 1,
         "steps": course.steps,
@@ -288,7 +299,7 @@ def one_epoch(
     }
 
 
-def describe(options: argparse.Namespace, result: dict[str, float | None]) -> str:
+def describe(options: argparse.Namespace, result: Row) -> str:
     """What is printed of a run."""
     name = "not private" if options.method == "plain" else "private"
     text = f"{name + ':':12} test accuracy {result['test_accuracy']:.1%}"
@@ -298,7 +309,7 @@ def describe(options: argparse.Namespace, result: dict[str, float | None]) -> st
     return f"{text}, {int(result['steps'] or 0)} steps in {result['total_seconds']:.1f} s"
 
 
-def repeated(options: argparse.Namespace, data: Data, folder: Path) -> list[dict[str, float | None]]:
+def repeated(options: argparse.Namespace, data: Data, folder: Path) -> list[Row]:
     """All runs of the seeds asked for, printed one by one."""
     results = []
     for seed in range(options.seed, options.seed + options.repeat):
@@ -315,7 +326,7 @@ def repeated(options: argparse.Namespace, data: Data, folder: Path) -> list[dict
     return results
 
 
-def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float | None]]]:
+def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
     """Train as the command line says; returns the last rows of all runs by method."""
     asked = parse_arguments(arguments)
     if asked.threads:
@@ -338,7 +349,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float |
     baseline = options.data in train_data.BUNDLED if options.baseline is None else options.baseline
     if baseline and options.method != "plain":
         same = {"method": "plain", "noise_multiplier": None, "epsilon": None, "clip": "flat", "groups": "all"}
-        plain = argparse.Namespace(**{**vars(asked), **same, "lr": None, "momentum": None, "resume": False})
+        plain = argparse.Namespace(**{**vars(asked), **same, "lr": None, "momentum": None, "average": None, "resume": False})
         if not options.resume:
             results["plain"] = repeated(filled(plain, data), data, folder / "plain")
     print(f"written to {folder}")

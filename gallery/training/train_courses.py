@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from train_data import Data
 from train_methods import BACKWARDS, Found, OwnSums
 
-from perexample import extend, privatize
+from perexample import extend, privatize, unextend
 from perexample.extensions import AdaptiveClippedGrad, ClippedGrad
 from perexample.privacy import (
     EmptyBatches,
@@ -67,12 +67,12 @@ class Course(ABC):
         """Privacy spent."""
 
     @abstractmethod
-    def save(self, path: Path) -> None:
-        """Write everything a resumed run needs."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
 
     @abstractmethod
-    def load(self, path: Path) -> None:
-        """Continue from a file."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
 
 
 class Private(Course):
@@ -103,7 +103,7 @@ class Private(Course):
         )
         self.model, self.planned = model, self.private.planned_steps
         self.noise_multiplier = self.private.noise_multiplier
-        self.backward = make_backward(options)
+        self.backward = make_backward(model, options)
 
     @property
     def steps(self) -> int:
@@ -121,11 +121,11 @@ class Private(Course):
     def epsilon(self) -> float:
         return self.private.epsilon()
 
-    def save(self, path: Path) -> None:
-        self.private.save(path)
+    def state_dict(self) -> dict[str, Any]:
+        return self.private.state_dict()
 
-    def load(self, path: Path) -> None:
-        self.private.load(path)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.private.load_state_dict(state)
 
 
 class Whole(Course):
@@ -165,14 +165,10 @@ class Whole(Course):
             self.optimizer.zero_grad()
             self.taken += 1
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.taken}
 
-    def save(self, path: Path) -> None:
-        torch.save(self.state(), path)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.taken = state["steps"]
@@ -202,7 +198,7 @@ class Shuffled(Whole):
             generator=torch.Generator().manual_seed(2 * options.seed + 1) if seeded else None,
             noise=options.noise,
         )
-        self.backward = make_backward(options)
+        self.backward = make_backward(model, options)
 
     def learn(self, x: Tensor, y: Tensor) -> Found:
         return self.backward(self.model, self.clipping, x, y)
@@ -247,9 +243,11 @@ def make_clipping(options: argparse.Namespace) -> ClippedGrad:
     return ClippedGrad(options.max_norm, clip=options.clip, groups=options.groups)
 
 
-def make_backward(options: argparse.Namespace) -> Callable[..., Found]:
+def make_backward(model: nn.Module, options: argparse.Namespace) -> Callable[..., Found]:
     """The way to the sums; the choice of methods by measured times is not the same in every run."""
     backward = BACKWARDS[options.method]
+    if options.method in ("naive", "vmap"):
+        unextend(model)  # they do without it, and should not pay for it
     return partial(backward, strategy="model") if options.deterministic and options.method == "clipped" else backward
 
 

@@ -6,6 +6,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +27,11 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     os.replace(beside, path)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The table of an earlier run; none if it was stopped before the first row."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a state, whole or not at all."""
+    beside = path.with_suffix(".partial")
+    torch.save(state, beside)
+    os.replace(beside, path)
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
