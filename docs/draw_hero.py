@@ -17,14 +17,14 @@ from perexample import extend, perex
 from perexample.extensions import BatchL2Grad
 
 INK, RED, GRAY = "#5b7fa6", "#c8664f", "#8a8f98"  # readable on white and on black
-N, C = 56, 1.5
+N, C = 56, 2.0
 
 
 def trained_norms() -> tuple[torch.Tensor, float, torch.Tensor]:
     """Norms of some digits' gradients in a network that has learnt a little, that of their mean, and the images."""
     data, model, loss_fn = load_data(), extend(make_model("mlp", 0)), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss_fn(model(data.x), data.y).backward()
         optimizer.step()
@@ -40,9 +40,9 @@ def main(path: Path) -> None:
     plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["svg.hashsalt"] = "perexample"
     norms, mean, images = trained_norms()
-    figure = plt.figure(figsize=(10, 3.2))
-    left = figure.add_axes((0.045, 0.17, 0.13, 0.6))
-    right = figure.add_axes((0.275, 0.17, 0.71, 0.6))
+    figure = plt.figure(figsize=(10, 2.9))
+    left = figure.add_axes((0.065, 0.17, 0.13, 0.6))
+    right = figure.add_axes((0.275, 0.17, 0.64, 0.6))
     top = float(norms.max()) * 1.12
     left.bar([0], [mean], color=GRAY, width=0.5)
     left.set(xlim=(-1, 1), xticks=[], ylim=(0, top), ylabel="norm of the gradient")
@@ -52,9 +52,11 @@ def main(path: Path) -> None:
     right.bar(range(N), kept, color=INK, width=0.72)
     right.bar(range(N), norms - kept, bottom=kept, color=RED + "55", edgecolor=RED, linewidth=0.6, width=0.72)
     right.axhline(C, color=RED, linestyle="--", linewidth=1.2)
-    right.text(N - 0.4, C + 0.02 * top, "clipped to C", ha="right", va="bottom", color=RED, fontsize=9)
+    right.text(N + 0.3, C, "clipped to C", ha="left", va="center", color=RED, fontsize=9)
     right.set(xlim=(-0.8, N - 0.2), xticks=[], ylim=(0, top), yticklabels=[])
-    right.text(N / 2, -0.05 * top, f"each of {N} digits: its own gradient", ha="center", va="top", color=GRAY, fontsize=9)
+    right.text(
+        N / 2, -0.05 * top, f"each of {N} digits: its own gradient", ha="center", va="top", color=GRAY, fontsize=9
+    )
     for n in norms.topk(3).indices.tolist():
         inset = right.inset_axes((n - 1.3, float(norms[n]) + 0.01 * top, 2.6, 0.15 * top), transform=right.transData)
         inset.imshow(images[n], cmap="gray_r")
@@ -62,7 +64,9 @@ def main(path: Path) -> None:
         inset.spines[:].set_color(GRAY)
     code = {"family": "monospace", "fontsize": 10.5, "va": "bottom"}
     figure.text(0.02, 0.86, "loss.backward()", color=GRAY, **code)
-    figure.text(0.275, 0.86, "with perex(BatchGrad(), BatchL2Grad(), ClippedGrad(C)): loss.backward()", color=INK, **code)
+    figure.text(
+        0.275, 0.86, "with perex(BatchGrad(), BatchL2Grad(), ClippedGrad(C)): loss.backward()", color=INK, **code
+    )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GRAY)

@@ -332,7 +332,15 @@ def page() -> list[str]:
     """A section for each exception."""
     lines: list[str] = []
     for entry in ENTRIES:
-        lines += [f".. _error-{entry.name}:", "", entry.name, "-" * len(entry.name), "", f":class:`perexample.{entry.name}`: {entry.meaning}", ""]
+        lines += [
+            f".. _error-{entry.name}:",
+            "",
+            entry.name,
+            "-" * len(entry.name),
+            "",
+            f":class:`perexample.{entry.name}`: {entry.meaning}",
+            "",
+        ]
         for example in entry.examples:
             lines += [f"**{example.title}**", "", ".. code-block:: python", ""]
             lines += [textwrap.indent(textwrap.dedent(example.wrong).strip(), "   "), ""]

@@ -15,6 +15,8 @@ gradients, so that only these are clipped and get noise.
 # languages are the public text. The model is that of ``transformers``, two layers small, and begins at random: nothing
 # is downloaded.
 
+import warnings
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from perexample.privacy import make_private
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 set_seed(0)
 data = load_data("names")
 private_class = data.classes.index("tr")
@@ -54,9 +57,9 @@ def held_out_loss(model):
         return losses_of(model, held_out).mean().item()
 
 
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(300):
-    ids = public[torch.randint(len(public), (128,))]
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+for _ in range(200):
+    ids = public[torch.randint(len(public), (64,))]
     optimizer.zero_grad()
     losses_of(model, ids).mean().backward()
     optimizer.step()
@@ -82,7 +85,7 @@ private = make_private(
     TensorDataset(secret),
     target_epsilon=3.0,
     target_delta=1e-4,
-    epochs=30,
+    epochs=16,
     batch_size=250,
     public_size=len(secret),
     max_norm=1.0,

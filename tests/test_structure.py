@@ -180,15 +180,21 @@ dataset = torch.utils.data.TensorDataset(x, y)
 model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 """
-    script = "\n".join([setup, *ours[:2], "model = nn.Linear(4, 3); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)", ours[2]])
+    script = "\n".join(
+        [setup, *ours[:2], "model = nn.Linear(4, 3); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)", ours[2]]
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
 
 
 def test_the_errors_page_has_every_exception_and_its_code_says_what_it_should():
     pytest.importorskip("dp_accounting")
-    raised = {name for name, value in vars(perexample).items() if isinstance(value, type) and issubclass(value, BaseException)}
+    raised = {
+        name for name, value in vars(perexample).items() if isinstance(value, type) and issubclass(value, BaseException)
+    }
     code = "import sys; sys.path.insert(0, 'docs'); import error_examples as e; e.page(); print(*e.NAMES)"
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     assert set(run.stdout.split()) == raised - {"PerExampleError"}
 

@@ -11,14 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from perexample import extend, unextend
-
-pytest.importorskip("sklearn")
-pytest.importorskip("dp_accounting")
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "gallery" / "training"))
-
 import train
 import train_data
 import train_models
@@ -26,7 +18,14 @@ from train_data import DataError, load_data
 from train_methods import BACKWARDS, OwnSums, clipped
 from train_models import ModelError, Shape, make_model
 
+from perexample import extend, unextend
 from perexample.extensions import ClippedGrad
+
+pytest.importorskip("sklearn")
+pytest.importorskip("dp_accounting")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "gallery" / "training"))
+
 
 RNG = np.random.default_rng(0)
 
@@ -67,8 +66,12 @@ def test_where_torchvision_puts_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "does not begin as"), (b"PK\x03\x04" + bytes(20), "does not begin as"), (idx(np.zeros((2, 3, 3), np.uint8))[:-1], "should hold 18")],
-)  # fmt: skip
+    [
+        (b"", "does not begin as"),
+        (b"PK\x03\x04" + bytes(20), "does not begin as"),
+        (idx(np.zeros((2, 3, 3), np.uint8))[:-1], "should hold 18"),
+    ],
+)
 def test_broken_idx_files(tmp_path, content, message):
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(content)
@@ -359,7 +362,17 @@ def test_what_is_written(tmp_path):
     out = tmp_path / "out"
     train.main(["--epochs", "1", "--batch-size", "300", "--model", "mlp", "--out", str(out)])
     rows = rows_of(out)
-    assert list(rows[0]) == "epoch steps train_loss train_accuracy test_loss test_accuracy seconds peak_mib epsilon".split()
+    assert list(rows[0]) == [
+        "epoch",
+        "steps",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "seconds",
+        "peak_mib",
+        "epsilon",
+    ]
     assert float(rows[-1]["epsilon"]) <= 3
     assert len((out / "ledger.jsonl").read_text().splitlines()) == 5
     assert (out / "run.png").read_bytes()[:4] == b"\x89PNG"

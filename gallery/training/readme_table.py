@@ -23,14 +23,18 @@ def span(results: Results, key: str, form: str) -> str:
 
 def table(private: Results, plain: Results) -> str:
     """What the runs have come to, as Markdown."""
+    version = torch.__version__.split("+")[0]
     epsilon = max(float(result["epsilon"] or 0) for result in private)
+    private_row, plain_row = (
+        (span(rows, "test_accuracy", ".1%"), span(rows, "total_seconds", ".1f")) for rows in (private, plain)
+    )
     return "\n".join([
         f"| digits, {SEEDS} seeds | test accuracy | epsilon at delta 0.0001 | training, seconds |",
         "|---|---|---|---|",
-        f"| private (DP-SGD) | {span(private, 'test_accuracy', '.1%')} | {epsilon:.2f} | {span(private, 'total_seconds', '.1f')} |",
-        f"| not private | {span(plain, 'test_accuracy', '.1%')} | none | {span(plain, 'total_seconds', '.1f')} |",
+        f"| private (DP-SGD) | {private_row[0]} | {epsilon:.2f} | {private_row[1]} |",
+        f"| not private | {plain_row[0]} | none | {plain_row[1]} |",
         "",
-        f"Mean (least to most); written by `python gallery/training/readme_table.py` with torch {torch.__version__.split('+')[0]}, "
+        f"Mean (least to most); written by `python gallery/training/readme_table.py` with torch {version}, "
         f"Python {platform.python_version()} and {torch.get_num_threads()} CPU cores.",
     ])  # fmt: skip
 

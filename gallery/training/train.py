@@ -66,7 +66,9 @@ def _number(kind: type, least: float, strict: bool = True, most: float = math.in
         value = kind(text)
         if not (value > least if strict else value >= least) or not value < most:
             above = f"{'greater than' if strict else 'at least'} {least:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {above}" + (f" and less than {most:g}" * (most < math.inf)))
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {above}" + (f" and less than {most:g}" * (most < math.inf))
+            )
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"
@@ -95,9 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     ways = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
     add = parser.add_argument_group("what to train").add_argument
     add("--method", choices=list(METHODS), default="clipped", help=f"{ways} (default: clipped)")
-    add("--model", metavar="NAME", help=f"{', '.join(train_models.NAMES)}, wrn-DEPTH-FACTOR, timm:NAME or "
-        "torchvision:NAME; BatchNorm is replaced by GroupNorm, and every parameter is trained (default: cnn for images, "
-        "lstm for texts)")  # fmt: skip
+    add("--model", metavar="NAME", help=f"{', '.join(train_models.NAMES)}, wrn-DEPTH-FACTOR, timm:NAME, "
+        "torchvision:NAME; BatchNorm is replaced by GroupNorm, and every parameter is trained (default: cnn for "
+        "images, lstm for texts)")  # fmt: skip
     names = [*train_data.NAMES, *train_data.ALIASES]
     add("--data", choices=names, default="digits", metavar="NAME", help="digits and names are bundled; mnist, "
         "fashion-mnist (fmnist), cifar10, cifar100 are read in the formats they are published in; images (lsun) are "
@@ -108,8 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("privacy").add_argument
     add("--epsilon", type=real, help="budget for the whole training; the noise is calibrated to it (default: 3)")
     add("--noise-multiplier", type=_number(float, 0, False), help="noise in units of C, instead of --epsilon")
-    add("--delta", type=_number(float, 0, most=1), help="probability with which epsilon may fail (default: the power of "
-        "ten below 1 / number of examples)")  # fmt: skip
+    add("--delta", type=_number(float, 0, most=1), help="probability with which epsilon may fail (default: the power "
+        "of ten below 1 / number of examples)")  # fmt: skip
     add("--max-norm", type=real, default=1.0, help="C, to which each example's gradient is clipped (default: 1)")
     add("--clip", choices=["flat", "automatic", "global", "adaptive"], default="flat", help="flat: min(1, C / norm); "
         "automatic: C / (norm + 0.01); global: 1, or 0 beyond C; adaptive: C follows --quantile, privately "
@@ -129,8 +131,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="(default: sgd)")
     add("--lr", type=real, help="learning rate (default: one known to work for the bundled data)")
     add("--momentum", type=_number(float, 0, False, 1), help="of sgd and rmsprop (default: 0, plain 0.9)")
-    add("--average", type=_number(float, 0, False, math.nextafter(1, 2)), metavar="SHARE", help="the network that is tested is the mean of the last "
-        "steps' weights, of this share of all; 0 for the last weights alone (default: 0.5, plain 0)")  # fmt: skip
+    share = _number(float, 0, False, math.nextafter(1, 2))
+    add("--average", type=share, metavar="SHARE", help="the network that is tested is the mean of the weights after "
+        "the last steps, this share of all; 0 for the last ones alone (default: 0.5, plain 0)")  # fmt: skip
     add("--weight-decay", type=_number(float, 0, False), default=0.0, help="(default: 0)")
     add("--epochs", type=real, help="passes over the data, on average (default: 50 for digits, 30 for names, 20)")
     add("--batch-size", type=whole, help="expected number of examples of a step (default: 750 for digits, 1000)")
@@ -269,7 +272,9 @@ def one_epoch(
     course: Course, average: AveragedModel, data: Data, options: argparse.Namespace, epoch: int, last: int, bar: tqdm
 ) -> Row:
     """Train for an epoch, or to the last step; the row of it."""
-    begin = (1 - options.average) * course.planned  # of the average, which is that of noisy weights, and costs no privacy
+    begin = (
+        1 - options.average
+    ) * course.planned  # of the average, which is that of noisy weights, and costs no privacy
     loss, right, count, seconds, start = 0.0, 0, 0, 0.0, time.perf_counter()
     for x, y in course.batches(epoch):
         if len(x):  # a Poisson batch may be empty: its step is noise alone
@@ -349,7 +354,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
     baseline = options.data in train_data.BUNDLED if options.baseline is None else options.baseline
     if baseline and options.method != "plain":
         same = {"method": "plain", "noise_multiplier": None, "epsilon": None, "clip": "flat", "groups": "all"}
-        plain = argparse.Namespace(**{**vars(asked), **same, "lr": None, "momentum": None, "average": None, "resume": False})
+        plain = argparse.Namespace(
+            **{**vars(asked), **same, "lr": None, "momentum": None, "average": None, "resume": False}
+        )
         if not options.resume:
             results["plain"] = repeated(filled(plain, data), data, folder / "plain")
     print(f"written to {folder}")

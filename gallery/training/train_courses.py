@@ -1,4 +1,4 @@
-"""The three courses a training of `train.py` can take: private with Poisson batches, private with shuffled ones, plain."""
+"""The courses a training of `train.py` can take: private with Poisson batches, or with shuffled ones, or plain."""
 
 from __future__ import annotations
 

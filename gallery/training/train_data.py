@@ -173,7 +173,9 @@ def cifar(hundred: bool, folder: Path) -> Data:
         if all((place / part).is_file() for part in parts):
             read = [_cifar_python(place / part, key) for part in parts]
             described = place / ("meta" if hundred else "batches.meta")
-            classes = [str(name, "utf-8") for name in _unpickled(described)[meta.encode()]] if described.exists() else []
+            classes = (
+                [str(name, "utf-8") for name in _unpickled(described)[meta.encode()]] if described.exists() else []
+            )
             break
         if all((place / f"{part}.bin").is_file() for part in parts):
             read = [_cifar_binary(place / f"{part}.bin", 2 if hundred else 1) for part in parts]
@@ -181,10 +183,11 @@ def cifar(hundred: bool, folder: Path) -> Data:
             classes = described.read_text(encoding="utf-8").split() if described.exists() else []
             break
     else:
+        beside = ", ".join(place.name for place in places[1:])
+        beside = ", ".join(place.name for place in places[1:])
         raise DataError(
-            f"there is no CIFAR-{number} in {folder}: looked for {parts[0]} to {parts[-1]}, with .bin or without, there "
-            f"and in {', '.join(place.name for place in places[1:])}. Unpack the published archive there, or pass "
-            f"--download"
+            f"there is no CIFAR-{number} in {folder}: looked for {parts[0]} to {parts[-1]}, with .bin or without, "
+            f"there and in {beside}. Unpack the published archive there, or pass --download"
         )
     *train, test = read
     sets = (
@@ -228,7 +231,7 @@ def _unpickled(path: Path) -> Any:
         return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except DataError as error:
         raise DataError(f"{path} is refused: {error}") from None
-    except Exception as error:  # noqa: BLE001 # whatever a broken pickle raises
+    except Exception as error:  # whatever a broken pickle raises
         raise DataError(f"{path} is no pickled batch of CIFAR: {type(error).__name__}: {error}") from error
 
 
@@ -302,7 +305,7 @@ def _download(name: str, folder: Path) -> None:
     try:
         for train in (True, False):
             getattr(datasets, kind)(str(folder), train=train, download=True)
-    except Exception as error:  # noqa: BLE001 # torchvision raises what its connection raises
+    except Exception as error:  # torchvision raises what its connection raises
         raise DataError(f"torchvision could not download {kind}: {error}") from error
 
 

@@ -120,10 +120,7 @@ class Sequence(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padding = x == 0 if self.text else None
         h = self.enter(x)
-        if isinstance(self.body, nn.RNNBase):
-            h = self.body(h)[0]
-        else:
-            h = self.body(h, padding)
+        h = self.body(h)[0] if isinstance(self.body, nn.RNNBase) else self.body(h, padding)
         if padding is None:
             return self.head(h.mean(1))
         kept = (~padding).unsqueeze(2).to(h)
@@ -313,7 +310,7 @@ def from_library(library: str, name: str, data: Data, pretrained: bool) -> nn.Mo
         else:
             model = package.create_model(name, pretrained=pretrained, num_classes=classes)
             size = model.default_cfg["input_size"][1] if model.default_cfg.get("fixed_input_size") else max(height, 32)
-    except Exception as error:  # noqa: BLE001 # each has its own errors for unknown names and options
+    except Exception as error:  # each has its own errors for unknown names and options
         raise ModelError(f"{library} could not make {name}: {type(error).__name__}: {error}") from error
     scale = [nn.Upsample((size, size), mode="bilinear")] if (size, size) != (height, width) else []
     return nn.Sequential(*scale, *([Channels()] if channels == 1 else []), model)
