@@ -1,7 +1,8 @@
 """The choice of method: of several exact ways to the same norms and sums, the fastest one that fits.
 
 A `Term` offers `Method` objects. `choose` takes the one that was fastest for this shape on this device when all that
-have a chance were tried once, on the real tensors; what it found is remembered for the rest of the process. With
+have a chance were tried once, on the real tensors; what it found is remembered for the rest of the process, for all
+sizes nearby. With
 ``strategy="model"`` the estimates of a cost model decide, which are the same in every run.
 
 Which of the ways is fastest is no matter of counting operations: a native weight gradient and a batched product differ
@@ -10,6 +11,7 @@ fourfold in either direction, depending on the shape (docs/performance). All of 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +82,14 @@ class Choice:
             raise ConfigurationError(f"strategy must be one of {STRATEGIES}, not {self.strategy!r}.")
 
 
+def likeness(tensor: Tensor) -> tuple[Any, ...]:
+    """Sizes in steps of a quarter octave, and the order of the axes in memory."""
+    sizes = tuple(round(4 * math.log2(size)) if size else -1 for size in tensor.shape)
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    return sizes, order, 0 in strides, tensor.dtype, tensor.device
+
+
 _FOUND: dict[Any, str] = {}
 
 
@@ -100,7 +110,8 @@ def choose(term: Term, choice: Choice) -> Method:
     methods.sort(key=lambda method: method.seconds)
     if choice.strategy == "model" or methods[0].seconds < _SHORT:
         return methods[0]
-    key = (*term.form(), choice, torch.get_num_threads())
+    names = tuple(method.name for method in methods)  # what fits may differ between the sizes of one form
+    key = (*term.form(), names, choice, torch.get_num_threads())
     name = _FOUND.get(key)
     if name is None:
         if len(_FOUND) >= _MOST:

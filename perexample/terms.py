@@ -24,7 +24,7 @@ from torch import Size, Tensor
 
 from ._norms import BLOCK, gram_norms, norms_of, squared_norms, summed_products
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
-from .methods import Choice, Method, choose
+from .methods import Choice, Method, choose, likeness
 
 
 class Term:
@@ -69,9 +69,12 @@ class Term:
         raise NotImplementedError
 
     def form(self) -> tuple[Any, ...]:
-        """What the time of a method depends on: terms of one form are computed alike."""
-        factors = self.factors()
-        return (type(self), self.shape, *((t.shape, t.stride(), t.dtype, t.device) for t in factors))
+        """What the time of a method depends on: terms of one form are computed alike.
+
+        Sizes count up to a factor of 1.2: Poisson batches, and texts padded to the longest, have another size in every
+        step, and to measure each anew takes longer than the best choice saves.
+        """
+        return (type(self), self.shape, *(likeness(t) for t in self.factors()))
 
     def methods(self) -> list[Method]:
         """The ways to the squared norms."""

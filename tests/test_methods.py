@@ -434,3 +434,23 @@ def test_a_graph_that_was_kept_for_a_second_pass_in_vain_is_gone():
         loss.backward()
         with pytest.raises(LossError, match="earlier backward"):
             loss.backward()
+
+
+def test_batches_of_nearby_sizes_are_measured_once(monkeypatch):
+    """Poisson batches have another size in every step."""
+    measured = []
+    whole = choosing._measured
+    monkeypatch.setattr(choosing, "_measured", lambda *a: measured.append(1) or whole(*a))
+    forget_choices()
+    for n in range(950, 1050, 7):
+        choose(Outer(torch.randn(n, 1, 8, 96), torch.randn(n, 1, 8, 96), torch.Size((96, 96))), Choice(sums=True))
+    assert 1 <= len(measured) <= 2
+    choose(Outer(torch.randn(400, 1, 8, 96), torch.randn(400, 1, 8, 96), torch.Size((96, 96))), Choice(sums=True))
+    assert len(measured) <= 3
+
+
+def test_a_choice_among_other_methods_is_made_anew():
+    """What fits into memory may differ between sizes of one form."""
+    first, second = Timed((1.0, 2.0), held=(1, 1)), Timed((1.0, 2.0), held=(10, 1))
+    assert choose(first, Choice(sums=True)).name in "ab"
+    assert choose(second, Choice(sums=True)).name == "b"
