@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perexample._arguments import positive
 from perexample.errors import ConfigurationError, StaleGradientError
 
-from .clip import Clip, _positive
+from .clip import Clip
 from .clipped_grad import ClippedGrad
 
 _LARGEST_EXPONENT = 700.0  # exp of more is not a float64
@@ -92,14 +93,14 @@ class AdaptiveClippedGrad(ClippedGrad):
                 f"AdaptiveClippedGrad has one C for all parameters jointly, so groups must be 'all', not {groups!r}; "
                 f"use ClippedGrad for several groups."
             )
-        super().__init__(_positive("max_norm", max_norm), clip=clip)
-        self.expected_batch_size = _positive("expected_batch_size", expected_batch_size)
-        self.learning_rate = _positive("learning_rate", learning_rate)
-        self.quantile = _positive("quantile", quantile)
+        super().__init__(positive("max_norm", max_norm), clip=clip)
+        self.expected_batch_size = positive("expected_batch_size", expected_batch_size)
+        self.learning_rate = positive("learning_rate", learning_rate)
+        self.quantile = positive("quantile", quantile)
         if self.quantile >= 1:
             raise ConfigurationError(f"quantile must lie between 0 and 1, not {quantile!r}.")
         count_noise = self.expected_batch_size / 20 if count_noise is None else count_noise
-        self.count_noise = _positive("count_noise", count_noise)
+        self.count_noise = positive("count_noise", count_noise)
         self.bounds = _checked_bounds(bounds)
         self._refuse_outside("max_norm", self.max_norm)
         self.share: float | None = None
@@ -215,7 +216,7 @@ class AdaptiveClippedGrad(ClippedGrad):
                 f"The state of AdaptiveClippedGrad holds no 'max_norm' but {sorted(state)}; it was saved with another "
                 f"clipping. Resume with the one that the run began with."
             )
-        max_norm = _positive("max_norm (in the state of AdaptiveClippedGrad)", state["max_norm"])
+        max_norm = positive("max_norm (in the state of AdaptiveClippedGrad)", state["max_norm"])
         self._refuse_outside("max_norm (in the state of AdaptiveClippedGrad)", max_norm)
         self.zero_grad()
         self._set(max_norm)
@@ -229,7 +230,7 @@ class AdaptiveClippedGrad(ClippedGrad):
 def _checked_bounds(bounds: Any) -> tuple[float, float]:
     if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
         raise ConfigurationError(f"bounds must be two numbers, the least and the largest C, not {bounds!r}.")
-    least, largest = _positive("bounds[0]", bounds[0]), _positive("bounds[1]", bounds[1])
+    least, largest = positive("bounds[0]", bounds[0]), positive("bounds[1]", bounds[1])
     if least > largest:
         raise ConfigurationError(f"bounds must be the least and the largest C in this order, not {bounds!r}.")
     return least, largest

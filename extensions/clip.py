@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from perexample._arguments import positive
 from perexample.errors import ConfigurationError, CrossExampleError
 
 
@@ -44,7 +43,7 @@ class Automatic(Clip):
 
     def __init__(self, stability: float = 0.01) -> None:
         """Check the argument."""
-        self.stability = _positive("stability", stability)
+        self.stability = positive("stability", stability)
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
         """Factors for these norms."""
@@ -63,7 +62,7 @@ class Global(Clip):
 
     def __init__(self, threshold: float | None = None) -> None:
         """Check the argument."""
-        self.threshold = None if threshold is None else _positive("threshold", threshold)
+        self.threshold = None if threshold is None else positive("threshold", threshold)
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
         """Factors for these norms."""
@@ -131,9 +130,3 @@ def make_clip(clip: str | Clip | Callable[[Tensor], Tensor]) -> Clip:
         f"clip must be one of {', '.join(map(repr, _BY_NAME))}, a Clip, or a function from norms [N] to factors [N]; "
         f"not {clip!r}."
     )
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"{name} must be a finite number greater than 0, not {value!r}.")
-    return float(value)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perexample._arguments import positive
 from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
 
-from .clip import Clip, _positive, bounded, make_clip
+from .clip import Clip, bounded, make_clip
 
 
 @dataclass
@@ -101,9 +102,9 @@ class ClippedGrad(Extension):
     ) -> None:
         """Check the arguments."""
         if isinstance(max_norm, Mapping):
-            self.max_norm: float | dict[str, float] = {g: _positive(f"max_norm[{g!r}]", c) for g, c in max_norm.items()}
+            self.max_norm: float | dict[str, float] = {g: positive(f"max_norm[{g!r}]", c) for g, c in max_norm.items()}
         else:
-            self.max_norm = _positive("max_norm", max_norm)
+            self.max_norm = positive("max_norm", max_norm)
         if not isinstance(groups, Mapping) and groups not in ("all", "per-parameter", "per-module"):
             raise ConfigurationError(
                 f"groups must be 'all', 'per-parameter', 'per-module', or a mapping from parameter names; "

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ._arguments import whole
 from ._engine.backward import FIELDS
 from ._engine.coverage import COMPUTES_WITH_PARTS
 from ._engine.record import ROOTS, Enter, Exit
@@ -42,8 +43,7 @@ def extend(model: M, *, batch_dim: int = 0) -> M:
     """
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"extend takes a torch.nn.Module, not {type(model).__name__}.")
-    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
-        raise ConfigurationError(f"batch_dim must be an axis number 0, 1, ..., not {batch_dim!r}.")
+    batch_dim = whole("batch_dim", batch_dim, "an axis number 0, 1, ...")
     named = list(model.named_modules())
     managed = shards(model)
     for path, module in named:

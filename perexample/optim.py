@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .privacy.ledger import Ledger
-from .privacy.optimizer import Clipping, Sampling, privatize
+from .privacy.optimizer import Clipping, Sampling, made_public, privatize
 
 __all__ = ["DP_SGD", "privatize"]
 
@@ -72,7 +72,9 @@ class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
         maximize: bool = False,
     ) -> None:
         """Make an SGD optimizer private."""
-        super().__init__(
+        made_public(
+            torch.optim.SGD,
+            self,
             params,
             lr,
             momentum=momentum,

@@ -107,16 +107,12 @@ CASES = []
 SCORES = {"cases": 0, "clear": 0, "swept": 0, "swept_clear": 0}
 
 
-def case(error, what, remedy, fault=None):
-    """Add a function that does something wrong, with its error, and what the message says is wrong, and what to do.
-
-    ``fault`` says what is not as it should be: the case fails until it is.
-    """
+def case(error, what, remedy):
+    """Add a function that does something wrong, with its error, and what the message says is wrong, and what to do."""
 
     def add(function):
-        marks = pytest.mark.xfail(strict=True, reason=fault) if fault else ()
         name = function.__name__.removeprefix("bad_")
-        CASES.append(pytest.param(function, error, what, remedy, id=name, marks=marks))
+        CASES.append(pytest.param(function, error, what, remedy, id=name))
         return function
 
     return add
@@ -199,18 +195,17 @@ def bad_model_without_a_batch():
 
 @case(LossError, "trainable parameter", "frozen|no_grad")
 def bad_everything_frozen():
-    model = linear().requires_grad_(False)
-    train(private(model))
+    p = private()
+    p.model.requires_grad_(False)
+    train(p)
 
 
-@case(ConfigurationError, "trainable parameter|model", "requires_grad", "found by the first backward only")
+@case(ConfigurationError, "model has no trainable parameter", "requires_grad_")
 def bad_everything_frozen_is_found_at_once():
     private(linear().requires_grad_(False))
 
 
-@case(
-    ConfigurationError, "`weight`.*meta|meta.*`weight`", "to_empty|device", "no check: the first forward fails in torch"
-)
+@case(ConfigurationError, "Parameter `weight` is on the meta device", "to_empty")
 def bad_model_on_the_meta_device():
     train(private(nn.Linear(3, 2, device="meta")))
 
@@ -272,14 +267,14 @@ def bad_parameter_that_was_replaced():
     private(model, optimizer)
 
 
-@case(ConfigurationError, "more than one parameter group|groups", "once", "torch's own ValueError names no parameter")
+@case(ConfigurationError, "params.*more than one parameter group", "each parameter once")
 def bad_parameter_in_two_groups():
     model = linear()
     groups = [{"params": model.parameters()}, {"params": [model.weight]}]
     DP_SGD(groups, clipping=ClippedGrad(1.0), noise_multiplier=1.0, expected_batch_size=4)
 
 
-@case(ConfigurationError, "params", "parameters", "torch's own TypeError: 'NoneType' object is not iterable")
+@case(ConfigurationError, "No private SGD can be made of these params", r"model\.parameters\(\)")
 def bad_params_none():
     DP_SGD(None, clipping=ClippedGrad(1.0), noise_multiplier=1.0, expected_batch_size=4)
 
@@ -363,9 +358,14 @@ def bad_items_that_cannot_be_collated():
     private(dataset=Items(lambda index: (torch.ones(3), object())))
 
 
-@case(ConfigurationError, r"dataset\[0\]", "item", "the KeyError of the dataset comes through")
-def bad_dataset_that_is_indexed_by_names():
+@case(ConfigurationError, "dataset must have __len__ and __getitem__, and dict", "by its index")
+def bad_dataset_that_is_a_mapping():
     private(dataset={f"row {i}": (torch.ones(3), 0) for i in range(N)})
+
+
+@case(ConfigurationError, r"dataset\[0\] failed: KeyError: 0", "an item for each of the indices")
+def bad_dataset_that_is_indexed_by_names():
+    private(dataset=Items({"row 0": (torch.ones(3), 0)}.__getitem__))
 
 
 @case(ConfigurationError, r"batch\[0\].*cannot be told", r"Let collate_fn itself handle \[\]")
@@ -391,6 +391,16 @@ def bad_batch_size_above_the_size_of_the_data():
     private(batch_size=9)
 
 
+@case(ConfigurationError, "batch_size=1e-300 is too little for public_size=8", r"more than 2\^53 steps")
+def bad_batch_size_of_nearly_nothing():
+    private(batch_size=1e-300)
+
+
+@case(ConfigurationError, "epochs must be .*, not 1e[+]300", r"at most 2\^53 steps")
+def bad_epochs_without_an_end():
+    private(steps=None, epochs=1e300)
+
+
 @case(ConfigurationError, "needs one of epochs and steps", "one of")
 def bad_epochs_and_steps():
     private(epochs=1, steps=1)
@@ -401,7 +411,7 @@ def bad_neither_epochs_nor_steps():
     private(steps=None)
 
 
-@case(ConfigurationError, "steps must be a whole number, not 1.5", "a whole number")
+@case(ConfigurationError, r"steps must be a whole number from 1 to 2\^53, not 1.5", "a whole number")
 def bad_half_a_step():
     private(steps=1.5)
 
@@ -512,14 +522,31 @@ def bad_sampler_option():
     private(sampler=PoissonBatchSampler(N, 0.5))
 
 
-@case(ConfigurationError, "num_worker", "option", "TypeError: DataLoader.__init__() got an unexpected keyword argument")
+@case(ConfigurationError, "unexpected keyword argument 'num_worker'", "torch.utils.data.DataLoader.*names")
 def bad_option_that_does_not_exist():
     private(num_worker=2)
+
+
+@case(ConfigurationError, "timeout", "torch.utils.data.DataLoader.*values")
+def bad_value_of_an_option():
+    private(timeout=-1)
 
 
 @case(ConfigurationError, "Ledger.*line 1 is no entry", "Give the file of an earlier ledger, or a path")
 def bad_ledger_file(folder):
     Path(folder, "notes").write_text("no ledger\n")
+    private(ledger=Path(folder, "notes"))
+
+
+@case(ConfigurationError, "Ledger.*line 1 is no entry", "Give the file of an earlier ledger, or a path")
+def bad_ledger_file_of_bytes(folder):
+    Path(folder, "weights").write_bytes(bytes(range(128, 256)))
+    private(ledger=Path(folder, "weights"))
+
+
+@case(ConfigurationError, "Ledger.*line 1 is no entry", "Give the file of an earlier ledger, or a path")
+def bad_ledger_file_of_a_number_that_is_no_float(folder):
+    Path(folder, "notes").write_text(f'{{"noise_multiplier": {10**400}, "sample_rate": null}}\n')
     private(ledger=Path(folder, "notes"))
 
 
@@ -598,13 +625,13 @@ def bad_state_of_a_model_in_place_of_a_run():
     p.load_state_dict(p.model.state_dict())
 
 
-@case(ConfigurationError, "checkpoint|file", "save", "UnpicklingError of torch.load")
+@case(ConfigurationError, r"'.*checkpoint' is no checkpoint", r"private\.save\(path\)")
 def bad_file_in_place_of_a_checkpoint(folder):
     Path(folder, "checkpoint").write_text("no checkpoint")
     private().load(Path(folder, "checkpoint"))
 
 
-@case(ConfigurationError, "`weight`|weight", r"\[5, 3\]|shape", "RuntimeError of torch's load_state_dict")
+@case(ConfigurationError, r"shape \[5, 3\] of `weight`, this one shape \[2, 3\]", "a model like the one")
 def bad_state_of_another_model():
     private().load_state_dict(private(nn.Linear(3, 5)).state_dict())
 
@@ -819,7 +846,7 @@ def bad_path_of_a_ledger():
     Ledger(path=3)
 
 
-@case(ConfigurationError, "release", "Release", "recorded as it is, and epsilon fails when the training is over")
+@case(ConfigurationError, "release must be a Release", r"Release\(1\.1, 0\.01\)")
 def bad_release():
     Ledger().record((1.0, 0.5))
 
@@ -850,12 +877,16 @@ def bad_source():
     Noise(source="urandom")
 
 
-@case(ConfigurationError, "std", "number", "TypeError of torch: argument 'other' must be Tensor, not str")
+@case(ConfigurationError, "std must be .*, not '1.0'", "a finite number >= 0")
 def bad_std():
     Noise().like(torch.ones(2), "1.0")
 
 
-@case(ConfigurationError, "group", "ProcessGroup", "taken as it is while torch.distributed is not in use")
+@case(
+    ConfigurationError,
+    r"Processes\(group=\.\.\.\) must be .*, not 'world'",
+    "a torch.distributed.ProcessGroup.* or None",
+)
 def bad_group():
     Processes("world")
 
@@ -913,7 +944,7 @@ def bad_budget_without_an_end():
     steps_for(100.0, 1e-5, noise_multiplier=1e5, sample_rate=None)
 
 
-@case(ConfigurationError, "noise_multiplier", "finite number", "OverflowError: int too large to convert to float")
+@case(ConfigurationError, r"noise_multiplier must be .*, not 2\^1328 or more", "a finite number >= 0")
 def bad_number_that_is_no_float():
     epsilon(1e-5, noise_multiplier=10**400, sample_rate=0.5, steps=1)
 
@@ -1124,10 +1155,9 @@ SWEPT = {
     },
     "perex": {
         "loss_reduction": NOT_A_WORD, "strategy": NOT_A_WORD, "max_memory": NOT_A_NUMBER,
-        "loss_scale": [x for x in NOT_A_NUMBER if x is not True],
+        "loss_scale": NOT_A_NUMBER,
     },
 }  # fmt: skip
-FAULTY: dict[tuple[str, str], str] = {}
 NUMPY: dict[str, dict[str, Any]] = {
     "make_private": {
         "batch_size": np.int64(4), "public_size": np.int64(8), "max_norm": np.float32(1), "steps": np.int64(2),
@@ -1146,20 +1176,17 @@ NUMPY: dict[str, dict[str, Any]] = {
     "AdaptiveClippedGrad": {"max_norm": np.float32(1), "quantile": np.float64(0.5)},
     "perex": {"loss_scale": np.float32(2), "max_memory": np.int64(2)},
 }  # fmt: skip
-INTEGER = "refused as being no number, as it is no int"
-FAULTY_NUMPY: dict[tuple[str, str], str] = {
-    ("replace_batchnorm", "groups"): INTEGER,
-    ("perex", "max_memory"): INTEGER,
-}
 
 
-def rows(table, faults):
-    """Each argument of a table, marked where it is known not to be as it should."""
+def rows(table):
+    """Each argument of a table."""
     for function, arguments in table.items():
         for name, values in arguments.items():
-            fault = faults.get((function, name))
-            marks = pytest.mark.xfail(strict=True, reason=fault) if fault else ()
-            yield pytest.param(function, name, values, id=f"{function}-{name}", marks=marks)
+            yield pytest.param(function, name, values, id=f"{function}-{name}")
+
+
+def shown(value):
+    return "10**many" if isinstance(value, int) and value > 10**300 else repr(value)
 
 
 def outcome(function, name, value):
@@ -1169,13 +1196,13 @@ def outcome(function, name, value):
         if function == "perex":  # some of it is looked at in the backward only
             made.loss_scale  # noqa: B018
     except PerExampleError as error:
-        return None if re.search(rf"\b{name}\b", str(error)) else f"{value!r}: no `{name}` in: {error}"
+        return None if re.search(rf"\b{name}\b", str(error)) else f"{shown(value)}: no `{name}` in: {error}"
     except Exception as error:  # noqa: BLE001 - that is what is looked for
-        return f"{value!r}: {type(error).__name__}: {error}"
-    return f"{value!r} was accepted"
+        return f"{shown(value)}: {type(error).__name__}: {error}"
+    return f"{shown(value)} was accepted"
 
 
-@pytest.mark.parametrize(("function", "name", "values"), list(rows(SWEPT, FAULTY)))
+@pytest.mark.parametrize(("function", "name", "values"), list(rows(SWEPT)))
 def test_what_an_argument_can_never_be(function, name, values):
     found = [outcome(function, name, value) for value in values]
     SCORES["swept"] += len(found)
@@ -1183,22 +1210,22 @@ def test_what_an_argument_can_never_be(function, name, values):
     assert not list(filter(None, found))
 
 
-@pytest.mark.xfail(strict=True, reason="float(10**400) and math.isfinite(10**400) are an OverflowError")
 def test_integers_that_are_no_floats():
     numeric = [(f, name) for f, arguments in SWEPT.items() for name, values in arguments.items() if is_numeric(values)]
     assert len(numeric) > 30
-    found = {f"{function}({name}=10**400)": outcome(function, name, 10**400) for function, name in numeric}
-    wrong = {call: text.removeprefix(f"{10**400!r}") for call, text in found.items() if text is not None}
-    assert not {call: text for call, text in wrong.items() if text != " was accepted"}
+    for size in (400, 5000):  # Python does not even write out the second
+        found = {(f, name): outcome(f, name, 10**size) for f, name in numeric}
+        assert not {call: text for call, text in found.items() if text is not None}
 
 
 def is_numeric(values):
     return values[:3] == NOT_A_NUMBER[:3]
 
 
-@pytest.mark.parametrize(("function", "name", "value"), list(rows(NUMPY, FAULTY_NUMPY)))
+@pytest.mark.parametrize(("function", "name", "value"), list(rows(NUMPY)))
 def test_numbers_of_numpy_are_numbers(function, name, value):
-    GOOD[function](**{name: value})
+    made = GOOD[function](**{name: value})
+    assert function != "perex" or name != "loss_scale" or made.loss_scale == value  # looked at in the backward
 
 
 @pytest.mark.parametrize(
@@ -1208,11 +1235,7 @@ def test_tensors_that_hold_a_number_are_numbers_or_refused_by_name(function, nam
     """They may be on another device, or need a graph, so that they are refused."""
     value = NUMPY[function][name]
     whole = isinstance(value, np.integer)
-    found = outcome(function, name, torch.tensor(int(value) if whole else float(value)))
-    if (function, name) in FAULTY:  # under another name
-        assert found is None or "must be" in found
-    else:
-        assert found is None
+    assert outcome(function, name, torch.tensor(int(value) if whole else float(value))) is None
 
 
 def test_scores():

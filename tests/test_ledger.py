@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +99,28 @@ def test_a_line_cut_short_is_of_a_step_never_taken(tmp_path):
         path.write_bytes(whole[:length])
         assert flat(book([C], path=path)) == [A, C]
         assert flat(Ledger(path)) == [A, C]
+
+
+def test_a_file_without_an_end_that_is_no_ledger_is_left_alone(tmp_path):
+    path = tmp_path / "other.txt"
+    path.write_text("notes of somebody")
+    with pytest.raises(ConfigurationError, match=r"other\.txt.*line 1 is no entry of a ledger"):
+        Ledger(path)
+    assert path.read_text() == "notes of somebody"
+
+
+@pytest.mark.parametrize("zeros", [1, 30])
+def test_zeros_that_a_disk_has_in_place_of_an_entry_are_taken_off(tmp_path, zeros):
+    path = tmp_path / "steps.jsonl"
+    book([A], path=path)
+    path.write_bytes(path.read_bytes() + bytes(zeros))
+    assert flat(book([B], path=path)) == flat(Ledger(path)) == [A, B]
+
+
+def test_numbers_of_numpy_are_written_as_those_of_python(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    book([Release(np.float32(0.5), np.float64(0.25))], path=path)
+    assert flat(Ledger(path)) == [Release(0.5, 0.25)]
 
 
 @pytest.mark.parametrize("line", ["not json", "3", "{}", '{"noise_multiplier": 1.0}', '{"noise_multiplier": "x"}'])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._arguments import positive, real
 from .._private import loss_reduction_of, undispatched
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
@@ -76,9 +76,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
     def loss_scale(self) -> float:
         """The factor on the loss, now."""
         scale = self._loss_scale.get_scale() if hasattr(self._loss_scale, "get_scale") else self._loss_scale
-        if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
-            raise ConfigurationError(f"loss_scale must be a positive number or a GradScaler, not {scale!r}.")
-        return float(scale)
+        return positive("loss_scale", scale, "a positive number or a GradScaler")
 
     def __enter__(self) -> perex:
         """Take over ``backward`` in this thread."""
@@ -168,15 +166,14 @@ def _check_extensions(extensions: Sequence[Any]) -> None:
 def _checked_memory(max_memory: float | None, extensions: Sequence[Extension]) -> int | None:
     if max_memory is None:
         return None
-    if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)) or not 0 <= max_memory < math.inf:
-        raise ConfigurationError(f"max_memory must be a number of bytes, 0 or more, not {max_memory!r}.")
+    memory = real("max_memory", max_memory, "a number of bytes, 0 or more", lambda x: x >= 0)
     for extension in extensions:
         if extension.joint and not extension.late_sums:
             raise ConfigurationError(
                 f"perex(max_memory=...) fills sums in after {type(extension).__name__}.finish, which may not be ready "
                 f"for that; leave max_memory out, or set late_sums = True on the class (docs/extending)."
             )
-    return int(max_memory)
+    return int(memory)
 
 
 def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> None:

@@ -24,9 +24,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._arguments import positive, real, whole
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def noise_multiplier_for(
         >>> round(sigma, 2), epsilon(1e-5, noise_multiplier=sigma, sample_rate=0.01, steps=1000) <= 3.0
         (0.81, True)
     """
-    target, delta, rate = _positive("epsilon", epsilon), _delta(delta), _rate(sample_rate)
+    target, delta, rate = _budget(epsilon), _delta(delta), _rate(sample_rate)
     count, ways = _whole("steps", steps, least=1), _ways(accountant, neighbours)
 
     def cost(precision: float, fine: bool) -> float:
@@ -214,7 +214,7 @@ def steps_for(
         >>> [epsilon(1e-5, noise_multiplier=0.9, sample_rate=0.01, steps=n) <= 3.0 for n in (steps, steps + 1)]
         [True, False]
     """
-    target, delta = _positive("epsilon", epsilon), _delta(delta)
+    target, delta = _budget(epsilon), _delta(delta)
     noise, rate, ways = _noise(noise_multiplier), _rate(sample_rate), _ways(accountant, neighbours)
     if noise == 0:
         return 0
@@ -245,35 +245,26 @@ def _ways(accountant: str, neighbours: str) -> tuple[str, str]:
     return accountant, neighbours
 
 
-def _real(name: str, value: Any, fits: Callable[[float], bool], wanted: str) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not fits(float(value)):
-        raise ConfigurationError(f"{name} must be {wanted}, not {value!r}.")
-    return float(value)
-
-
 def _delta(value: Any) -> float:
-    return _real("delta", value, lambda x: 0 < x < 1, "a number above 0 and below 1 (far below 1 / size of the data)")
+    return real("delta", value, "a number above 0 and below 1 (far below 1 / size of the data)", lambda x: 0 < x < 1)
 
 
-def _positive(name: str, value: Any) -> float:
-    return _real(name, value, lambda x: x > 0, "a finite number > 0")
+def _budget(value: Any) -> float:
+    return positive("epsilon", value, "a finite number > 0")
 
 
 def _noise(value: Any) -> float:
-    noise = _real("noise_multiplier", value, lambda x: x >= 0, "a finite number >= 0")
+    noise = real("noise_multiplier", value, "a finite number >= 0", lambda x: x >= 0)
     return 0.0 if noise < 1e-100 else min(noise, 1e100)  # so that its square is a float; either costs no less
 
 
 def _rate(value: Any) -> float:
     wanted = "a probability in [0, 1], or None for no amplification"
-    return 1.0 if value is None else _real("sample_rate", value, lambda x: 0 <= x <= 1, wanted)
+    return 1.0 if value is None else real("sample_rate", value, wanted, lambda x: 0 <= x <= 1)
 
 
 def _whole(name: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= 2**53:
-        raise ConfigurationError(f"{name} must be a whole number, {least} or more (up to 2^53), not {value!r}.")
-    return int(value)
+    return whole(name, value, f"a whole number, {least} or more (up to 2^53)", least, 2**53)
 
 
 def _pairs(runs: Any) -> list[tuple[Any, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .._arguments import whole
 from .._private import overridden_forward
 from ..errors import ConfigurationError, UnsupportedModuleError
 from ..model import is_extended
@@ -88,8 +89,7 @@ def _check(model: Any, groups: Any, make: Any) -> None:
     """Arguments, and models that it is too late for."""
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"replace_batchnorm takes a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-        raise ConfigurationError(f"groups must be a whole number of 1 or more, not {groups!r}.")
+    whole("groups", groups, "a whole number of 1 or more", 1)
     if make is not None and not callable(make):
         raise ConfigurationError(f"make must be a function from a number of channels to a module, not {make!r}.")
     for path, module in model.named_modules():

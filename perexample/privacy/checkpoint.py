@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigurationError
+
 
 def save_file(state: Any, path: Path) -> None:
     """Save with ``torch.save``, so that a crash leaves the old file or the new one.
@@ -36,8 +38,20 @@ def load_file(path: Path) -> Any:
 
     Returns:
         The state, on CPU.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ConfigurationError: If it holds no such state.
     """
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # no such file, or not to be read: the system says it well
+        raise
+    except Exception as error:  # torch's own message advises to execute what is in the file
+        raise ConfigurationError(
+            f"{str(path)!r} is no checkpoint, or not a whole one ({type(error).__name__}); load a file that "
+            f"private.save(path) wrote."
+        ) from error
 
 
 def names_to_disk(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._arguments import shown
 from .._shards import is_sharded
 from ..errors import ConfigurationError, PerExampleError
 
@@ -28,7 +29,7 @@ class Processes:
             examples, as in tensor-parallel training, must not be in one group.
 
     Raises:
-        ConfigurationError: If this process is not in the group.
+        ConfigurationError: If it is no group, or this process is not in it.
 
     Example:
         >>> processes = Processes()
@@ -40,7 +41,7 @@ class Processes:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         """Remember the group; whether ``torch.distributed`` is in use is asked each time."""
-        self.group = group
+        self.group = _checked_group(group)
         if self.rank < 0:
             raise ConfigurationError("Processes(group=...): this process is not in the group.")
 
@@ -207,6 +208,17 @@ class Processes:
                 f"order."
             )
         return [said for _, said in everywhere]
+
+
+def _checked_group(group: Any) -> Any:
+    """What ``new_group`` gives: to those outside of the group a number, which `dist.get_rank` knows."""
+    kinds = (dist.ProcessGroup, type(None)) if dist.is_available() else (type(None),)
+    if isinstance(group, kinds) or (_in_use() and group is dist.GroupMember.NON_GROUP_MEMBER):
+        return group
+    raise ConfigurationError(
+        f"Processes(group=...) must be a torch.distributed.ProcessGroup, such as new_group gives, or None for all "
+        f"processes, not {shown(group)}."
+    )
 
 
 def _in_use() -> bool:

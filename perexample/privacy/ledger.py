@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from .._arguments import real, whole
 from ..errors import ConfigurationError, PrivacyBudgetError, StaleGradientError
 from .checkpoint import names_to_disk
 
@@ -29,18 +28,14 @@ class Release:
     sample_rate: float | None = None
 
     def __post_init__(self) -> None:
-        """An entry that means nothing would be found out when the training is over."""
-        noise, rate = self.noise_multiplier, self.sample_rate
-        if not _number(noise) or not 0 <= noise < math.inf:
-            raise ConfigurationError(f"Release(noise_multiplier=...) must be a finite number >= 0, not {noise!r}.")
-        if rate is not None and (not _number(rate) or not 0 <= rate <= 1):
-            raise ConfigurationError(
-                f"Release(sample_rate=...) must be a probability, or None for no amplification, not {rate!r}."
-            )
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+        """An entry that means nothing would be found out when the training is over; numpy's have no place in a file."""
+        wanted = "a finite number >= 0"
+        noise = real("Release(noise_multiplier=...)", self.noise_multiplier, wanted, lambda x: x >= 0)
+        object.__setattr__(self, "noise_multiplier", noise)
+        if self.sample_rate is not None:
+            wanted = "a probability, or None for no amplification"
+            rate = real("Release(sample_rate=...)", self.sample_rate, wanted, lambda x: 0 <= x <= 1)
+            object.__setattr__(self, "sample_rate", rate)
 
 
 Runs = list[tuple[Release, int]]
@@ -76,11 +71,10 @@ class Ledger:
         self, path: str | os.PathLike[str] | None = None, limit: int | None = None, *, write: bool = True
     ) -> None:
         """Continue the file, if there is one."""
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral) or limit < 1):
-            raise ConfigurationError(f"Ledger(limit=...) must be a whole number of steps, 1 or more, not {limit!r}.")
         if path is not None and (not isinstance(path, (str, os.PathLike)) or Path(path).is_dir()):
             raise ConfigurationError(f"Ledger(path=...) must be the path of a file, or None, not {path!r}.")
-        self.limit = None if limit is None else int(limit)
+        wanted = "a whole number of steps, 1 or more"
+        self.limit = None if limit is None else whole("Ledger(limit=...)", limit, wanted, 1)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigurationError(f"Ledger(path={str(path)!r}): its folder does not exist; make it first.")
         self.runs: Runs = _read(Path(path)) if path is not None and Path(path).exists() else []
@@ -104,7 +98,7 @@ class Ledger:
             ConfigurationError: If it is no `Release`.
         """
         if not isinstance(release, Release):
-            raise ConfigurationError(f"record takes a Release, such as Release(1.1, 0.01), not {release!r}.")
+            raise ConfigurationError(f"release must be a Release, such as Release(1.1, 0.01), not {release!r}.")
         if self.limit is not None and self.steps >= self.limit:
             raise PrivacyBudgetError(
                 f"The {self.limit} steps that were planned have been taken; another would cost more than the privacy "
@@ -219,16 +213,23 @@ def _end_with_whole_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
+_BEGIN = '{"noise_multiplier": '
+
+
+def _is_cut(line: str) -> bool:
+    """Whether it is the beginning of an entry, or what a disk has in its place; what else has no end is not ours."""
+    return not line.endswith("\n") and _BEGIN.startswith(line.rstrip("\0")[: len(_BEGIN)])
+
+
 def _read(path: Path) -> Runs:
     """The entries of a file. A last line without its end is of a step that was never taken: a step waits for it."""
     runs: Runs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        if _is_cut(line):
             break
         try:
             entry = json.loads(line)
-            rate = entry["sample_rate"]
-            release = Release(float(entry["noise_multiplier"]), None if rate is None else float(rate))
+            release = Release(entry["noise_multiplier"], entry["sample_rate"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
                 f"Ledger({str(path)!r}): line {number} is no entry of a ledger: {line!r}. Give the file of an earlier "

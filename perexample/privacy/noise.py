@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from .._arguments import real
 from .._private import system_generator
 from ..errors import ConfigurationError
 
@@ -62,7 +63,11 @@ class Noise:
 
         Returns:
             Independent numbers, float64, of the tensor's shape.
+
+        Raises:
+            ConfigurationError: If ``std`` is no finite number >= 0.
         """
+        std = real("std", std, "a finite number >= 0", lambda x: x >= 0)
         if self.source == "os":
             return _system_normal(tensor.numel()).reshape(tensor.shape).to(tensor.device).mul_(std)
         generator = self.given if self.given is not None else self._for(tensor.device)

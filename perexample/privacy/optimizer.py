@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from types import MethodType
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .._arguments import real
 from .._shards import is_sharded
 from ..errors import ConfigurationError, PerExampleError, StaleGradientError
 from .distributed import Processes
@@ -174,14 +174,9 @@ def _shared_setting(optimizer: torch.optim.Optimizer, name: str) -> float:
 
 
 def _check_setting(name: str, value: Any) -> float:
-    least = 0 if name == "noise_multiplier" else math.ulp(0.0)
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < least:
-        raise ConfigurationError(
-            f"{name} must be a finite number {'>= 0' if least == 0 else '> 0'}, not {value!r}; it is public and must "
-            f"not be computed from the data."
-        )
-    return float(value)
+    least, wanted = (0.0, ">= 0") if name == "noise_multiplier" else (math.ulp(0.0), "> 0")
+    remedy = "; it is public and must not be computed from the data"
+    return real(name, value, f"a finite number {wanted}", lambda number: number >= least, remedy)
 
 
 def privatize(
@@ -307,7 +302,7 @@ def make_optimizer(cls: type[O]) -> type[O]:
         self: Any, *args: Any, clipping: Clipping, noise_multiplier: float, expected_batch_size: float, **options: Any
     ) -> None:
         private = {name: options.pop(name) for name in _OPTIONS & options.keys()}
-        cls.__init__(self, *args, **options)
+        made_public(cls, self, *args, **options)
         privatize(
             self,
             clipping=clipping,
@@ -317,6 +312,28 @@ def make_optimizer(cls: type[O]) -> type[O]:
         )
 
     return type(f"DP_{cls.__name__}", (cls,), {"__init__": initialize, "__doc__": f"Private `{cls.__name__}`."})
+
+
+def made_public(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
+    """Call the ``__init__`` of torch's class, whose own errors do not name what is wrong.
+
+    Args:
+        cls: The class.
+        optimizer: The object to initialize.
+        args: Positional arguments of the class.
+        options: Its keyword arguments.
+
+    Raises:
+        ConfigurationError: If the class refuses an argument.
+    """
+    try:
+        cls.__init__(optimizer, *args, **options)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"No private {cls.__name__} can be made of these params and options: {error}. Give params as "
+            f"model.parameters() or groups of parameters, each parameter once, and the options of "
+            f"torch.optim.{cls.__name__} by their names."
+        ) from error
 
 
 _OPTIONS = {"sampler", "ledger", "generator", "noise", "processes"}

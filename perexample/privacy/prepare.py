@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .._arguments import positive, real, whole
 from .._private import system_generator
 from ..errors import ConfigurationError
 from ..model import extend
@@ -22,6 +22,7 @@ from .optimizer import Clipping, checked_processes, privatize
 from .private import Plan, Private
 from .sampling import PhysicalBatches, PoissonBatchSampler
 
+_MOST_STEPS = 2**53  # what the accountant takes
 _OURS = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset", "collate_fn"}
 
 
@@ -117,7 +118,11 @@ def make_private(
     """
     _check_model(model, loss_reduction)
     generators = {"sampling_generator": sampling_generator, "noise_generator": noise_generator}
-    _check_named(target_epsilon, target_delta, physical_batch_size, generators)
+    target_epsilon, target_delta = _budget(target_epsilon, target_delta)
+    _check_generators(generators)
+    if physical_batch_size is not None:
+        wanted = "an integer >= 1, or None"
+        physical_batch_size = whole("physical_batch_size", physical_batch_size, wanted, 1)
     processes = checked_processes(processes)
     rate = _rate(batch_size, public_size)
     planned = _planned(epochs, steps, rate)
@@ -128,10 +133,8 @@ def make_private(
     shard = {"rank": processes.rank, "world_size": processes.size}
     sampler = PoissonBatchSampler(len(dataset), rate, generator=sampling_generator, **shard)  # type: ignore[arg-type]
     batches = sampler if physical_batch_size is None else PhysicalBatches(sampler, physical_batch_size)
-    collate = EmptyBatches(collate_fn, example=dataset[0])
-    # A loader draws a number when an iteration begins: not from the stream that a resumed run continues.
-    options = {"generator": system_generator(), **loader_options}
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
+    collate = EmptyBatches(collate_fn, example=_first(dataset))
+    loader = _loader(dataset, batches, collate, loader_options)
     extend(model, batch_dim=batch_dim)
     book = _book(ledger, planned, processes)
     privatize(
@@ -180,21 +183,14 @@ def _noise(
     return noise_multiplier
 
 
-def _positive(name: str, value: Any, wanted: str = "greater than 0") -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
-        raise ConfigurationError(f"{name} must be a finite number {wanted}, not {value!r}.")
+def _budget(epsilon: Any, delta: Any) -> tuple[float | None, float]:
+    """The two, which the accountant knows by other names."""
+    wanted = "a number above 0 and below 1 (far below 1 / public_size)"
+    delta = real("target_delta", delta, wanted, lambda x: 0 < x < 1)
+    return None if epsilon is None else positive("target_epsilon", epsilon, "a finite number > 0"), delta
 
 
-def _check_named(epsilon: Any, delta: Any, physical: Any, generators: Mapping[str, Any]) -> None:
-    """What the parts would refuse under names of their own."""
-    if isinstance(delta, bool) or not isinstance(delta, Real) or not 0 < float(delta) < 1:
-        raise ConfigurationError(
-            f"target_delta must be a number above 0 and below 1 (far below 1 / public_size), not {delta!r}."
-        )
-    if epsilon is not None:
-        _positive("target_epsilon", epsilon, "> 0")
-    if physical is not None and (isinstance(physical, bool) or not isinstance(physical, Integral) or physical < 1):
-        raise ConfigurationError(f"physical_batch_size must be an integer >= 1, or None, not {physical!r}.")
+def _check_generators(generators: Mapping[str, Any]) -> None:
     for name, generator in generators.items():
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ConfigurationError(f"{name} must be a torch.Generator or None, not {generator!r}.")
@@ -208,25 +204,30 @@ def _rate(batch_size: float, public_size: int | None) -> float:
             "steps and noise are computed from it, and a number read from the data would tell whether one example is "
             "among them. If it is no secret, pass public_size=len(dataset); else a rough number."
         )
-    for name, value in (("batch_size", batch_size), ("public_size", public_size)):
-        _positive(name, value)
-    if batch_size > public_size:
+    expected, size = positive("batch_size", batch_size), positive("public_size", public_size)
+    if expected > size:
         raise ConfigurationError(
             f"batch_size={batch_size} is more than public_size={public_size}; it is the expected number of examples in "
             f"a batch, of all that there are."
         )
-    return batch_size / public_size
+    if expected / size < 1 / _MOST_STEPS:
+        raise ConfigurationError(
+            f"batch_size={expected:g} is too little for public_size={size:g}: an epoch would have more than 2^53 steps."
+        )
+    return expected / size
 
 
 def _planned(epochs: float | None, steps: int | None, rate: float) -> int:
     """Number of steps; an epoch has ``round(1 / rate)``, as one iteration of the sampler."""
     if (epochs is None) == (steps is None):
         raise ConfigurationError("make_private needs one of epochs and steps.")
-    name, value = ("steps", steps) if epochs is None else ("epochs", epochs)
-    _positive(name, value)
-    if steps is not None and steps != int(steps):
-        raise ConfigurationError(f"steps must be a whole number, not {steps!r}.")
-    return int(steps) if epochs is None else max(1, round(epochs * round(1 / rate)))  # type: ignore[arg-type]
+    if epochs is None:
+        wanted = "a whole number from 1 to 2^53"
+        return int(real("steps", steps, wanted, lambda x: 1 <= x <= _MOST_STEPS and x.is_integer()))
+    per_epoch = round(1 / rate)
+    wanted = "a finite number greater than 0, of at most 2^53 steps"
+    epochs = real("epochs", epochs, wanted, lambda x: 0 < x <= _MOST_STEPS / per_epoch)
+    return max(1, round(epochs * per_epoch))
 
 
 def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
@@ -262,6 +263,17 @@ def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
     held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not names:
+        raise ConfigurationError(
+            "model has no trainable parameter; call requires_grad_() on those that are to be trained, before the "
+            "optimizer is made."
+        )
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ConfigurationError(
+                f"Parameter `{name}` is on the meta device and has no values; give it some with "
+                f"model.to_empty(device=...) and the model's own initialization, before make_private."
+            )
     for key, name in names.items():
         if key not in held:
             raise ConfigurationError(
@@ -274,6 +286,29 @@ def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 f"The optimizer has a parameter of shape {list(p.shape)} that is not the model's; was the model copied "
                 f"or converted after the optimizer was made?"
             )
+
+
+def _first(dataset: Any) -> Any:
+    """An item, which tells the form of all."""
+    try:
+        return dataset[0]
+    except Exception as error:
+        raise ConfigurationError(
+            f"dataset[0] failed: {type(error).__name__}: {error}. A dataset must give an item for each of the indices "
+            f"0, ..., len(dataset) - 1."
+        ) from error
+
+
+def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[str, Any]) -> DataLoader:
+    # A loader draws a number when an iteration begins: not from the stream that a resumed run continues.
+    options = {"generator": system_generator(), **options}
+    try:
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"make_private hands all options that are not its own to torch.utils.data.DataLoader, and it failed: "
+            f"{error}. See there for their names and values."
+        ) from error
 
 
 def _check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:

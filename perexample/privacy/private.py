@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._engine.context import perex
@@ -150,7 +150,7 @@ class Private:
             state: From `state_dict`.
 
         Raises:
-            ConfigurationError: If the state is of a run with another plan; it names what differs.
+            ConfigurationError: If the state is of a run with another plan or model; it names what differs.
             StaleGradientError: If this run has taken steps that the state does not know, of another history.
         """
         missing = [name for name in ("model", "optimizer", "plan", "random") if name not in state]
@@ -166,6 +166,7 @@ class Private:
                     f"The saved run has {name}={theirs.get(name)!r}, this one {value!r}; a run is resumed with the "
                     f"settings it was begun with, or its privacy would not be what was planned."
                 )
+        _check_tensors(self.model.state_dict(), state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
         torch.set_rng_state(state["random"])
@@ -192,3 +193,20 @@ class Private:
             f"sample_rate={self.sample_rate:.4g}, expected_batch_size={self.expected_batch_size:g}, "
             f"steps={self.steps} of {self.planned_steps})"
         )
+
+
+def _check_tensors(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Before anything is loaded: torch would load a part, and then fail."""
+    for name in (*mine, *theirs):
+        here, there = (_described(tensors, name) for tensors in (mine, theirs))
+        if here != there:
+            raise ConfigurationError(
+                f"The saved model has {there} `{name}`, this one {here}; a run is resumed with a model like the one it "
+                f"was begun with."
+            )
+
+
+def _described(tensors: Mapping[str, Any], name: str) -> str:
+    if name not in tensors:
+        return "no"
+    return f"shape {list(tensors[name].shape)} of" if isinstance(tensors[name], Tensor) else "a"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from .._arguments import real, whole
 from .._private import _MT_STATE, system_generator
 from ..errors import ConfigurationError, StaleGradientError
 
@@ -98,7 +98,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Check the arguments."""
         super().__init__()
-        self.data_size = _whole("data_size", data_size, 0, " Give the length of the data set.")
+        self.data_size = _whole("data_size", data_size, 0, ". Give the length of the data set")
         self.sample_rate = _checked_rate(sample_rate)
         self.steps = _checked_steps(steps, self.sample_rate)
         self.rank, self.world_size = _checked_shard(rank, world_size)
@@ -361,20 +361,16 @@ class PhysicalBatches(Sampler[list[int]]):
 
 
 def _whole(name: str, value: Any, least: int, remedy: str = "") -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        shown = repr(value) if isinstance(value, (Real, str, bytes, type(None))) else f"a {type(value).__name__}"
-        raise ConfigurationError(f"{name} must be an integer >= {least}, not {shown}.{remedy}")
-    return int(value)
+    return whole(name, value, f"an integer >= {least}", least, remedy=remedy)
 
 
 def _checked_rate(sample_rate: Any) -> float:
-    number = isinstance(sample_rate, Real) and not isinstance(sample_rate, bool)
-    if not number or not 0 < float(sample_rate) <= 1:
-        raise ConfigurationError(
-            f"sample_rate must be a number with 0 < sample_rate <= 1, not {sample_rate!r}; it is the probability with "
-            f"which a batch has an example: the expected size of a batch divided by the size of the data."
-        )
-    return float(sample_rate)
+    wanted = "a number with 0 < sample_rate <= 1"
+    remedy = (
+        "; it is the probability with which a batch has an example: the expected size of a batch divided by the size "
+        "of the data"
+    )
+    return real("sample_rate", sample_rate, wanted, lambda rate: 0 < rate <= 1, remedy)
 
 
 def _checked_steps(steps: Any, sample_rate: float) -> int:

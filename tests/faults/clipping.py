@@ -244,7 +244,7 @@ MUTANTS = (
     mutant(
         "F41-no-bound",
         "takes bounds that are zero, negative or not finite",
-        Edit(f"{CLIP}:_positive", ("not (math.isfinite(value) and value > 0)", "False")),
+        Body("perexample._arguments:positive", "return float(value)"),
         killers="test_faults.py::test_f41_configurations_without_meaning[max_norm=0]",
     ),
     mutant(

@@ -324,7 +324,8 @@ MUTANTS = (
     mutant(
         "F41-settings",
         "takes settings that are negative or not finite",
-        Edit(f"{OPTIMIZER}:_check_setting", ("not number or not math.isfinite(value) or value < least", "not number")),
+        Edit(f"{OPTIMIZER}:_check_setting", ("number >= least", "True")),
+        Edit("perexample._arguments:_finite", ("number if math.isfinite(number) else None", "number")),
         killers=[
             "test_faults.py::test_f41_configurations_without_meaning",
             "test_make_private.py::test_arguments_without_meaning",
@@ -333,7 +334,7 @@ MUTANTS = (
     mutant(
         "F41-rate-above-one",
         "takes a sample rate above 1",
-        Edit("perexample.privacy.sampling:_checked_rate", ("0 < float(sample_rate) <= 1", "0 < float(sample_rate)")),
+        Edit("perexample.privacy.sampling:_checked_rate", ("0 < rate <= 1", "0 < rate")),
         killers="test_sampling.py::test_arguments_without_meaning",
     ),
     mutant(
