@@ -227,6 +227,12 @@ MUTANTS = (
         killers="test_privacy_faults.py::test_f50_a_mean_over_all_labels_that_count_is_refused",
     ),
     mutant(
+        "F50-number-of-tokens",
+        "divides a sum over the tokens of all examples by their number, which others change",
+        Body(f"{COVERAGE}:check_sums", "return None"),
+        killers="test_losses.py::test_a_sum_over_tokens_is_not_divided_by_their_number",
+    ),
+    mutant(
         "F50-nothing-divided-by-nothing",
         "lets the 0 / 0 of an example without labels reach the sum",
         Edit(
