@@ -2,7 +2,22 @@
 
 from sphinx_gallery.sorting import FunctionSortKey
 
-FIRST = ["plot_first_steps.py", "plot_dp_sgd.py", "plot_new_rule.py", "plot_new_extension.py"]
+FIRST = [
+    "plot_first_steps.py",
+    "plot_mislabelled.py",
+    "plot_clipping.py",
+    "plot_dp_sgd.py",
+    "plot_calibration.py",
+    "plot_physical_batches.py",
+    "plot_importance_sampling.py",
+    "plot_influence.py",
+    "plot_noise_scale.py",
+    "plot_private_text.py",
+    "plot_lora.py",
+    "plot_new_rule.py",
+    "plot_new_extension.py",
+    "plot_two_processes.py",
+]
 
 
 def _position(name: str) -> tuple[int, str]:
