@@ -13,6 +13,7 @@ import pytest
 import torch
 from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from perexample import DP_SGD, Extension, Rule, StaleGradientError, extend, perex, register_rule, unextend
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad, Variance
@@ -706,19 +707,28 @@ def test_only_the_documented_fields_outlive_the_context(grad):
     assert {name for p in model.parameters() for name in vars(p)} == {"grad_batch", "batch_l2"}
 
 
-def test_saved_tensors_go_with_the_backward_though_the_loss_stays():
-    model = extend(naive.mlp())
-    released = []
-    x, y = naive.batch()
-    x = x.clone()
-    weakref.finalize(x, released.append, True)
-    with perex(BatchGrad(), grad=False):
-        loss = mse(model, x, y)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("extension", "arguments"),
+    [(BatchGrad, {}), (lambda: ClippedGrad(1.0), {}), (lambda: ClippedGrad(1.0), {"max_memory": 0})],
+    ids=["each by itself", "joint", "second backward"],
+)
+@pytest.mark.parametrize("make", [naive.mlp, naive.cnn])
+def test_saved_tensors_go_with_the_backward_though_the_loss_stays(make, extension, arguments, grad):
+    """The memory itself: taps save detached tensors, so that a tensor may go and what it holds stay."""
+    model, extension, memory = extend(make()), extension(), []
+    for module in model:
+        module.register_forward_pre_hook(lambda _, inputs: memory.append(StorageWeakRef(inputs[0].untyped_storage())))
+    x = naive.batch()[0].clone() if make is naive.mlp else randn(4, 2, 6, 6)
+    with perex(extension, grad=grad, **arguments):
+        loss = model(x).square().mean()
+        assert not any(kept.expired() for kept in (memory[0], memory[-1]))  # inputs of layers, which need them
         loss.backward()
     del x
     gc.collect()
     assert loss.requires_grad
-    assert released == [True]
+    assert len(memory) == len(model)
+    assert all(kept.expired() for kept in memory)
 
 
 @pytest.mark.parametrize("used", [False, True])

@@ -18,6 +18,7 @@ from perexample import (
     BatchAxisError,
     ConfigurationError,
     CrossExampleError,
+    GenericRule,
     LossError,
     NonFiniteExampleWarning,
     PerExampleError,
@@ -829,22 +830,27 @@ class Noisy(nn.Module):
     ids=["dropout", "rand", "shared", "rrelu"],
 )
 @pytest.mark.parametrize("grad", [True, False])
-def test_f39_random_masks_are_replayed(draw, grad):
-    """The fallback draws the mask anew, or one for all examples."""
+@pytest.mark.parametrize("followed", [True, False], ids=["followed", "repeated"])
+def test_f39_random_masks_are_replayed(registry, draw, grad, followed):
+    """The fallback draws the mask anew, or one for all examples, or gives an example the mask of another."""
+    if not followed:  # its functions have rules of their own, so that it would never be run again
+        register_rule(Noisy)(GenericRule)
     torch.manual_seed(0)
     model = extend(nn.Sequential(nn.Linear(5, 5), Noisy(draw), nn.Tanh(), Noisy(draw), nn.Linear(5, 3)).double())
     x, y = naive.batch()
+    params = dict(model.named_parameters())
     torch.manual_seed(3)
-    mse(model, x, y).backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
+    losses = (model(x) - y).square().mean(1)
+    rows = [torch.autograd.grad(of_one, list(params.values()), retain_graph=True) for of_one in losses]
+    wanted = {name: torch.stack(column) for name, column in zip(params, zip(*rows, strict=True), strict=True)}
     torch.manual_seed(3)
     loss = mse(model, x, y)
-    state = torch.get_rng_state()
+    torch.manual_seed(4)  # others draw numbers in between
+    between = torch.get_rng_state()
     with perex(BatchGrad(), grad=grad):
         loss.backward()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_same({name: p.grad_batch.mean(0) for name, p in model.named_parameters()}, wanted)
+    assert torch.equal(torch.get_rng_state(), between)
+    assert_same(fields(model, "grad_batch"), wanted)
 
 
 def _own_rule(result):

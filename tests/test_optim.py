@@ -584,20 +584,26 @@ def test_a_batch_of_nothing_but_nan():
     assert all((s == 0).all() for s in fields(model, "clipped_sum").values())
 
 
-def test_nonfinite_in_one_parameter_only_drops_the_whole_example():
-    """The joint norm is infinite though most of the parameters' gradients are finite; groups of their own included."""
-    for groups in ("all", "per-parameter"):
-        layer = extend(nn.Linear(2, 1).double())
-        clipping = ClippedGrad(1.0, groups=groups)
-        with perex(clipping, grad=False), pytest.warns(NonFiniteExampleWarning):
-            (layer(torch.tensor([[1.0, math.inf], [1.0, 2.0]]).double()).nan_to_num(0, 0, 0)).mean().backward()
-        assert layer.weight.clipped_sum.isfinite().all()
-        alone = ClippedGrad(1.0, groups=groups)
-        found = layer.bias.clipped_sum.clone()
-        clipping.zero_grad()
-        with perex(alone, grad=False):
-            layer(torch.tensor([[1.0, 2.0]]).double()).mean().backward()
-        assert torch.equal(found, layer.bias.clipped_sum)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    "groups", ["all", "per-parameter", {"weight": "weight", "bias": "bias"}], ids=["all", "each", "named"]
+)
+def test_nonfinite_in_one_parameter_only_drops_the_whole_example(value, groups):
+    """The joint norm is infinite though the bias has a gradient of 1; groups of their own included."""
+
+    def sums(*examples):
+        layer, clipping = extend(nn.Linear(2, 1).double()), ClippedGrad(0.5, groups=groups)
+        with perex(clipping, grad=False):
+            layer(torch.tensor(examples).double()).mean().backward()
+        return fields(layer, "clipped_sum"), clipping.nonfinite
+
+    finite = [1.0, 2.0], [0.0, 0.1]
+    wanted, none = sums(*finite)
+    with pytest.warns(NonFiniteExampleWarning):
+        found, dropped = sums([1.0, value], *finite)
+    assert (none, dropped) == (0, 1)
+    assert wanted["bias"].item() > 0
+    assert_same(found, wanted, 1e-15)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e18, 1e-18, 1e-30])

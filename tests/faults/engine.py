@@ -62,6 +62,7 @@ MUTANTS = (
         "keeps what a forward has saved after its backward",
         Body("perexample._engine.tap:Tap.release", "return None"),
         killers=[
+            "test_engine.py::test_saved_tensors_go_with_the_backward_though_the_loss_stays",
             "test_methods.py::test_inputs_are_freed_as_the_backward_goes",
             "test_errors.py::test_bad_use[second_backward]",
         ],

@@ -155,7 +155,19 @@ MUTANTS = (
         "F39-other-numbers",
         "draws random numbers anew where a forward is repeated",
         Edit("perexample.rules.generic:restored", ("torch.set_rng_state(states[0])", "pass")),
-        killers="test_recurrent.py::test_dropout_draws_the_same_numbers[batch_first-tanh-dtype0]",
+        killers=[
+            "test_recurrent.py::test_dropout_draws_the_same_numbers[batch_first-tanh-dtype0]",
+            "test_faults.py::test_f39_random_masks_are_replayed",
+        ],
+    ),
+    mutant(
+        "F39-mask-of-another",
+        "gives an example the gradient of another, whose sum over all is right",
+        Edit(
+            "perexample.rules.generic:GenericRule._masked",
+            ("torch.stack([row[name] for row in rows])", "torch.stack([row[name] for row in rows]).roll(1, 0)"),
+        ),
+        killers="test_faults.py::test_f39_random_masks_are_replayed",
     ),
     mutant(
         "F39-one-mask",
