@@ -1,6 +1,7 @@
 """An audit: how well a release tells whether an example took part, bounded from below by counting.
 
-Each canary i has the gradient ``-10 e_i``, so that coordinate i of a release depends on canary i only. A fair coin
+Each canary has a gradient of length 10 in one coordinate of its own, so that this coordinate of a release depends on it
+only: canary (o, i) has input i and output o of a linear layer, whose weight has a coordinate for each. A fair coin
 decides for each whether it takes part, and every coordinate of every release is one independent trial of the same test:
 is it above half of the signal? Its rates of true and false positives, bounded by Clopper and Pearson, give a lower
 bound of mu, the distance of two unit Gaussians that are as hard to tell apart, and so of epsilon. The claim, of one
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 from perexample import DP_SGD, extend, perex
 from perexample.extensions import ClippedGrad
 
-CANARIES, REPLICAS = 1000, 100
+SIDE = 100  # inputs, and outputs, so that a batch is SIDE numbers for each canary and not as many as there are canaries
+CANARIES, REPLICAS = SIDE**2, 10
 LENGTH = 10.0  # of a canary's gradient in each layer
 BOUND = 1.0
 NOISE_MULTIPLIER = 1.0
@@ -84,11 +86,11 @@ class Mechanism:
 
 
 class Layers(nn.Module):
-    """Sum of linear layers with one output."""
+    """Sum of linear layers."""
 
-    def __init__(self, inputs: int, layers: int) -> None:
+    def __init__(self, inputs: int, outputs: int, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(inputs, 1, bias=False) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(inputs, outputs, bias=False) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         return sum(layer(x) for layer in self.layers)
@@ -97,9 +99,11 @@ class Layers(nn.Module):
 class Run:
     """A mechanism at work."""
 
-    def __init__(self, mechanism: Mechanism, generator: torch.Generator | None, canaries: int = CANARIES) -> None:
+    def __init__(
+        self, mechanism: Mechanism, generator: torch.Generator | None, inputs: int = SIDE, outputs: int = SIDE
+    ) -> None:
         self.mechanism = mechanism
-        self.model = extend(Layers(canaries, mechanism.layers).to(mechanism.dtype))
+        self.model = extend(Layers(inputs, outputs, mechanism.layers).to(mechanism.dtype))
         self.clipping = mechanism.clipping(BOUND, **mechanism.settings)
         self.optimizer = DP_SGD(
             self.model.parameters(),
@@ -111,17 +115,30 @@ class Run:
         )
         mechanism.tamper(self.optimizer, self.clipping, generator)
 
-    def release(self, x: Tensor) -> Tensor:
-        """What a step shows of the sums in each layer, ``[layers, inputs]``: how far it has moved the parameters."""
+    def release(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """What a step shows of the sums in each layer, ``[layers, outputs * inputs]``: how far it moved the parameters.
+
+        Args:
+            x: Inputs of the examples.
+            outputs: The one output of each that its loss is about.
+        """
         with torch.no_grad():
             for p in self.model.parameters():
                 p.zero_()
         self.optimizer.zero_grad()
         with perex(self.clipping, grad=False, **self.mechanism.arguments):
             for _ in range(self.mechanism.passes):
-                self.model(x).neg().mean().backward()
+                self.model(x).gather(1, outputs[:, None]).neg().mean().backward()
         self.optimizer.step()
-        return EXPECTED * torch.stack([p.detach()[0].double() for p in self.model.parameters()])
+        return EXPECTED * torch.stack([p.detach().double().flatten() for p in self.model.parameters()])
+
+
+def canaries(taken: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of those that take part, in the order of the coordinates."""
+    numbers = taken.nonzero().flatten()
+    x = torch.zeros(len(numbers), SIDE, dtype=dtype)
+    x.scatter_(1, (numbers % SIDE)[:, None], LENGTH)
+    return x, numbers // SIDE
 
 
 @dataclass(frozen=True)
@@ -135,16 +152,16 @@ class Trials:
 def observe(mechanism: Mechanism, seed: int = 0) -> Trials:
     """Run it ``REPLICAS`` times, with the same coins and noise in every call."""
     generator, coins = (torch.Generator().manual_seed(2 * seed + k) for k in (0, 1))
-    canaries = LENGTH * torch.eye(CANARIES, dtype=mechanism.dtype)
+    nobody = canaries(torch.zeros(CANARIES), mechanism.dtype)
     unit = BOUND * mechanism.sensitivity * math.sqrt(mechanism.layers)
     included, scores = [], []
     with mechanism.patched():
         run = Run(mechanism, generator)
         for _ in range(REPLICAS):
             taken = torch.rand(CANARIES, generator=coins) < 0.5
-            score = run.release(canaries[taken]).sum(0) / unit
+            score = run.release(*canaries(taken, mechanism.dtype)).sum(0) / unit
             if mechanism.steps == 2:
-                score = score - run.release(canaries[:0]).sum(0) / unit
+                score = score - run.release(*nobody).sum(0) / unit
             included.append(taken)
             scores.append(score)
     return Trials(torch.cat(included), torch.cat(scores))

@@ -28,6 +28,7 @@ from audit import (
     Mechanism,
     Run,
     audited,
+    canaries,
     claimed_epsilon,
     correlation,
     epsilon_of,
@@ -95,7 +96,7 @@ def test_the_ledger_claims_what_is_audited():
     """One step without a sampler; PLD is an upper bound."""
     pytest.importorskip("dp_accounting")
     run = Run(Mechanism(), torch.Generator().manual_seed(1))
-    run.release(LENGTH * torch.eye(CANARIES, dtype=DOUBLE))
+    run.release(*canaries(torch.ones(CANARIES), DOUBLE))
     claimed = run.optimizer.ledger.epsilon(DELTA)
     assert claimed_epsilon() <= claimed <= claimed_epsilon() + 1e-3
 
@@ -193,19 +194,20 @@ def test_faults_are_seen(name):
 
 # ---------------------------------------------------------------------------------------------------- poisoned examples
 
+POISONED = 1000  # examples, one of which is poisoned, or all
 POISONS = (math.nan, math.inf, -math.inf, 1e30, -1e30, 1e-30)
 
 
 def telling(mechanism: Mechanism, value: float, whole: bool) -> int:
     """Coordinates of releases that are not finite, or exactly zero, where one example or all are poisoned."""
-    run, found = Run(mechanism, torch.Generator().manual_seed(1)), 0
-    x = LENGTH * torch.eye(CANARIES, dtype=mechanism.dtype)
+    run, found = Run(mechanism, torch.Generator().manual_seed(1), POISONED, outputs=1), 0
+    x, outputs = LENGTH * torch.eye(POISONED, dtype=mechanism.dtype), torch.zeros(POISONED, dtype=torch.long)
     x[:, 0] = value if whole else x[:, 0]
     x[7, 3] = value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NonFiniteExampleWarning)
         for _ in range(3):
-            released = run.release(x)
+            released = run.release(x, outputs)
             found += int((~released.isfinite() | (released == 0)).sum())
     return found
 
@@ -222,7 +224,7 @@ class Trusting(ClippedGrad):
     """Does not look whether an example is finite."""
 
     def consume(self, params: Any) -> list[Tensor]:
-        return [total.index_fill(1, torch.tensor([3]), math.nan) for total in super().consume(params)]
+        return [total.put(torch.tensor([3]), torch.tensor([math.nan]).to(total)) for total in super().consume(params)]
 
 
 def mended_late(optimizer: torch.optim.Optimizer, clipping: ClippedGrad, generator: torch.Generator) -> None:
@@ -243,9 +245,9 @@ def test_a_poisoned_example_that_shows_is_seen():
 
 def noise(mechanism: Mechanism, generator: torch.Generator | None, size: int, steps: int = 1) -> list[Tensor]:
     """The noise of some steps on empty batches, in units of its claimed size, ``[layers, size]``."""
-    run = Run(mechanism, generator, size)
-    none = torch.zeros(0, size, dtype=mechanism.dtype)
-    return [run.release(none) / (NOISE_MULTIPLIER * BOUND) for _ in range(steps)]
+    run = Run(mechanism, generator, size, outputs=1)
+    none = torch.zeros(0, size, dtype=mechanism.dtype), torch.zeros(0, dtype=torch.long)
+    return [run.release(*none) / (NOISE_MULTIPLIER * BOUND) for _ in range(steps)]
 
 
 def test_noise_of_a_given_generator_has_the_claimed_size():
