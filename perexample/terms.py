@@ -73,6 +73,9 @@ class Term:
 
         Sizes count up to a factor of 1.2: Poisson batches, and texts padded to the longest, have another size in every
         step, and to measure each anew takes longer than the best choice saves.
+
+        Returns:
+            Something hashable.
         """
         return (type(self), self.shape, *(likeness(t) for t in self.factors()))
 
