@@ -165,6 +165,13 @@ def test_the_code_of_the_docs_runs(page, number):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
 
 
+def test_what_the_readme_links_to_is_there():
+    for page in ("README.md", "CHANGELOG.md", "gallery/benchmarks/README.md"):
+        links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+        for link in links:
+            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link.partition("#")[0]).exists(), link
+
+
 def test_our_side_of_the_migration_page_runs():
     text = (ROOT / "docs" / "migration.rst").read_text()
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
