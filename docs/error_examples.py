@@ -325,7 +325,7 @@ def message(entry: Entry, example: Example) -> str:
 
 def _wrapped(text: str) -> list[str]:
     """Long lines broken, those of a table left alone."""
-    return [piece for line in text.splitlines() for piece in (textwrap.wrap(line, 100) if "|" not in line else [line])]
+    return [piece for line in text.splitlines() for piece in (textwrap.wrap(line, 84) if "|" not in line else [line])]
 
 
 def page() -> list[str]:
