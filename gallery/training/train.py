@@ -142,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("networks").add_argument
     add("--hidden", type=_list, default=(64,), metavar="W,...", help="widths of linear layers; the last is that of "
         "rnn, lstm, gru, transformer and vit (default: 64)")  # fmt: skip
-    add("--channels", type=_list, default=(16, 32), metavar="C,...", help="of cnn (default: 16,32)")
+    add("--channels", type=_list, default=(16, 64), metavar="C,...", help="of cnn (default: 16,64)")
     add("--kernel-size", type=whole, default=3, help="of cnn (default: 3)")
     add("--layers", type=whole, default=1, help="of rnn, lstm, gru, transformer and vit (default: 1)")
     add("--heads", type=whole, default=4, help="of transformer and vit (default: 4)")

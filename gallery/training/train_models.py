@@ -42,7 +42,7 @@ class Shape:
     """What a network may be told; each uses what means something for it."""
 
     hidden: tuple[int, ...] = (64,)
-    channels: tuple[int, ...] = (16, 32)
+    channels: tuple[int, ...] = (16, 64)
     kernel: int = 3
     layers: int = 1
     heads: int = 4
