@@ -24,9 +24,6 @@ from perexample.extensions import ClippedGrad
 pytest.importorskip("sklearn")
 pytest.importorskip("dp_accounting")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "gallery" / "training"))
-
-
 RNG = np.random.default_rng(0)
 
 
