@@ -14,6 +14,7 @@ import time
 
 import matplotlib.pyplot as plt
 import torch
+from einops import reduce
 from torch import nn
 
 from perexample import CheckFailedError, Rule, check, extend, perex, plan, register_rule
@@ -64,7 +65,8 @@ generic = seconds(extend(make_model()))
 # --------
 #
 # ``call.x`` is the input, ``[N, T, features]``, and ``g`` the gradient of the loss with respect to the output. The
-# batch is on axis 0, and everything between it and the features is summed over: ``[N, features]`` for each parameter.
+# batch is on axis 0, and everything between it and the features is summed over, with ``reduce`` of einops:
+# ``[N, features]`` for each parameter.
 
 
 @register_rule(Affine)
@@ -72,7 +74,10 @@ class AffineRule(Rule):
     """Gain ``sum_t g_nt x_nt``, shift ``sum_t g_nt``."""
 
     def grad_batch(self, call, g):
-        both = {"gain": (g * call.x).flatten(1, -2).sum(1), "shift": g.flatten(1, -2).sum(1)}
+        both = {
+            "gain": reduce(g * call.x, "n ... d -> n d", "sum"),
+            "shift": reduce(g, "n ... d -> n d", "sum"),
+        }
         return {name: both[name] for name in call.params}  # frozen parameters are not asked for
 
 
@@ -98,7 +103,7 @@ class WrongRule(Rule):
     """Forgets the input."""
 
     def grad_batch(self, call, g):
-        return {name: g.flatten(1, -2).sum(1) for name in call.params}
+        return {name: reduce(g, "n ... d -> n d", "sum") for name in call.params}
 
 
 try:

@@ -6,7 +6,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
     @register_rule(Scale)
     class ScaleRule(Rule):
         def grad_batch(self, call, g):
-            return {"gain": (g * call.x).flatten(1, -2).sum(1)}
+            return {"gain": reduce(g * call.x, "n ... d -> n d", "sum")}  # of einops
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from ._private import overridden_forward, own_parameters
 from ._tree import tensors_in
-from .errors import ConfigurationError, RuleContractError
+from .errors import ConfigurationError, PerExampleError, RuleContractError
 from .methods import Method
 from .place import Place
 from .terms import Dense, Term
@@ -208,7 +208,7 @@ class _RuleTerm(Term):
 
     def _quantity(self, kind: str, shape: tuple[int, ...], *args: Tensor) -> Tensor:
         if kind not in self.shared or args:
-            self.shared[kind] = getattr(self.rule, kind)(self.call, self.g, *args)
+            self.shared[kind] = _asked(self.rule, kind, self.call, self.g, *args)
         return checked(self.rule, self.call, self.shared[kind], kind, self.name, shape)
 
     def _overridden(self, kind: str) -> bool:
@@ -240,6 +240,21 @@ class _RuleTerm(Term):
 
     def double(self) -> Term:
         return Dense(self.dense()).double()
+
+
+def _asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
+    """What a method of a rule returns; an error inside of it does not say whose code it was."""
+    try:
+        return getattr(rule, kind)(call, g, *args)
+    except (PerExampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        inputs = ", ".join(f"{name} {list(v.shape)}" for name, v in call.saved.items() if isinstance(v, Tensor))
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} failed, {type(error).__name__}: {error}. It was given g of shape "
+            f"{list(g.shape)}" + (f" and {inputs}" if inputs else "") + "; a rule must serve every shape that the "
+            "module's forward does."
+        ) from error
 
 
 def checked_terms(rule: Rule, call: Call, terms: Any) -> dict[str, Term]:

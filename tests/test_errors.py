@@ -1106,3 +1106,23 @@ def test_every_message_is_one_error_of_the_library():
         value for value in vars(perexample).values() if isinstance(value, type) and issubclass(value, PerExampleError)
     }
     assert errors - {perexample.CheckFailedError} == {parameter.values[1] for parameter in CASES}
+
+
+def test_an_error_inside_of_a_rule_names_the_rule_and_the_shapes():
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.gain * x
+
+    @register_rule(Gain)
+    class GainRule(Rule):
+        def grad_batch(self, call, g):
+            return {"gain": (g * call.x).flatten(1, -2).sum(1)}  # for [N, T, features] only
+
+    model = extend(nn.Sequential(nn.Linear(3, 4), Gain()))
+    match = r"`GainRule.grad_batch` for `1` \(Gain\) failed, RuntimeError: flatten.*g of shape \[5, 4\] and x \[5, 4\]"
+    with perex(BatchGrad()), pytest.raises(RuleContractError, match=match):
+        model(torch.randn(5, 3)).square().sum(1).mean().backward()
