@@ -462,7 +462,7 @@ def test_it_runs_as_a_script_and_as_a_module(tmp_path, how):
 def test_digits_reach_their_accuracy_in_time(tmp_path):
     """94% by the mean of many runs (README); noise moves one of them by more than a per cent, and four by 0.6."""
     results = train.main(["--repeat", "4", "--no-baseline", "--out", str(tmp_path / "out")])["clipped"]
-    assert np.mean([row["test_accuracy"] for row in results]) >= 0.92
+    assert np.mean([row["test_accuracy"] for row in results]) >= 0.925
     assert max(row["epsilon"] for row in results) <= 3
     assert max(row["total_seconds"] for row in results) < 60
 

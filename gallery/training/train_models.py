@@ -203,8 +203,8 @@ class PreActivation(nn.Module):
 
 
 def cnn(data: Data, shape: Shape) -> nn.Module:
-    """Convolutions with pooling, and a linear layer."""
-    layers: list[nn.Module] = []
+    """Convolutions with pooling, and a linear layer; each image is brought to mean 0 and variance 1 by itself."""
+    layers: list[nn.Module] = [nn.LayerNorm(data.shape, elementwise_affine=False)]
     for before, after in itertools.pairwise((data.shape[0], *shape.channels)):
         layers += [nn.Conv2d(before, after, shape.kernel, padding=shape.kernel // 2)]
         layers += [ACTIVATIONS[shape.activation](), nn.MaxPool2d(2)]
