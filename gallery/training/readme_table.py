@@ -11,7 +11,7 @@ from train import main
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- digits:start -->", "<!-- digits:end -->"
-SEEDS = 5
+SEEDS = 20
 Results = list[dict[str, float | None]]
 
 
