@@ -3,6 +3,7 @@
 import argparse
 import csv
 import gzip
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_timm
 import torch
 import train
 import train_data
@@ -240,7 +242,10 @@ def test_networks_train_privately_on_texts(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_tiny_patch16_224", "timm:convnext_atto"])
 def test_networks_of_timm(tmp_path, name):
-    pytest.importorskip("timm")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    with test_timm._torchvision():
+        importlib.import_module("timm.models")
     row = run(tmp_path, "--model", name, *TINY, "--batch-size", "2", "--steps", "1")
     assert row["steps"] == 1
 
