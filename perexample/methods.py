@@ -2,8 +2,7 @@
 
 A `Term` offers `Method` objects. `choose` takes the one that was fastest for this shape on this device when all that
 have a chance were tried once, on the real tensors; what it found is remembered for the rest of the process, for all
-sizes nearby. With
-``strategy="model"`` the estimates of a cost model decide, which are the same in every run.
+sizes nearby. With ``strategy="model"`` the estimates of a cost model decide, which are the same in every run.
 
 Which of the ways is fastest is no matter of counting operations: a native weight gradient and a batched product differ
 fourfold in either direction, depending on the shape (docs/performance). All of them are exact, they differ in rounding.
@@ -110,7 +109,7 @@ def choose(term: Term, choice: Choice) -> Method:
     methods.sort(key=lambda method: method.seconds)
     if choice.strategy == "model" or methods[0].seconds < _SHORT:
         return methods[0]
-    names = tuple(method.name for method in methods)  # what fits may differ between the sizes of one form
+    names = frozenset(method.name for method in methods)  # what fits may differ between the sizes of one form
     key = (*term.form(), names, choice, torch.get_num_threads())
     name = _FOUND.get(key)
     if name is None:

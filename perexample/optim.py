@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .privacy.ledger import Ledger
-from .privacy.optimizer import Clipping, Sampling, made_public, privatize
+from .privacy.optimizer import Clipping, Sampling, initialize_as, privatize
 
 __all__ = ["DP_SGD", "privatize"]
 
@@ -72,7 +72,7 @@ class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
         maximize: bool = False,
     ) -> None:
         """Make an SGD optimizer private."""
-        made_public(
+        initialize_as(
             torch.optim.SGD,
             self,
             params,

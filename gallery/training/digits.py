@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import train_data
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from perexample.privacy import Private, make_private
 
-TRAIN_SIZE, TEST_SIZE = 1500, 297
+TRAIN_SIZE = 1500
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,10 @@ class Digits:
 
 
 def load_data() -> Digits:
-    """scikit-learn's 1797 handwritten digits, which it brings along."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) * (3 / 16)
-    y = torch.tensor(labels)
-    train, test = train_test_split(torch.arange(len(y)), test_size=TEST_SIZE, random_state=0, stratify=labels)
-    return Digits(images[train], y[train], images[test], y[test])
+    """Those of `train_data`, as four tensors."""
+    data = train_data.digits()
+    train, test = (default_collate([part[i] for i in range(len(part))]) for part in (data.train, data.test))
+    return Digits(*train, *test)
 
 
 def make_cnn() -> nn.Module:

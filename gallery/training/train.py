@@ -159,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--deterministic", action="store_true", help="the same numbers in every run: noise and batches are seeded, "
         "so that the result is NOT private; for tests")  # fmt: skip
     add("--baseline", action=argparse.BooleanOptionalAction, help="train the same network without privacy, too "
-        "(default: for bundled data)")  # fmt: skip
+        "(default: for bundled data, if the run is new)")  # fmt: skip
     add("--steps", type=whole, help="stop after so many steps, to see that it runs")
     add("--out", type=Path, metavar="DIR", help="folder for what is written (default: a new one in runs/)")
     add("--resume", action="store_true", help="continue the run in --out")
@@ -272,9 +272,7 @@ def one_epoch(
     course: Course, average: AveragedModel, data: Data, options: argparse.Namespace, epoch: int, last: int, bar: tqdm
 ) -> Row:
     """Train for an epoch, or to the last step; the row of it."""
-    begin = (
-        1 - options.average
-    ) * course.planned  # of the average, which is that of noisy weights, and costs no privacy
+    begin = (1 - options.average) * course.planned  # of the average; that of noisy weights costs no privacy
     loss, right, count, seconds, start = 0.0, 0, 0, 0.0, time.perf_counter()
     for x, y in course.batches(epoch):
         if len(x):  # a Poisson batch may be empty: its step is noise alone
@@ -352,13 +350,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
     print(f"{options.data}: {len(data.train)} examples for training, {len(data.test)} for the test", flush=True)  # type: ignore[arg-type]
     results = {options.method: repeated(options, data, folder)}
     baseline = options.data in train_data.BUNDLED if options.baseline is None else options.baseline
-    if baseline and options.method != "plain":
+    if baseline and options.method != "plain" and not options.resume:
         same = {"method": "plain", "noise_multiplier": None, "epsilon": None, "clip": "flat", "groups": "all"}
-        plain = argparse.Namespace(
-            **{**vars(asked), **same, "lr": None, "momentum": None, "average": None, "resume": False}
-        )
-        if not options.resume:
-            results["plain"] = repeated(filled(plain, data), data, folder / "plain")
+        plain = argparse.Namespace(**{**vars(asked), **same, "lr": None, "momentum": None, "average": None})
+        results["plain"] = repeated(filled(plain, data), data, folder / "plain")
     print(f"written to {folder}")
     return results
 

@@ -200,6 +200,10 @@ class Shuffled(Whole):
         )
         self.backward = make_backward(model, options)
 
+    @property
+    def steps(self) -> int:
+        return self.ledger.steps  # after a crash more than the checkpoint knows
+
     def learn(self, x: Tensor, y: Tensor) -> Found:
         return self.backward(self.model, self.clipping, x, y)
 

@@ -302,7 +302,7 @@ def make_optimizer(cls: type[O]) -> type[O]:
         self: Any, *args: Any, clipping: Clipping, noise_multiplier: float, expected_batch_size: float, **options: Any
     ) -> None:
         private = {name: options.pop(name) for name in _OPTIONS & options.keys()}
-        made_public(cls, self, *args, **options)
+        initialize_as(cls, self, *args, **options)
         privatize(
             self,
             clipping=clipping,
@@ -314,7 +314,9 @@ def make_optimizer(cls: type[O]) -> type[O]:
     return type(f"DP_{cls.__name__}", (cls,), {"__init__": initialize, "__doc__": f"Private `{cls.__name__}`."})
 
 
-def made_public(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
+def initialize_as(
+    cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, *args: Any, **options: Any
+) -> None:
     """Call the ``__init__`` of torch's class, whose own errors do not name what is wrong.
 
     Args:
