@@ -172,7 +172,7 @@ class Dense(Term):
         owner = owner.to(self.value.device)
         kept = owner >= 0
         value, owner = (self.value, owner) if bool(kept.all()) else (self.value[kept], owner[kept])
-        return Dense(value.new_zeros(n, *self.shape).index_add_(0, owner, value))
+        return Dense(added(value, owner, n))
 
 
 class Formed(Term):
@@ -261,7 +261,7 @@ class Regrouped(Term):
         return self.inner.factors()
 
     def _added(self, values: Tensor, owner: Tensor) -> Tensor:
-        return values.new_zeros(self.n, *values.shape[1:]).index_add_(0, owner.to(values.device), values)
+        return added(values, owner, self.n)
 
     def dense(self) -> Tensor:
         """The gradients themselves; those of the rows are formed block by block."""
@@ -296,6 +296,46 @@ class Regrouped(Term):
     def weighted_sum(self, w: Tensor) -> Tensor:
         """The rows' own weighted sum, each with the weight of its example."""
         return self.inner.weighted_sum(w[self.owner.to(w.device)])
+
+
+def added(values: Tensor, owner: Tensor, n: int) -> Tensor:
+    """The rows of each example added up, ``[N, ...]``."""
+    each = _each(owner, n)
+    if each:
+        return values.unflatten(0, (n, each)).sum(1)
+    return values.new_zeros(n, *values.shape[1:]).index_add_(0, owner.to(values.device), values)
+
+
+def _each(owner: Tensor, n: int) -> int:
+    """How many rows follow each other in each of N examples; 0 if that is not how they lie."""
+    each, rest = divmod(owner.numel(), max(1, n))
+    if rest or not each:
+        return 0
+    in_order = owner.view(n, each) == torch.arange(n, device=owner.device).unsqueeze(1)
+    return each if bool(in_order.all()) else 0
+
+
+def rows_together(owner: Tensor, n: int) -> Callable[[Tensor], Tensor] | None:
+    """What brings ``[M, ...]`` into ``[N, K, ...]``, the rows of each example side by side, with zeros for those missing.
+
+    Returns:
+        It; ``None`` if that would fill up much.
+    """
+    each = _each(owner, n)
+    if each:
+        return lambda rows: rows.unflatten(0, (n, each))
+    kept = owner[owner >= 0]
+    most = int(torch.bincount(kept).max()) if kept.numel() else 0
+    if most * n > 4 * max(owner.numel(), 1) or not most:
+        return None
+    table = padded_rows(torch.where(owner >= 0, owner, n), n + 1)[:n, :most]
+
+    def together(rows: Tensor) -> Tensor:
+        at = table.to(rows.device)
+        missing = (at < 0).view(n, most, *[1] * (rows.dim() - 1))
+        return rows[at.clamp_min(0)].masked_fill(missing, 0)
+
+    return together
 
 
 def padded_rows(owner: Tensor, n: int) -> Tensor:
@@ -350,16 +390,12 @@ class Outer(Term):
 
     def regrouped(self, owner: Tensor, n: int) -> Term:
         """The rows of an example become positions of it, unless that would fill up much."""
-        kept = owner[owner >= 0]
-        most = int(torch.bincount(kept).max()) if kept.numel() else 0
-        if most * n > 4 * max(owner.numel(), 1) or not most:
+        together = rows_together(owner, n)
+        if together is None:
             return super().regrouped(owner, n)
-        table = padded_rows(torch.where(owner >= 0, owner, n), n + 1)[:n, :most].to(self.g.device)
-        missing = (table < 0).view(n, most, 1, 1, 1)
 
-        def positions_of(t: Tensor) -> Tensor:
-            rows = t[table.clamp_min(0)].masked_fill(missing, 0)  # [N, K, groups, T, O]
-            return rows.transpose(1, 2).flatten(2, 3)
+        def positions_of(rows: Tensor) -> Tensor:
+            return together(rows).transpose(1, 2).flatten(2, 3)  # from [N, K, groups, T, ...]
 
         return Outer(positions_of(self.g), positions_of(self.x), self.shape)
 

@@ -76,6 +76,42 @@ def test_every_method_of_a_convolution_agrees_with_the_unfolded_product(name):
         reference.assert_close_report(kept.weighted_sum(w), total, 1e-12, f"sum after {method.name}")
 
 
+OWNERS = {
+    "as-many-each": [0, 0, 0, 1, 1, 1],
+    "in-any-order": [1, 0, 1, 0, 0, 1],
+    "not-as-many": [1, 0, 0, 0, 2, 0],
+    "nobodys": [1, -1, 0, 0, -1, 1],
+    "none-for-one": [2, 2, 0, 0, 2, 0],
+    "nobodys-at-all": [-1] * 6,
+    "one-has-most": [0, 1, 2, 3, 4, 4],
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_several_images_of_one_example_are_added_up_by_every_method(name, owner):
+    one = windows(**CONVOLUTIONS[name])
+    x, g = (torch.cat([t, torch.randn_like(t)]) for t in (one.x, one.g))
+    rows, of = Windows(x, g, one.geometry, one.sides, one.mode), torch.tensor(OWNERS[owner])
+    n = max(2, int(of.max()) + 1)
+    wanted = torch.zeros(n, *one.shape, dtype=torch.float64)
+    for row, gradient in zip(OWNERS[owner], rows.unfolded().dense(), strict=True):
+        if row >= 0:
+            wanted[row] += gradient
+    term, w = rows.regrouped(of, n), torch.linspace(0.5, -2, n, dtype=torch.float64)
+    some = torch.arange(n) > 0
+    assert isinstance(term, Windows) == (one.x.dim() < 5 and owner not in ("nobodys-at-all",))
+    for method in term.methods():
+        l2, kept = method.run()
+        reference.assert_close_report(l2, wanted.flatten(1).square().sum(1), 1e-12, f"norms by {method.name}")
+        reference.assert_close_report(kept.dense(), wanted, 1e-12, f"gradients after {method.name}")
+        total = torch.tensordot(w, wanted, 1)
+        reference.assert_close_report(kept.weighted_sum(w), total, 1e-12, f"sum after {method.name}")
+        reference.assert_close_report(kept.select(some).dense(), wanted[1:], 1e-12, f"some after {method.name}")
+    assert (term.magnitude_bound() >= term.magnitude() * (1 - 1e-12)).all()
+    assert (term.magnitude() >= wanted.flatten(1).norm(dim=1) * (1 - 1e-12)).all()
+
+
 def test_the_methods_are_those_that_the_documentation_names():
     found = {method.name for term in (outer(), windows(), windows(size=3, c=64, o=64)) for method in term.methods()}
     assert found == {

@@ -578,6 +578,15 @@ def test_schedule(run, made):
     assert_equal(parameters(space["model"]), made[0].train(own_loss, SCHEDULES["one cycle"]))
 
 
+def test_augmentation_multiplicity(run, made):
+    def both_ways(model, example):
+        x, y = example
+        return F.cross_entropy(model(torch.stack([x, x.flip(0)])[None, :, None])[0], y.expand(2))
+
+    space = run("Augmentation multiplicity")
+    assert_equal(parameters(space["model"]), made[0].train(both_ways))
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("pieces", [None, 3])
 def test_schedules(run, made, name, pieces):

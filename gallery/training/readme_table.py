@@ -1,4 +1,4 @@
-"""Train on the digits with five seeds, by the command of the README, and write the table that is under it."""
+"""Train on the digits with twenty seeds, by the command of the README, and write the table that is under it."""
 
 from __future__ import annotations
 

@@ -139,6 +139,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=whole, help="expected number of examples of a step (default: 750 for digits, 1000)")
     add("--physical-batch-size", type=whole, help="most examples at a time, for memory (default: all)")
 
+    add("--augmentation-multiplicity", type=whole, metavar="K", help="images that each becomes in a step: itself and "
+        "K - 1 that are turned, moved, stretched, and mirrored unless they are digits; their gradients are averaged "
+        "before the example is clipped (default: 2 for the cnn on digits, 1)")  # fmt: skip
+
     add = parser.add_argument_group("networks").add_argument
     add("--hidden", type=_list, default=(64,), metavar="W,...", help="widths of linear layers; the last is that of "
         "rnn, lstm, gru, transformer and vit (default: 64)")  # fmt: skip
@@ -200,6 +204,7 @@ def filled(options: argparse.Namespace, data: Data) -> argparse.Namespace:
         "epochs": epochs,
         "momentum": 0.9 if plain else 0.0,
         "average": 0.0 if plain else 0.2,
+        "augmentation_multiplicity": 2 if (options.data, options.model) == ("digits", "cnn") else 1,
         "public_size": count,
         "delta": 10.0 ** -math.ceil(math.log10(max(2, count))),
     }
@@ -208,6 +213,8 @@ def filled(options: argparse.Namespace, data: Data) -> argparse.Namespace:
             setattr(options, name, value)
     if not plain and options.noise_multiplier is None and options.epsilon is None:
         options.epsilon = 3.0
+    if options.augmentation_multiplicity > 1 and data.vocabulary is not None:
+        raise DataError("--augmentation-multiplicity is of images, and the data are texts")
     if options.batch_size > options.public_size:
         raise DataError(f"--batch-size {options.batch_size} is more than the {options.public_size} examples")
     return options

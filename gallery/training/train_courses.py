@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from train_augment import MIRRORED, Changes, Copies, multiplied
 from train_data import Data
-from train_methods import BACKWARDS, Found, OwnSums
+from train_methods import BACKWARDS, Found, OwnSums, predicted
 
 from perexample import extend, privatize, unextend
 from perexample.extensions import AdaptiveClippedGrad, ClippedGrad
@@ -36,15 +36,24 @@ class Course(ABC):
     """A training that is under way.
 
     Attributes:
-        model: What is trained.
+        model: What is trained, and tested.
+        network: The same, as it is trained: with several copies of an image.
+        options: Of the command line.
         steps: Number of steps taken.
         planned: Number of steps to take.
         noise_multiplier: Standard deviation of the noise in units of C; nothing where there is none.
     """
 
     model: nn.Module
+    network: nn.Module
+    options: argparse.Namespace
     planned: int
     noise_multiplier: float | None = None
+    _generator: tuple[int, torch.Generator] | None = None
+
+    def __init__(self, model: nn.Module, options: argparse.Namespace) -> None:
+        self.model, self.options = model, options
+        self.network = Copies(model) if options.augmentation_multiplicity > 1 else model
 
     @property
     @abstractmethod
@@ -54,9 +63,26 @@ class Course(ABC):
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, in pieces that fit into memory."""
 
-    @abstractmethod
     def learn(self, x: Tensor, y: Tensor) -> Found:
-        """Forward and backward of a piece."""
+        """Forward and backward of a piece, with changed copies of its images if these were asked for."""
+        count = self.options.augmentation_multiplicity
+        if count > 1:
+            changes = Changes(mirror=self.options.data in MIRRORED)
+            x, y = multiplied(x, count, changes, self._copying()), y.unsqueeze(1).expand(-1, count)
+        return self.backward(x, y)
+
+    def _copying(self) -> torch.Generator | None:
+        """Of the changes; in a deterministic run every step has its own, so that a resumed one goes on with it."""
+        if not self.options.deterministic:
+            return None
+        if self._generator is None or self._generator[0] != self.steps:
+            seed = self.options.seed * 1_000_003 + self.steps
+            self._generator = self.steps, torch.Generator().manual_seed(seed)
+        return self._generator[1]
+
+    @abstractmethod
+    def backward(self, x: Tensor, y: Tensor) -> Found:
+        """Forward and backward; with changed copies ``[N, K, ...]`` and ``[N, K]``."""
 
     @abstractmethod
     def step(self) -> None:
@@ -79,13 +105,14 @@ class Private(Course):
     """DP-SGD on Poisson batches, by `make_private`."""
 
     def __init__(self, model: nn.Module, data: Data, options: argparse.Namespace, folder: Path) -> None:
+        super().__init__(model, options)
         self.clipping = make_clipping(options)
         generators = {}
         if options.deterministic:
             generators["sampling_generator"] = torch.Generator().manual_seed(2 * options.seed)
             generators["noise_generator"] = torch.Generator().manual_seed(2 * options.seed + 1)
         self.private = make_private(
-            model,
+            self.network,
             make_optimizer(model, options),
             data.train,
             target_epsilon=options.epsilon,
@@ -101,9 +128,9 @@ class Private(Course):
             num_workers=options.workers,
             **generators,
         )
-        self.model, self.planned = model, self.private.planned_steps
+        self.planned = self.private.planned_steps
         self.noise_multiplier = self.private.noise_multiplier
-        self.backward = make_backward(model, options)
+        self.sums = make_backward(self.network, options)
 
     @property
     def steps(self) -> int:
@@ -112,8 +139,8 @@ class Private(Course):
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from self.private.loader
 
-    def learn(self, x: Tensor, y: Tensor) -> Found:
-        return self.backward(self.model, self.clipping, x, y)
+    def backward(self, x: Tensor, y: Tensor) -> Found:
+        return self.sums(self.network, self.clipping, x, y)
 
     def step(self) -> None:
         self.private.step()
@@ -132,7 +159,8 @@ class Whole(Course):
     """What has whole batches: each is cut into pieces here, and a step follows the last of them."""
 
     def __init__(self, model: nn.Module, data: Data, options: argparse.Namespace) -> None:
-        self.model, self.data, self.options = model, data, options
+        super().__init__(model, options)
+        self.data = data
         self.per_epoch = max(1, round(options.public_size / options.batch_size))
         self.planned = max(1, round(options.epochs * self.per_epoch))
         self.taken, self.last, self.size = 0, False, 0
@@ -187,7 +215,7 @@ class Shuffled(Whole):
             self.noise_multiplier = noise_multiplier_for(
                 options.epsilon, options.delta, sample_rate=None, steps=self.planned
             )
-        extend(model)
+        extend(self.network)
         seeded = options.deterministic
         self.optimizer = privatize(
             make_optimizer(model, options),
@@ -198,14 +226,14 @@ class Shuffled(Whole):
             generator=torch.Generator().manual_seed(2 * options.seed + 1) if seeded else None,
             noise=options.noise,
         )
-        self.backward = make_backward(model, options)
+        self.sums = make_backward(self.network, options)
 
     @property
     def steps(self) -> int:
         return self.ledger.steps  # after a crash more than the checkpoint knows
 
-    def learn(self, x: Tensor, y: Tensor) -> Found:
-        return self.backward(self.model, self.clipping, x, y)
+    def backward(self, x: Tensor, y: Tensor) -> Found:
+        return self.sums(self.network, self.clipping, x, y)
 
     def epsilon(self) -> float:
         return self.ledger.epsilon(self.options.delta)
@@ -218,9 +246,8 @@ class Plain(Whole):
         super().__init__(model, data, options)
         self.optimizer = make_optimizer(model, options)
 
-    def learn(self, x: Tensor, y: Tensor) -> Found:
-        output = self.model(x)
-        losses = F.cross_entropy(output, y, reduction="none")
+    def backward(self, x: Tensor, y: Tensor) -> Found:
+        losses, output = predicted(self.network, x, y)
         (losses.sum() / max(1, self.size)).backward()
         return losses.detach(), output.detach()
 

@@ -7,7 +7,8 @@ per-example gradients and clips them, ``vmap`` does that by ``torch.func``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,17 @@ class OwnSums(ClippedGrad):
         self._count = 0
 
 
+def predicted(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Found:
+    """Losses and outputs; of ``y`` ``[N, K]`` the mean loss over K, and the first of K outputs."""
+    output = model(x)
+    losses = F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+    return (losses, output) if y.dim() == 1 else (losses.mean(1), output[:, 0])
+
+
 def clipped(model: nn.Module, clipping: ClippedGrad, x: Tensor, y: Tensor, strategy: str = "measure") -> Found:
     """One backward of the mean loss."""
     with perex(clipping, grad=False, strategy=strategy):
-        output = model(x)
-        losses = F.cross_entropy(output, y, reduction="none")
+        losses, output = predicted(model, x, y)
         losses.mean().backward()
     return losses.detach(), output.detach()
 
@@ -69,11 +76,10 @@ def naive(model: nn.Module, clipping: OwnSums, x: Tensor, y: Tensor) -> Found:
     """One forward and one backward for each example."""
     params, losses, outputs = trainable(model), [], []
     for i in range(len(x)):
-        output = model(x[i : i + 1])
-        loss = F.cross_entropy(output, y[i : i + 1])
+        loss, output = predicted(model, x[i : i + 1], y[i : i + 1])
         gradients = torch.autograd.grad(loss, params, materialize_grads=True)
         clipping.add(params, [g.unsqueeze(0) for g in gradients])
-        losses.append(loss.detach())
+        losses.append(loss.detach()[0])
         outputs.append(output.detach()[0])
     return torch.stack(losses), torch.stack(outputs)
 
@@ -81,8 +87,7 @@ def naive(model: nn.Module, clipping: OwnSums, x: Tensor, y: Tensor) -> Found:
 def materialised(model: nn.Module, clipping: OwnSums, x: Tensor, y: Tensor) -> Found:
     """One backward that leaves every per-example gradient."""
     with perex(BatchGrad(), grad=False):
-        output = model(x)
-        losses = F.cross_entropy(output, y, reduction="none")
+        losses, output = predicted(model, x, y)
         losses.mean().backward()
     params = trainable(model)
     clipping.add(params, [p.grad_batch for p in params])
@@ -96,9 +101,9 @@ def vmap(model: nn.Module, clipping: OwnSums, x: Tensor, y: Tensor) -> Found:
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss_of(values: dict[str, Tensor], one: Tensor, label: Tensor) -> tuple[Tensor, Found]:
-        output = torch.func.functional_call(model, values, (one.unsqueeze(0),))
-        loss = F.cross_entropy(output, label.unsqueeze(0))
-        return loss, (loss.detach(), output.detach()[0])
+        bound = partial(torch.func.functional_call, model, values)
+        loss, output = predicted(bound, one.unsqueeze(0), label.unsqueeze(0))
+        return loss[0], (loss.detach()[0], output.detach()[0])
 
     every = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), (None, 0, 0), randomness="different")
     gradients, found = every(params, x, y)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from .._conv import (
     Geometry,
@@ -30,7 +30,7 @@ from .._norms import gram_norms, norms_of
 from .._trust import TRUSTED, inner, unit_of_products
 from ..methods import ROOM, Method
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
-from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering
+from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering, rows_together
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -44,13 +44,20 @@ class Windows(Term):
         geometry: Shape of the weight, stride, dilation and groups.
         sides: What is added before and after each axis of ``x``.
         mode: With what.
+        shape: Shape of the parameter, where that has fewer axes than the windows.
     """
 
     def __init__(
-        self, x: Tensor, g: Tensor, geometry: Geometry, sides: list[tuple[int, int]] | None = None, mode: str = "zeros"
+        self,
+        x: Tensor,
+        g: Tensor,
+        geometry: Geometry,
+        sides: list[tuple[int, int]] | None = None,
+        mode: str = "zeros",
+        shape: Size | None = None,
     ) -> None:
         """Keep the factors; nothing is padded or unfolded yet."""
-        self.x, self.g, self.n, self.shape, self.geometry = x, g, x.shape[0], geometry.shape, geometry
+        self.x, self.g, self.n, self.shape, self.geometry = x, g, x.shape[0], shape or geometry.shape, geometry
         self.sides, self.mode = sides or [(0, 0)] * (x.dim() - 2), mode
 
     def factors(self) -> list[Tensor]:
@@ -62,7 +69,18 @@ class Windows(Term):
         return (*super().form(), self.geometry, tuple(self.sides), self.mode)
 
     def _like(self, x: Tensor, g: Tensor) -> Windows:
-        return Windows(x, g, self.geometry, self.sides, self.mode)
+        return Windows(x, g, self.geometry, self.sides, self.mode, self.shape)
+
+    def regrouped(self, owner: Tensor, n: int) -> Term:
+        """The images of an example become slices of one with an axis more, over which the kernel has length one."""
+        together = rows_together(owner, n) if self.x.dim() < 5 else None
+        if together is None:
+            return super().regrouped(owner, n)
+        x, g = (together(t).transpose(1, 2) for t in (self.x, self.g))
+        old, one = self.geometry, (1,)
+        shape = Size((*old.shape[:2], 1, *old.kernel))
+        geometry = Geometry(shape, one + old.stride, one + old.dilation, old.groups)
+        return Windows(x, g, geometry, [(0, 0), *self.sides], self.mode, self.shape)
 
     def select(self, rows: Tensor) -> Windows:
         """Some examples only."""
@@ -153,10 +171,10 @@ class Windows(Term):
         return ways
 
     def _by_offsets(self) -> Formed:
-        geometry = self.geometry
+        geometry, shape = self.geometry, self.shape
         value = by_offsets(self.padded(), self.g, geometry)
         value = value.view(len(value), self.n, -1)
-        return Formed(value, self.shape, lambda v: from_offsets(v, geometry))
+        return Formed(value, self.shape, lambda v: from_offsets(v, geometry).view(v.shape[1], *shape))
 
     def _by_unfolding(self) -> Formed:
         return Formed(self.unfolded().dense()[None].flatten(2), self.shape)
@@ -201,7 +219,7 @@ class Windows(Term):
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One native weight gradient for the whole batch, of ``w_n g_n``."""
         x, padding = self._for_native()
-        return native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), self.geometry, padding)
+        return native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), self.geometry, padding).view(self.shape)
 
 
 _MOST_DRIFT = 5e-5  # share of a sum that a native call over many positions may be off by
