@@ -27,7 +27,7 @@ variance (`Zhao and Zhang 2015 <https://arxiv.org/abs/1401.2753>`_,
 # .. math::
 #
 #    V_\text{uniform} = \frac1N \sum_n \lVert g_n \rVert^2 - \lVert G \rVert^2, \qquad
-#    V_\text{norm} = \Big( \frac1N \sum_n \lVert g_n \rVert \Big)^2 - \lVert G \rVert^2 .
+#    V_\text{norm} = \left( \frac1N \sum_n \lVert g_n \rVert \right)^2 - \lVert G \rVert^2 .
 
 import time
 

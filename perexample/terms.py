@@ -316,7 +316,7 @@ def _each(owner: Tensor, n: int) -> int:
 
 
 def rows_together(owner: Tensor, n: int) -> Callable[[Tensor], Tensor] | None:
-    """What brings ``[M, ...]`` into ``[N, K, ...]``, the rows of each example side by side, with zeros for those missing.
+    """What brings ``[M, ...]`` into ``[N, K, ...]``, the rows of each example side by side, zeros for those missing.
 
     Returns:
         It; ``None`` if that would fill up much.

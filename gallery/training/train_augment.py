@@ -68,7 +68,7 @@ def multiplied(images: Tensor, count: int, changes: Changes, generator: torch.Ge
 
 
 class Copies(nn.Module):
-    """A network for ``[N, K, ...]``, ``[N, K, classes]``: an example is a row of its input, not each of the K images."""
+    """A network for ``[N, K, ...]``: an example is a row of its input, not each of the K images."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
