@@ -434,6 +434,8 @@ class Outer(Term):
         return unit_of_products(self.g.dtype, self.g.shape[2], o, i)
 
     def _of_one_position(self) -> tuple[Tensor, Term]:
+        if self.g.shape[1] == 1:
+            return (norms_of(self.g[:, 0, 0]) * norms_of(self.x[:, 0, 0])).square(), self
         return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2)), self
 
     def _by_gram(self) -> tuple[Tensor, Term]:

@@ -8,8 +8,11 @@ import gc
 import io
 import pickle
 import re
+import subprocess
+import sys
 import threading
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import harness
@@ -967,6 +970,33 @@ def test_another_context_around_everything():
         found = grad_batch(model, x)
     assert counting.count
     assert_near(found, expected, 1e-10, "grad_batch")
+
+
+def test_what_a_context_sees_inside_is_what_it_sees_of_the_plain_model():
+    """Followed operations run past the library's own modes, and past no other."""
+
+    def seen(inside):
+        model = extend(bare()) if inside else bare()
+        with Counting() as counting, perex(BatchGrad()) if inside else nullcontext():
+            model(batch())
+        return counting.count
+
+    assert seen(True) >= seen(False) > 5
+
+
+def test_a_first_backward_imports_nothing_large():
+    """torch imports sympy where a backward is given a gradient to begin with."""
+    code = """
+import sys, torch
+from torch import nn
+from perexample import extend, perex
+from perexample.extensions import ClippedGrad
+before = "sympy" in sys.modules
+with perex(ClippedGrad(1.0), grad=False):
+    extend(nn.Linear(2, 2))(torch.ones(3, 2)).sum(1).mean().backward()
+assert before or "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nested_extended_models():

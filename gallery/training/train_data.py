@@ -306,7 +306,7 @@ def _download(name: str, folder: Path) -> None:
         for train in (True, False):
             getattr(datasets, kind)(str(folder), train=train, download=True)
     except Exception as error:  # torchvision raises what its connection raises
-        raise DataError(f"torchvision could not download {kind}: {error}") from error
+        raise DataError(f"torchvision could not download {kind}: {' '.join(str(error).split())}") from error
 
 
 CLOTHES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]

@@ -54,6 +54,8 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         (torch.Size([5, 2, 3]), torch.Size([5]))
     """
 
+    waits_for_backward = True  # lets everything else pass
+
     def __init__(
         self,
         *extensions: Extension,
@@ -135,8 +137,10 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         keep = create_graph if retain_graph is None else retain_graph
 
         def backward(inputs: Any, keep: bool) -> None:
-            seed = None if run.seed == 1.0 else torch.full_like(loss, run.seed)
-            torch.autograd.backward(loss, seed, keep, create_graph, inputs=inputs)
+            # A product, as a gradient that is passed in makes torch import what it needs for symbolic shapes.
+            with torch.enable_grad():
+                seeded = loss if run.seed == 1.0 else loss * run.seed
+            torch.autograd.backward(seeded, None, keep, create_graph, inputs=inputs)
 
         run.execute(backward, bool(keep))
 

@@ -61,7 +61,20 @@ class Follow(TorchFunctionMode):
     def __init__(self, repeated: Any = None) -> None:
         """Nothing is under way yet."""
         super().__init__()
-        self.repeated = repeated
+        self.repeated, self.alone = repeated, False
+
+    def __enter__(self) -> Follow:
+        """See whether the modes below only wait for a backward."""
+        self.alone = all(getattr(mode, "waits_for_backward", False) for mode in function_modes())
+        super().__enter__()
+        return self
+
+    def _run(self, func: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
+        """Run a function, past the modes below if none of them has anything to do with it."""
+        if not self.alone or any(kind is not Tensor for kind in types):
+            return func(*args, **kwargs)
+        with undispatched():
+            return func(*args, **kwargs)
 
     def _by_rule(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What the rule of the module that runs computes itself; ``None`` for anything else."""
@@ -87,22 +100,22 @@ class Follow(TorchFunctionMode):
             return func(*args, **kwargs)
         if STATE.silent():
             out = self._by_rule(func, args, kwargs)
-            return func(*args, **kwargs) if out is None else out
+            return self._run(func, types, args, kwargs) if out is None else out
         with undispatched():
             if self.repeated is not None:
                 _recognise((args, kwargs), self.repeated)
             tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
-            return _underived(func, kind, args, kwargs, targets)
+            return _underived(self._run(func, types, args, kwargs), func, kind, args, targets)
         if kind is Kind.COMPOSITE:
             with self:
                 return without_dispatch(func)(*args, **kwargs)
         if kind is Kind.SET:
-            out = func(*args, **kwargs)
+            out = self._run(func, types, args, kwargs)
             put(args[0], tracked[0][1])
             return out
         if kind is Kind.POINTWISE and len(tracked) == 1 and not targets and _is_simple(func, tracked[0][1], kwargs):
-            out = func(*args, **kwargs)
+            out = self._run(func, types, args, kwargs)
             with undispatched():
                 if _stays(*tracked[0], out):
                     return out
@@ -112,7 +125,7 @@ class Follow(TorchFunctionMode):
             if targets and torch.is_grad_enabled():
                 call.meet(targets)
             call.prepare()
-        out = func(*args, **kwargs)
+        out = self._run(func, types, args, kwargs)
         with undispatched():
             out = call.conclude(out)
             if call.record.checkpointed:  # a checkpoint inside of this one hands its inputs on as other objects
@@ -179,9 +192,8 @@ def _scan(values: Iterable[Any], tracked: list[tuple[Tensor, Any]], targets: lis
             _scan(value.values(), tracked, targets)
 
 
-def _underived(func: Callable, kind: Kind, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
+def _underived(out: Any, func: Callable, kind: Kind, args: tuple, targets: list[Tensor]) -> Any:
     """An operation without data; remember what only repeats a tensor, so that a gradient need not be spread."""
-    out = func(*args, **kwargs)
     if targets and isinstance(out, Tensor) and out.requires_grad:
         source = args[0] if args else None
         name = base_name(func)
@@ -410,11 +422,9 @@ class _Operation:
 
     def _moves_by_data(self) -> bool:
         """Whether the entries' new order may differ from call to call."""
-        if not any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs)):
+        if self.kind is not Kind.MOVE and not (base_name(self.func) == "__getitem__" and _has_index(self.args[1])):
             return False
-        if self.kind is Kind.MOVE:
-            return True
-        return base_name(self.func) == "__getitem__" and _has_index(self.args[1])
+        return any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs))
 
     def _moved(self, args: tuple, outputs: list[Tensor]) -> list[Any]:
         with torch.no_grad(), dispatched():

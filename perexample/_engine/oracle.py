@@ -294,6 +294,9 @@ def _form(owner: Tensor, mixed: Tensor, rows: int) -> Form:
     return candidates[0]
 
 
+_NUMBERS = {int, bool, float, type(None)}
+
+
 def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
     """What decides how an operation treats the examples: shapes, up to the number of rows, and all other arguments.
 
@@ -302,6 +305,8 @@ def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
     """
 
     def part(value: Any) -> Any:
+        if type(value) in _NUMBERS:
+            return value
         if isinstance(value, Tensor):
             place = place_of(value)
             if not isinstance(place, Place):

@@ -79,8 +79,10 @@ class plain:  # noqa: N801
     """Rules and extensions compute without gradients, taps, function modes or lower precision on these devices."""
 
     def __init__(self, devices: Iterable[str]) -> None:
-        """Lower precision is only switched off where it is on."""
-        self._open: list[Any] = [torch.no_grad(), undispatched(), quiet()]
+        """What is off already is not switched off."""
+        self._open: list[Any] = [undispatched(), quiet()]
+        if torch.is_grad_enabled():
+            self._open.append(torch.no_grad())
         self._open += [torch.autocast(kind, enabled=False) for kind in devices if torch.is_autocast_enabled(kind)]
 
     def __enter__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ def _times(term: Term, scale: float) -> Tensor:
 
 def _finite(total: Tensor) -> bool:
     """Whether a sum has no NaN or infinity, for which its own sum is enough; False also where that overflows."""
-    return bool(torch.isfinite(total.sum()))
+    return math.isfinite(total.sum().item())
 
 
 class ParameterView:
@@ -171,7 +173,7 @@ class ParameterView:
                 self._l2 = self.zeros(self.n, dtype=torch.float64)
             else:
                 l2, self._combined = term.settled(self._choice)
-                self._terms, self._l2 = [self._combined], l2 * self._scale**2
+                self._terms, self._l2 = [self._combined], l2 if self._scale == 1.0 else l2 * self._scale**2
         return self._l2
 
     def weighted_sum(self, w: Tensor | Weights) -> Tensor:
