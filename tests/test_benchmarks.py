@@ -120,7 +120,15 @@ def test_seeds(tmp_path):
         measured(entries, ["plain", "naive", "multi", "reweight", "ClippedGrad"])
 
 
-@pytest.mark.parametrize("name", ["suite", "growth", "seeds"])
+def test_overhead(tmp_path):
+    script("overhead", "--models", "mlp", "seed_cnn", "lstm", "--n", 3, "--repeats", 1, "--out", tmp_path)
+    models = json.loads((tmp_path / "overhead.json").read_text())["models"]
+    measured(models["lstm"], ["machinery"])
+    for name in ("mlp", "seed_cnn"):  # the check before the timing compares both with one backward per example
+        measured(models[name], ["machinery", "by hand", "BatchGrad", "BatchGrad / by hand"])
+
+
+@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead"])
 def test_tables_are_those_of_the_numbers(name, tmp_path):
     module, report = importlib.import_module(name), importlib.import_module("report")
     data = report.load(FOLDER / f"{name}.json")

@@ -26,7 +26,7 @@ class _AffineRule(Rule):
         return only_parameters(module, "weight", "bias")
 
     def normalised(self, call: Call) -> Tensor:
-        """The input after normalisation, before weight and bias."""
+        """The input after normalisation, before weight and bias, in a tensor that may be written to."""
         raise NotImplementedError
 
     def summed(self, call: Call, values: Tensor) -> Tensor:
@@ -37,7 +37,9 @@ class _AffineRule(Rule):
         """Small tensors, formed at once."""
         terms: dict[str, Term] = {}
         if "weight" in call.params:
-            terms["weight"] = Dense(self.summed(call, g * self.normalised(call)))
+            normalised = self.normalised(call)  # a new tensor
+            product = normalised.mul_(g) if normalised.dtype == g.dtype else normalised * g
+            terms["weight"] = Dense(self.summed(call, product))
         if "bias" in call.params:
             terms["bias"] = Dense(self.summed(call, g))
         return terms

@@ -1,0 +1,167 @@
+"""What the machinery costs by itself, and what per-example gradients cost beside one product for each layer.
+
+The machinery is all but the computing with gradients: following the forward, taps, the walk of the graph, hooks. It is
+measured with an extension that asks for nothing, as a ratio to the plain step, with ``p.grad`` computed in both. The
+least that per-example gradients can cost is taken to be a forward, the gradients of the layers' outputs, and one
+batched product for each layer, written by hand for networks of linear layers and convolutions. Writes
+``overhead.json`` and tables in ``docs/performance.rst``::
+
+    python gallery/benchmarks/overhead.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import measure
+import report
+import torch
+import torch.nn.functional as F
+from models import SUITE
+from systems import OursRows, Problem, System
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from perexample import Extension, ParameterView, extend, perex
+
+BY_HAND = ("mlp", "seed_cnn", "vgg11")  # linear layers and convolutions, and nothing else with parameters
+
+
+class Nothing(Extension):
+    """Asks for nothing."""
+
+    field = "nothing"
+
+    def compute(self, view: ParameterView) -> None:
+        """Nothing."""
+
+
+class Machinery(System):
+    """The plain step in a context that asks for nothing."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        extend(self.model)
+
+    def step(self) -> None:
+        self.zero()
+        with perex(Nothing()):
+            self.losses().mean().backward()
+
+
+class OneProduct(System):
+    """Per-example gradients of linear layers and convolutions, one batched product for each."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+        self.rows: dict[str, Tensor] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.register_forward_hook(
+                    lambda module, args, output, name=name: self.calls.append((name, module, args[0].detach(), output))
+                )
+
+    def step(self) -> None:
+        self.zero()
+        self.rows, self.calls = {}, []
+        gradients = torch.autograd.grad(self.losses().sum(), [output for *_, output in self.calls])
+        for (name, module, x, _), g in zip(self.calls, gradients, strict=True):
+            if isinstance(module, nn.Conv2d):
+                g, x = g.flatten(2), windows(module, x)
+                rows, bias = torch.bmm(g, x.mT), g.sum(2)
+            else:
+                rows, bias = g[:, :, None] * x[:, None, :], g
+            self.rows[f"{name}.weight"] = rows.view(len(x), *module.weight.shape)
+            self.rows[f"{name}.bias"] = bias
+
+    def grad_batch(self) -> dict[str, Tensor]:
+        return self.rows
+
+
+def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The unfolded input, ``[N, C K, L]``; faster than ``F.unfold``."""
+    high, wide = module.padding
+    x = F.pad(x, (wide, wide, high, high))
+    for axis, (size, step) in enumerate(zip(module.kernel_size, module.stride, strict=True), start=2):
+        x = x.unfold(axis, size, step)
+    return x.permute(0, 1, 4, 5, 2, 3).reshape(len(x), -1, x.shape[2] * x.shape[3])
+
+
+KINDS = {"machinery": Machinery, "by hand": OneProduct, "BatchGrad": OursRows}
+
+
+def measured(options: argparse.Namespace) -> dict[str, dict]:
+    """Quartiles of seconds and ratios of all models."""
+    found = {}
+    for model in tqdm(options.models, desc="models", disable=None):
+        problem = Problem.of(SUITE[model], options.n, "cpu")
+        names = ["machinery", *(("by hand", "BatchGrad") if model in BY_HAND else ())]
+        found[model] = measure.timings(problem, names, options.repeats, options.seconds, kinds=KINDS)
+        failed = {name: entry["failed"] for name, entry in found[model].items() if "failed" in entry}
+        if failed:
+            raise RuntimeError(f"{model}: {failed}")
+        if model in BY_HAND:
+            pairs = measure.compare(
+                {"BatchGrad": OursRows(problem)}, OneProduct(problem), options.repeats, options.seconds
+            )
+            found[model]["BatchGrad / by hand"] = pairs["BatchGrad"]
+    return found
+
+
+def spread(entry: dict) -> str:
+    """A ratio, with its quartiles."""
+    low, middle, high = entry["ratio"]
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def rst(data: dict) -> list[str]:
+    """Both tables."""
+    models = {name: data["models"][name] for name in SUITE if name in data["models"]}
+    costs = [["model", "machinery / plain step"]]
+    costs += [[SUITE[name].name, spread(found["machinery"])] for name, found in models.items()]
+    rows = [["model", "BatchGrad / plain step", "by hand / plain step", "BatchGrad / by hand"]]
+    rows += [
+        [SUITE[name].name, *(spread(found[key]) for key in ("BatchGrad", "by hand", "BatchGrad / by hand"))]
+        for name, found in models.items()
+        if "by hand" in found
+    ]
+    written = report.sentence("overhead.py", data["system"]).replace("`", "``")
+    return [
+        "Machinery: a plain step in a context that asks for nothing. Medians of ratios to the plain step beside, with",
+        "quartiles:", "", *report.rst_table(costs), "",
+        "Per-example gradients, beside one batched product for each layer written by hand:", "",
+        *report.rst_table(rows), "", written,
+    ]  # fmt: skip
+
+
+def tables(data: dict, options: argparse.Namespace) -> None:
+    """Write them."""
+    report.put(report.PAGE, "overhead", rst(data) if data.get("models") else [report.NOT_YET], options.out)
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(SUITE), default=list(SUITE), metavar="MODEL")
+    parser.add_argument("--repeats", type=int, default=15, help="steps of each system (default: 15)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="cap for a system and model (default: 30)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--n", type=int, help="examples (default: each model's own number); needs --out")
+    parser.add_argument("--out", type=Path, help="write everything to this folder instead")
+    options = parser.parse_args()
+    if options.n and not options.out:
+        parser.error("numbers of other batches do not belong with the others: add --out")
+    torch.set_num_threads(options.threads)
+    path = (options.out or report.HERE) / "overhead.json"
+    data = report.load(path) or {"models": {}}
+    data |= {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/overhead.py"}
+    data["models"] |= measured(options)
+    report.save(path, data)
+    print("\n".join(rst(report.rounded(data))))
+    tables(report.rounded(data), options)
+
+
+if __name__ == "__main__":
+    main()
