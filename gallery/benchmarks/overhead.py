@@ -1,10 +1,10 @@
 """What the machinery costs by itself, and what per-example gradients cost beside one product for each layer.
 
-The machinery is all but the computing with gradients: following the forward, taps, the walk of the graph, hooks. It is
-measured with an extension that asks for nothing, as a ratio to the plain step, with ``p.grad`` computed in both. The
-least that per-example gradients can cost is taken to be a forward, the gradients of the layers' outputs, and one
-batched product for each layer, written by hand for networks of linear layers and convolutions. Writes
-``overhead.json`` and tables in ``docs/performance.rst``::
+The machinery is following the forward, taps, the walk of the graph, hooks, and what rules form at once (gradients of
+biases and norm layers), without norms, gradients of weights or sums. It is measured with an extension that asks for
+nothing, as a ratio to the plain step, with ``p.grad`` computed in both. The least that per-example gradients can cost
+is taken to be a forward, the gradients of the layers' outputs, and one batched product for each layer, written by hand
+for networks of linear layers and convolutions. Writes ``overhead.json`` and tables in ``docs/performance.rst``::
 
     python gallery/benchmarks/overhead.py
 """

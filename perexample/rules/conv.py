@@ -156,10 +156,10 @@ class Windows(Term):
         products, drift = size * length, length * torch.finfo(self.g.dtype).eps / 8
         grid = products * self._pixels() / max(1, length * math.prod(self.geometry.stride))
         unfolded = n * groups * length * self.shape[1:].numel()
+        factors = self.x.numel() + self.g.numel()
+        read = taps * (self.x.numel() + self.g.numel() * grid / max(1, products)) / 4  # by every tap, and not written
         ways = [
-            _Way(
-                self, "kernel offsets", Windows._by_offsets, grid, 2 * size + self.x.numel() + self.g.numel(), 2 * taps
-            ),
+            _Way(self, "kernel offsets", Windows._by_offsets, grid, 2 * size + factors + read, 2 * taps),
             _Way(self, "unfolded", Windows._by_unfolding, products, 2 * size + 3 * unfolded, 8),
         ]
         if drift < _MOST_DRIFT:
