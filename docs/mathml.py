@@ -1,5 +1,7 @@
 """Formulas as MathML, which browsers draw by themselves: no script from elsewhere, also where there is no network."""
 
+import html
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -12,7 +14,7 @@ def converted(node, *, as_block):
         return tex2mathml(node.astext(), as_block=as_block)
     except MathError as error:
         logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
-        return f"<code>{nodes.Text(node.astext())}</code>"
+        return f"<code>{html.escape(node.astext())}</code>"
 
 
 def inline(translator, node):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-_PLAIN = {int, float, bool, str, type(None)}
+PLAIN = {int, float, bool, str, type(None)}
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -26,7 +26,7 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
             _collect(value, found)
     elif isinstance(tree, Tensor):
         found.append(tree)
-    elif kind in _PLAIN:
+    elif kind in PLAIN:
         return
     elif isinstance(tree, Mapping):
         for value in tree.values():

@@ -260,14 +260,11 @@ class Regrouped(Term):
         """Those of the rows."""
         return self.inner.factors()
 
-    def _added(self, values: Tensor, owner: Tensor) -> Tensor:
-        return added(values, owner, self.n)
-
     def dense(self) -> Tensor:
         """The gradients themselves; those of the rows are formed block by block."""
         if self.inner.n == 0:
             return self.inner.dense().new_zeros(self.n, *self.shape)
-        parts = [self._added(self.inner.select(one).dense(), self.owner[one]) for one in blocks(self.inner)]
+        parts = [added(self.inner.select(one).dense(), self.owner[one], self.n) for one in blocks(self.inner)]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def select(self, rows: Tensor) -> Term:
@@ -283,11 +280,11 @@ class Regrouped(Term):
 
     def magnitude(self) -> Tensor:
         """Sum of the magnitudes of the rows."""
-        return self._added(self.inner.magnitude(), self.owner)
+        return added(self.inner.magnitude(), self.owner, self.n)
 
     def magnitude_bound(self) -> Tensor:
         """Sum of the bounds of the rows."""
-        return self._added(self.inner.magnitude_bound(), self.owner)
+        return added(self.inner.magnitude_bound(), self.owner, self.n)
 
     def methods(self) -> list[Method]:
         """The sums are formed, block by block."""

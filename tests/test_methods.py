@@ -112,6 +112,14 @@ def test_several_images_of_one_example_are_added_up_by_every_method(name, owner)
     assert (term.magnitude() >= wanted.flatten(1).norm(dim=1) * (1 - 1e-12)).all()
 
 
+def test_the_model_knows_that_every_kernel_offset_reads_the_factors():
+    """Large kernels over few channels: offsets need no more products than other ways, and are several times slower."""
+    geometry = Geometry(torch.Size((16, 1, 8, 8)), (2, 2), (1, 1), 1)
+    term = Windows(torch.randn(64, 1, 28, 28), torch.randn(64, 16, 14, 14), geometry, [(3, 3)] * 2)
+    estimates = {way.method.name: way.method.seconds for way in term._ways()}
+    assert max(estimates, key=estimates.get) == "per-example gradients, kernel offsets"
+
+
 def test_the_methods_are_those_that_the_documentation_names():
     found = {method.name for term in (outer(), windows(), windows(size=3, c=64, o=64)) for method in term.methods()}
     assert found == {

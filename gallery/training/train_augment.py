@@ -1,7 +1,7 @@
 """Changed copies of images, whose gradients are averaged before they are clipped (augmentation multiplicity).
 
 Reference:
-    De et al. 2022, arXiv:2204.13650, section 3.2.
+    De et al. 2022, arXiv:2204.13650.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Changes:
         scale: Longer or shorter, on each axis by itself, as a share.
         shear: Sheared, as a share of the height.
         shift: Moved, as a share of half the width and height.
-        mirror: Whether every other image is mirrored.
+        mirror: Whether a copy is mirrored with probability one half.
     """
 
     degrees: float = 12.0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tree import map_tensors, tensors_in
+from .._tree import PLAIN, map_tensors, tensors_in
 from ..place import Place
 from .kinds import base_name
 from .table import place_of
@@ -294,9 +294,6 @@ def _form(owner: Tensor, mixed: Tensor, rows: int) -> Form:
     return candidates[0]
 
 
-_NUMBERS = {int, bool, float, type(None)}
-
-
 def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
     """What decides how an operation treats the examples: shapes, up to the number of rows, and all other arguments.
 
@@ -305,7 +302,7 @@ def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
     """
 
     def part(value: Any) -> Any:
-        if type(value) in _NUMBERS:
+        if type(value) in PLAIN:
             return value
         if isinstance(value, Tensor):
             place = place_of(value)
