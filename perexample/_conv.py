@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from ._norms import BLOCK, short_sums
+from ._norms import BLOCK, Inner, joined, of_grams, short_sums
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -76,6 +76,8 @@ def examples_as_groups(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[
 
 def windows(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
     """The unfolded input, ``[N, groups, L, C_in / groups * K]``."""
+    if positions[-1] <= _FEW and x.device.type == "cpu":
+        return _looked_up(x, geometry, positions)
     dims = x.dim() - 2
     for axis in range(2, 2 + dims):
         reach = (geometry.shape[axis] - 1) * geometry.dilation[axis - 2] + 1
@@ -86,6 +88,23 @@ def windows(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
     order = (0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))  # rows of pixels are copied whole
     x = x.permute(order).reshape(len(x), geometry.groups, geometry.shape[1:].numel(), positions.numel())
     return x.transpose(2, 3)
+
+
+_FEW = 8  # neighbours that are copied at once: with fewer, every entry is looked up by itself
+
+
+def _looked_up(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
+    """The same by the number of each entry in its channel."""
+    strides = [math.prod(x.shape[axis + 1 :]) for axis in range(2, x.dim())]
+    firsts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for axis, stride in enumerate(strides):
+        step = stride * geometry.stride[axis]
+        firsts = (firsts[:, None] + step * torch.arange(positions[axis])).flatten()
+        taps = stride * geometry.dilation[axis] * torch.arange(geometry.kernel[axis])
+        offsets = (offsets[:, None] + taps).flatten()
+    places = (offsets[:, None] + firsts).flatten()
+    found = x.flatten(2).flatten(0, 1).index_select(1, places)
+    return found.view(len(x), geometry.groups, geometry.shape[1:].numel(), len(firsts)).transpose(2, 3)
 
 
 def by_offsets(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
@@ -140,22 +159,21 @@ def _onto(g: Tensor, grid: list[int]) -> Tensor:
     return F.pad(g, [amount for pair in reversed(missing) for amount in pair]).flatten(2)
 
 
-def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
-    """Squared norms ``[N]`` in float64, products in the factors' dtype, from the Gram matrix of the pixels.
+def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
+    """Inner products of the positions, from the Gram matrix of the pixels.
 
     ``<window_t, window_s> = sum over offsets o of <x[t stride + o], x[s stride + o]>``: a sum of shifted blocks of one
     Gram matrix, which costs less by the size of the kernel than that of the windows.
 
     Returns:
-        The squared norms.
+        What `perexample._norms.gram_norms` returns of the windows.
     """
     per_example = geometry.groups * x.shape[2:].numel() ** 2
     block = max(1, BLOCK // max(1, per_example))
-    parts = [_pixel_gram(a, b, geometry) for a, b in zip(x.split(block), g.split(block), strict=True)]
-    return torch.cat(parts).clamp_min(0.0) if parts else x.new_zeros(0, dtype=torch.float64)
+    return joined([_pixel_gram(a, b, geometry) for a, b in zip(x.split(block), g.split(block), strict=True)], x)
 
 
-def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
     sizes, length = x.shape[2:], g.shape[2:]
     flat = x.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
     pixels = (flat.mT @ flat).view(-1, *sizes, *sizes)
@@ -166,5 +184,5 @@ def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         total = block.clone() if total is None else total.add_(block)
     assert total is not None
     factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
-    products = (factor.mT @ factor).mul_(total.view(len(flat), length.numel(), length.numel()))
-    return products.view(len(x), geometry.groups, -1).sum((1, 2), dtype=torch.float64)
+    shape = (len(x), geometry.groups, length.numel(), length.numel())
+    return of_grams(total.view(shape), (factor.mT @ factor).view(shape))

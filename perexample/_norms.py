@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -64,12 +67,41 @@ def summed_products(g: Tensor, x: Tensor) -> Tensor:
     return short_sums(g.transpose(2, 3).flatten(0, 1), x.flatten(0, 1)).unflatten(0, g.shape[:2])
 
 
-def gram_norms(g: Tensor, x: Tensor) -> Tensor:
-    """``sum_ts <g_t, g_s> <x_t, x_s>`` per example, the products in the factors' dtype, the sum in float64."""
-    n, groups, positions, _ = g.shape
-    block = max(1, BLOCK // max(1, groups * positions * positions))
-    sums = []
-    for start in range(0, n, block):
-        a, b = g[start : start + block], x[start : start + block]
-        sums.append((a @ a.mT).mul_(b @ b.mT).sum((1, 2, 3), dtype=torch.float64))
-    return torch.cat(sums).clamp_min(0.0)
+@dataclass(frozen=True)
+class Inner:
+    """What Gram matrices tell of each example, in float64.
+
+    Attributes:
+        l2: ``sum_ts <g_t, g_s> <x_t, x_s>``, ``[N]``.
+        magnitude: ``sum_t |g_t| |x_t|`` from their diagonals, ``[N]``; what is too small for a square is raised.
+        products: How many products were added up for each.
+    """
+
+    l2: Tensor
+    magnitude: Tensor
+    products: int
+
+
+def gram_norms(g: Tensor, x: Tensor) -> Inner:
+    """Inner products of the positions of ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in the factors' dtype."""
+    block = max(1, BLOCK // max(1, g.shape[1:3].numel() * g.shape[2]))
+    return joined([of_grams(a @ a.mT, b @ b.mT) for a, b in zip(g.split(block), x.split(block), strict=True)], g)
+
+
+def of_grams(left: Tensor, right: Tensor) -> Inner:
+    """The same of Gram matrices ``[N, groups, T, T]``; the second is written to."""
+    least = 1e-26 if left.dtype == torch.float32 else 1e-290  # below that products of parts are lost
+    norms = [t.diagonal(dim1=2, dim2=3).double().clamp_min(least) for t in (left, right)]
+    magnitude = norms[0].mul_(norms[1]).sqrt_().sum((1, 2))
+    return Inner(right.mul_(left).sum((1, 2, 3), dtype=torch.float64), magnitude, left.shape[1:].numel())
+
+
+def joined(parts: Sequence[Inner], like: Tensor) -> Inner:
+    """Of several blocks of examples, there may be none."""
+    if len(parts) == 1:
+        return Inner(parts[0].l2.clamp_min_(0.0), parts[0].magnitude, parts[0].products)
+    if not parts:
+        none = like.new_zeros(0, dtype=torch.float64)
+        return Inner(none, none, 0)
+    l2, magnitude = torch.cat([part.l2 for part in parts]), torch.cat([part.magnitude for part in parts])
+    return Inner(l2.clamp_min_(0.0), magnitude, parts[0].products)

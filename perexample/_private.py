@@ -43,11 +43,13 @@ def version(tensor: Tensor) -> int:
 
 def metadata(node: Node) -> dict[str, Any]:
     """The dictionary that a graph node carries; public, but typed as a method."""
-    return cast("dict[str, Any]", node.metadata)
+    return node.metadata  # type: ignore[return-value]
 
 
 def memory_order(tensor: Tensor) -> list[int] | None:
     """The axes in the order in which they lie in memory; ``None`` if there are gaps or entries shown twice."""
+    if tensor.is_contiguous():
+        return list(range(tensor.dim()))
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
     return order if tensor.permute(order).is_contiguous() else None
@@ -131,6 +133,15 @@ def calls_under_way(module: nn.Module) -> int:
 def gradient_hooks(tensor: Tensor) -> dict | None:
     """The tensor's gradient hooks, which run in their order and may change the gradient."""
     return tensor._backward_hooks
+
+
+def norm_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Means and inverse deviations that a group or layer norm has computed for its output, where it kept them."""
+    node = output.grad_fn
+    if node is None or node.name() not in ("NativeGroupNormBackward0", "NativeLayerNormBackward0") or saves_otherwise():
+        return None
+    saved = cast("Any", node)
+    return saved._saved_result1, saved._saved_result2
 
 
 def saves_otherwise() -> bool:
@@ -280,6 +291,11 @@ def shards(model: nn.Module) -> dict[int, tuple[Tensor, nn.Parameter]]:
 def laid_out_in_one(param: Tensor) -> bool:
     """Whether a parameter is all those of a model in one, as FSDP1 (``FullyShardedDataParallel``) makes it."""
     return bool(getattr(param, "_is_flat_param", False))
+
+
+def may_be_parametrized(module: nn.Module) -> bool:
+    """Whether the module holds parametrizations, which a look at the attribute would tell much slower."""
+    return "parametrizations" in module._modules
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -13,9 +13,16 @@ PLAIN = {int, float, bool, str, type(None)}
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """Every tensor of a nested structure, in order."""
+    return iter(tensors_of(tree))
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The same as a list."""
+    if type(tree) is Tensor:
+        return [tree]
     found: list[Tensor] = []
     _collect(tree, found)
-    return iter(found)
+    return found
 
 
 def _collect(tree: Any, found: list[Tensor]) -> None:
@@ -23,11 +30,14 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
     kind = type(tree)
     if kind is tuple or kind is list:
         for value in tree:
-            _collect(value, found)
-    elif isinstance(tree, Tensor):
-        found.append(tree)
+            if type(value) is Tensor:
+                found.append(value)
+            else:
+                _collect(value, found)
     elif kind in PLAIN:
         return
+    elif isinstance(tree, Tensor):
+        found.append(tree)
     elif isinstance(tree, Mapping):
         for value in tree.values():
             _collect(value, found)
@@ -41,11 +51,14 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
 
 def map_tensors(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:
     """Rebuild a nested structure with every tensor (or other ``kind`` of leaf) replaced by ``function(leaf)``."""
+    if type(tree) is dict:
+        return {key: map_tensors(function, value, kind) for key, value in tree.items()}
     if isinstance(tree, kind):
         return function(tree)
+    if type(tree) in PLAIN:
+        return tree
     if isinstance(tree, Mapping):
-        mapped = {key: map_tensors(function, value, kind) for key, value in tree.items()}
-        return mapped if type(tree) is dict else type(tree)(mapped)  # type: ignore[call-arg]
+        return type(tree)({key: map_tensors(function, value, kind) for key, value in tree.items()})  # type: ignore[call-arg]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, value, kind) for value in tree))
     if isinstance(tree, (tuple, list)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._norms import BLOCK, squared_norms
+from ._norms import BLOCK, Inner, squared_norms
 
 if TYPE_CHECKING:
     from .terms import Term
@@ -28,27 +28,34 @@ def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor |
     return mended(term, raised, doubtful)
 
 
-def inner(term: Term, l2: Tensor) -> tuple[Tensor, Tensor | None]:
+def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
     """Norms from inner products of factors, raised by what rounding may have taken off.
 
     Each product is off by a share of about ``sqrt(length) eps``, in all directions unless the factors are all alike;
     that adds up to `Term.unit` of the squared magnitude. Where that is more than `TRUSTED` of the squared norm, the
     positions cancel and the norm is in doubt. Where they point one way instead, sums of products drift a little.
+    Factors too small for their squares are in doubt as well.
 
     Returns:
         The squared norms, and which were in doubt, if any.
     """
-    unit, drift = term.unit(), _DRIFT * torch.finfo(term.dtype).eps
+    kind, l2 = torch.finfo(term.dtype), found.l2
+    unit, drift, lost = term.unit(), _DRIFT * kind.eps, found.products * kind.tiny  # what products may underflow to
 
     def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-        error = unit * magnitude.square()
+        error = (unit * magnitude.square()).add_(lost)
         raised = l2 + torch.maximum(error, drift * l2)
-        return raised, ~(error <= TRUSTED * raised) | ~torch.isfinite(l2)
+        return raised, ~((error <= TRUSTED * raised) & (raised < math.inf))  # NaN is in doubt too
 
-    raised, doubtful = judged(l2, term.magnitude_bound())
-    if doubtful.any():
+    raised, doubtful = judged(l2, found.magnitude)
+    if doubtful.any():  # that magnitude is raised where a factor is zero, or too small for its square
         rows = doubtful.clone()
-        raised[rows], doubtful[rows] = judged(l2[rows], term.select(rows).magnitude())
+        magnitude = term.select(rows).magnitude()
+        closer, still = judged(l2[rows], magnitude)
+        if found.products:
+            still |= found.magnitude[rows] > 2 * magnitude
+        raised[rows] = closer.masked_fill(magnitude == 0, 0.0)
+        doubtful[rows] = still & (magnitude != 0)
     return mended(term, raised, doubtful)
 
 

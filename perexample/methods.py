@@ -35,13 +35,14 @@ _MOST = 4096  # choices remembered
 ROOM = 1.25  # what is held for the sum may be this many times the least that could be
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Method:
     """One exact way to the squared norms of a term.
 
     Attributes:
         name: What it does, for `plan`.
-        run: Does it; returns squared norms ``[N]`` in float64, and the term to go on with for the sum.
+        run: Does it; returns squared norms ``[N]`` in float64 (one that forms gradients: these), and the term to go on
+            with for the sum.
         products: Multiply-adds of the norms and of the weighted sum.
         moved: Numbers written and read beside the factors.
         calls: How many operations it takes.
@@ -97,13 +98,19 @@ def forget_choices() -> None:
     _FOUND.clear()
 
 
-def choose(term: Term, choice: Choice) -> Method:
+def choose(term: Term, choice: Choice, methods: list[Method] | None = None) -> Method:
     """The method to take for a term.
 
+    Args:
+        term: The term.
+        choice: How to choose.
+        methods: Of which; by default ``term.methods()``.
+
     Returns:
-        One of ``term.methods()``, the same for all terms of one form as long as nothing is forgotten.
+        One of them, the same for all terms of one form as long as nothing is forgotten.
     """
-    methods = _that_fit(term.methods(), choice)
+    methods = term.methods() if methods is None else methods
+    methods = _that_fit(methods, choice) if len(methods) > 1 else methods
     if len(methods) == 1:
         return methods[0]
     methods.sort(key=lambda method: method.seconds)

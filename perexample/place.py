@@ -89,7 +89,7 @@ class Place:
         if self.axis is None:
             return tensor.unsqueeze(0)
         if self.outer == self.inner == 1:
-            return tensor.movedim(self.axis, 0)
+            return tensor.movedim(self.axis, 0) if self.axis else tensor
         split = tensor.unflatten(self.axis, (self.outer, self.space.rows, self.inner))
         return split.movedim(self.axis + 1, 0)
 

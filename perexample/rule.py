@@ -11,6 +11,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._private import overridden_forward, own_parameters
+from ._private import may_be_parametrized, overridden_forward, own_parameters
 from ._tree import tensors_in
 from .errors import ConfigurationError, PerExampleError, RuleContractError
 from .methods import Method
@@ -74,7 +75,7 @@ class Rule:
     Nothing here knows of the loss's reduction: a rule is linear in ``g``.
 
     Attributes:
-        batched: Names of captured tensors that hold the rows on one of their axes, the same for all.
+        batched: Names of tensors that hold the rows on one of their axes, the same for all, where they are captured.
         own_axes: Whether the rule finds the rows itself; otherwise they are brought to axis 0 for it.
         counts_rows: Whether the outputs have one row per example even if no input shows it, as bags of ids do.
         reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
@@ -131,7 +132,8 @@ class Rule:
             The place of the first input, which counts the rows that the rule sees, and those of the outputs, ``None``
             for one that belongs to nobody; or what is wrong.
         """
-        found = [(t, place) for t in tensors_in((args, kwargs)) if (place := place_of(t)) is not None]
+        tensors = tensors_in((args, kwargs) if kwargs else args)
+        found = [(t, place) for t in tensors if (place := place_of(t)) is not None]
         x, first = found[0]
         if self.own_axes:
             return self._located_by_itself(module, first, outputs)
@@ -365,6 +367,7 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
                 )
         for target in targets:
             (_REGISTRY if isinstance(target, type) else _FUNCTIONS)[target] = rule
+        _REFUSING.clear()
         return rule_class
 
     return decorate
@@ -409,7 +412,13 @@ def _rules_of(cls: type) -> list[Rule]:
 
 
 def _refusing_rules(cls: type[nn.Module]) -> list[Rule]:
-    return [rule for rule in _rules_of(cls) if type(rule).refuse is not Rule.refuse]
+    found = _REFUSING.get(cls)
+    if found is None:
+        found = _REFUSING[cls] = [rule for rule in _rules_of(cls) if type(rule).refuse is not Rule.refuse]
+    return found
+
+
+_REFUSING: weakref.WeakKeyDictionary[type[nn.Module], list[Rule]] = weakref.WeakKeyDictionary()
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -421,12 +430,13 @@ def rule_for(module: nn.Module) -> Rule | None:
     Returns:
         The rule object, shared by all modules of the class.
     """
-    if parametrize.is_parametrized(module) or overridden_forward(module):
+    if overridden_forward(module) or (may_be_parametrized(module) and parametrize.is_parametrized(module)):
         return None
-    for base in type(module).__mro__:
-        if base in _REGISTRY:
-            rule = _REGISTRY[base]
-            return rule if _same_forward(type(module), base) and rule.covers(module) else None
+    cls = type(module)
+    for base in cls.__mro__:
+        rule = _REGISTRY.get(base)
+        if rule is not None:
+            return rule if (cls is base or _same_forward(cls, base)) and rule.covers(module) else None
     return None
 
 
@@ -435,8 +445,6 @@ _HARMLESS = {"__init__", "__repr__", "__setstate__", "__dir__", "extra_repr", "r
 
 def _same_forward(cls: type, base: type) -> bool:
     """Whether a subclass leaves all functions of its base alone that could take part in its forward."""
-    if cls is base:
-        return True
     names = {name for name, value in vars(base).items() if callable(value)} - _HARMLESS
     return all(getattr(cls, name) is getattr(base, name) for name in names | {"forward", "__getattr__"})
 

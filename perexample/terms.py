@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from ._norms import BLOCK, gram_norms, norms_of, squared_norms, summed_products
+from ._norms import BLOCK, Inner, gram_norms, norms_of, squared_norms, summed_products
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
 from .methods import Choice, Method, choose, likeness
 
@@ -86,6 +86,10 @@ class Term:
     def settled(self, choice: Choice) -> tuple[Tensor, Term]:
         """Squared norms ``[N]`` in float64, by the method that was chosen, and the term to go on with."""
         return choose(self, choice).run()
+
+    def formed(self, choice: Choice) -> Tensor:
+        """What `dense` returns, by the fastest of several ways, where there are several."""
+        return self.dense()
 
     def batch_l2(self) -> Tensor:
         """Squared L2 norm of each example's gradient, ``[N]``, in float64."""
@@ -600,7 +604,7 @@ class Sum(Term):
         assert isinstance(rows, Rows)
         assert isinstance(outer, Outer)
         l2 = rows.batch_l2() + 2 * rows.inner(outer)
-        return remembering(self, inner(self, l2 + outer.batch_l2()))
+        return remembering(self, inner(self, Inner(l2 + outer.batch_l2(), self.magnitude_bound(), 0)))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """Sum of the weighted sums of the parts."""

@@ -8,11 +8,12 @@ import reference
 import torch
 from torch import nn
 
-from perexample import ConfigurationError, Extension, ExtensionError, LossError, extend, perex, plan
+from perexample import ConfigurationError, Extension, ExtensionError, LossError, _conv, extend, perex, plan
 from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.methods import Choice, Method, choose, forget_choices
+from perexample.rules import conv
 from perexample.rules.conv import Windows
 from perexample.terms import Outer
 
@@ -74,6 +75,44 @@ def test_every_method_of_a_convolution_agrees_with_the_unfolded_product(name):
         reference.assert_close_report(kept.dense(), wanted, 1e-12, f"gradients after {method.name}")
         total = torch.tensordot(w, wanted, 1)
         reference.assert_close_report(kept.weighted_sum(w), total, 1e-12, f"sum after {method.name}")
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_windows_that_are_copied_are_those_that_are_looked_up(name, monkeypatch):
+    term, found = windows(**CONVOLUTIONS[name]), []
+    for few in (0, 10**9):
+        monkeypatch.setattr(_conv, "_FEW", few)
+        found.append(term.unfolded().x)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_alone_are_formed_by_the_way_that_is_chosen(name, monkeypatch):
+    term = windows(**CONVOLUTIONS[name])
+    wanted, ways = term.unfolded().dense(), [way.forming(term) for way in term._ways()]
+    assert not {way.name for way in ways} & {method.name for method in term.methods()}
+    for way in ways:
+        reference.assert_close_report(way.run()[0], wanted, 1e-12, way.name)
+    monkeypatch.setattr(conv, "choose", lambda term, choice, methods: methods[-1])
+    found = term.formed(Choice("measure", sums=True))
+    assert torch.equal(found, ways[-1].run()[0])
+
+
+@pytest.mark.parametrize("power", [0, -6, -9, -10, -10.5, -11, -12, -15, -18, -19, -20, -22, -30, 12])
+@pytest.mark.parametrize("ratio", [0, 6, 15])
+def test_gram_norms_of_factors_whose_products_are_lost_in_float32(power, ratio):
+    """Squares and products of small factors underflow, and a norm that is too small clips too little."""
+    torch.manual_seed(0)
+    g, x = torch.randn(4, 1, 16, 40) * 10 ** (power - ratio), torch.randn(4, 1, 16, 50) * 10.0 ** (power + ratio)
+    g[1, :, 3:] = 0  # padding
+    x[2, :, :5] = 0
+    g[3] = 0
+    term = Outer(g, x, torch.Size((40, 50)))
+    (gram,) = [method for method in term.methods() if method.name.startswith("Gram")]
+    found, exact = gram.run()[0].sqrt(), term.double().dense().flatten(1).norm(dim=1)
+    assert (found >= exact * (1 - 1e-6)).all()
+    assert (found <= exact * (1 + 1e-4)).all()
+    assert found[3] == 0
 
 
 OWNERS = {

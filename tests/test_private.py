@@ -480,6 +480,21 @@ def test_views_of_a_leaf_are_known():
     assert not _private.shown_by(shown, w)
 
 
+def test_statistics_that_a_norm_layer_has_computed():
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    mean, rstd = _private.norm_statistics(F.group_norm(x, 2, torch.ones(4)))
+    parts = x.detach().view(3, 2, -1)
+    assert torch.allclose(mean, parts.mean(2))
+    assert torch.allclose(rstd, (parts.var(2, correction=0) + 1e-5).rsqrt())
+    mean, rstd = _private.norm_statistics(F.layer_norm(x, (5,), torch.ones(5)))
+    assert torch.allclose(mean, x.detach().mean(2, keepdim=True))
+    assert torch.allclose(rstd, (x.detach().var(2, correction=0, keepdim=True) + 1e-5).rsqrt())
+    assert _private.norm_statistics(x * 2) is None
+    assert _private.norm_statistics(x.detach()) is None
+    with torch.autograd.graph.save_on_cpu():
+        assert _private.norm_statistics(F.layer_norm(x, (5,))) is None
+
+
 def test_what_a_node_has_looked_up():
     w, ids = leaf(5, 2), torch.tensor([4, 0, 4])
     none = [

@@ -4,6 +4,8 @@ import cases
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from perexample import Extension, extend, perex, registered_rules
 from perexample.extensions import (
@@ -14,6 +16,7 @@ from perexample.extensions import (
     SumGradSquared,
     Variance,
 )
+from perexample.rules import norm
 from perexample.terms import Dense, Term, combine
 
 TOLERANCE = 1e-10
@@ -139,3 +142,54 @@ def test_every_rule_has_a_case():
         cls.__name__ for cls in covered if cls is not None
     }
     assert not missing, f"no case in tests/cases.py for {sorted(missing)}"
+
+
+def through(layer, x, g):
+    extend(layer)
+    with perex(BatchGrad(), loss_reduction="sum", grad=False):
+        (layer(x) * g).sum().backward()
+    return layer.weight.grad_batch, layer.bias.grad_batch
+
+
+GROUP_NORMS = {
+    "plain": ((3, 8, 6, 5), 4, 0.0, True),
+    "long": ((3, 8, 40, 40), 4, 0.0, True),  # summed in parts
+    "3d": ((3, 8, 4, 3, 2), 4, 0.0, True),
+    "flat": ((3, 8), 1, 0.0, True),
+    "some-mean": ((3, 8, 30), 4, 2.0, True),
+    "large-mean": ((3, 8, 30), 4, 50.0, False),  # digits would be lost
+    "no-parts": ((3, 8, 1031), 4, 0.0, False),  # a prime number
+}
+
+
+@pytest.mark.parametrize("name", GROUP_NORMS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_by_the_kernel_of_its_own_backward(name, channels_last, monkeypatch):
+    shape, groups, mean, native = GROUP_NORMS[name]
+    torch.manual_seed(0)
+    x, g = torch.randn(shape) * 3 + 3 * mean, torch.randn(shape)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    found, used = norm._native_sums, []
+    monkeypatch.setattr(norm, "_native_sums", lambda call, g: used.append(found(call, g)) or used[-1])
+    single = through(nn.GroupNorm(groups, 8), x, g)
+    assert len(used) == 1
+    assert (used[0] is not None) == (native and x.is_contiguous())
+    double = through(nn.GroupNorm(groups, 8).double(), x.double(), g.double())
+    monkeypatch.setattr(norm, "_native_sums", lambda call, g: None)
+    exact = through(nn.GroupNorm(groups, 8).double(), x.double(), g.double())
+    for kind, one, other, wanted in zip(("weight", "bias"), single, double, exact, strict=True):
+        reference.assert_close_report(other, wanted, 1e-12, kind)
+        reference.assert_close_report(one.double(), wanted, 3e-6 if mean < 10 else 1e-4, f"{kind} in float32")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_layer_norm_with_the_statistics_of_its_forward(mean):
+    torch.manual_seed(0)
+    x, g = torch.randn(3, 7, 5) + mean, torch.randn(3, 7, 5)
+    found = through(nn.LayerNorm(5), x, g)
+    normalised = F.layer_norm(x.double(), (5,))
+    reference.assert_close_report(
+        found[0].double(), (g.double() * normalised).sum(1), 1e-6 if not mean else 1e-3, "weight"
+    )
+    reference.assert_close_report(found[1].double(), g.double().sum(1), 1e-6, "bias")

@@ -1,10 +1,15 @@
-"""What the machinery costs by itself, and what per-example gradients cost beside one product for each layer.
+"""What the machinery costs by itself, and the least that clipped sums and per-example gradients can cost.
 
 The machinery is following the forward, taps, the walk of the graph, hooks, and what rules form at once (gradients of
 biases and norm layers), without norms, gradients of weights or sums. It is measured with an extension that asks for
 nothing, as a ratio to the plain step, with ``p.grad`` computed in both. The least that per-example gradients can cost
 is taken to be a forward, the gradients of the layers' outputs, and one batched product for each layer, written by hand
-for networks of linear layers and convolutions. Writes ``overhead.json`` and tables in ``docs/performance.rst``::
+for networks of linear layers and convolutions.
+
+The least that a clipped sum can cost by the methods that are known here is taken to be a step without gradients of
+parameters, and for each parameter its fastest method for the norms and the weighted sum after it, run again and again
+on the same tensors by itself. What is more than that in a real step is Python, gradients of biases and norm layers, and
+tensors that have left the caches. Writes ``overhead.json`` and tables in ``docs/performance.rst``::
 
     python gallery/benchmarks/overhead.py
 """
@@ -12,18 +17,24 @@ for networks of linear layers and convolutions. Writes ``overhead.json`` and tab
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
+from typing import Any
 
 import measure
 import report
 import torch
 import torch.nn.functional as F
 from models import SUITE
-from systems import OursRows, Problem, System
+from systems import OursClipped, OursRows, Problem, System
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from perexample import Extension, ParameterView, extend, perex
+from perexample._engine.state import listening
+from perexample._placed import merged
+from perexample.methods import ROOM, Method
+from perexample.terms import Term, combine
 
 BY_HAND = ("mlp", "seed_cnn", "vgg11")  # linear layers and convolutions, and nothing else with parameters
 
@@ -48,6 +59,68 @@ class Machinery(System):
         self.zero()
         with perex(Nothing()):
             self.losses().mean().backward()
+
+
+class NoParameters(System):
+    """The step of a model whose parameters are frozen, but for what lets gradients go back all the way.
+
+    That is the bias of the first module, or embeddings, or else the input.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.model.requires_grad_(False)
+        first = next(
+            module for module in self.model.modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
+        )
+        if isinstance(first, nn.Embedding):
+            first.requires_grad_(True)
+        elif first.bias is not None:
+            first.bias.requires_grad_(True)
+        else:
+            self.x = self.x.clone().requires_grad_()
+
+    def zero(self) -> None:
+        super().zero()
+        self.x.grad = None
+
+
+def least_seconds(problem: Problem, repeats: int) -> dict[str, float]:
+    """Seconds of norms and sums of all parameters, by the fastest method for each.
+
+    Returns:
+        Of those that hold little memory, as `ClippedGrad` takes them, and of all.
+    """
+    terms: dict[int, list[Term]] = {}
+
+    def listen(tap: Any, rule: Any, found: dict[str, Term]) -> None:
+        for name, term in found.items():
+            terms.setdefault(id(tap.params[name]), []).append(term)
+
+    system = OursClipped(problem)
+    with listening(listen):
+        system.step()
+    total = {"little memory": 0.0, "any memory": 0.0}
+    for parts in tqdm(list(terms.values()), desc="parameters", leave=False, disable=None):
+        term = combine(merged(parts))
+        methods = term.methods()
+        estimate, held = min(m.seconds for m in methods), min(m.held for m in methods)
+        likely = [m for m in methods if m.seconds <= 6 * estimate]
+        seconds = [seconds_of(term, m, repeats) for m in likely]
+        total["any memory"] += min(seconds)
+        total["little memory"] += min(s for m, s in zip(likely, seconds, strict=True) if m.held <= ROOM * held)
+    return total
+
+
+def seconds_of(term: Term, method: Method, repeats: int) -> float:
+    """Median seconds of the norms by a method, and of the sum after them."""
+    w = torch.ones(term.n, dtype=term.dtype)
+
+    def both() -> None:
+        method.run()[1].weighted_sum(w)
+
+    both()
+    return statistics.median(measure.seconds_of(both, "cpu") for _ in range(repeats))
 
 
 class OneProduct(System):
@@ -89,7 +162,10 @@ def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
     return x.permute(0, 1, 4, 5, 2, 3).reshape(len(x), -1, x.shape[2] * x.shape[3])
 
 
-KINDS = {"machinery": Machinery, "by hand": OneProduct, "BatchGrad": OursRows}
+KINDS = {
+    "machinery": Machinery, "no parameters": NoParameters, "ClippedGrad": OursClipped, "by hand": OneProduct,
+    "BatchGrad": OursRows,
+}  # fmt: skip
 
 
 def measured(options: argparse.Namespace) -> dict[str, dict]:
@@ -97,11 +173,12 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
     found = {}
     for model in tqdm(options.models, desc="models", disable=None):
         problem = Problem.of(SUITE[model], options.n, "cpu")
-        names = ["machinery", *(("by hand", "BatchGrad") if model in BY_HAND else ())]
+        names = ["machinery", "no parameters", "ClippedGrad", *(("by hand", "BatchGrad") if model in BY_HAND else ())]
         found[model] = measure.timings(problem, names, options.repeats, options.seconds, kinds=KINDS)
         failed = {name: entry["failed"] for name, entry in found[model].items() if "failed" in entry}
         if failed:
             raise RuntimeError(f"{model}: {failed}")
+        found[model]["least"] = least_seconds(problem, options.repeats)
         if model in BY_HAND:
             pairs = measure.compare(
                 {"BatchGrad": OursRows(problem)}, OneProduct(problem), options.repeats, options.seconds
@@ -116,8 +193,15 @@ def spread(entry: dict) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def floors(found: dict) -> list[str]:
+    """Ratios that would be reached if nothing but the products took time."""
+    step = found["no parameters"]
+    plain = step["seconds"][1] / step["ratio"][1]
+    return [f"{step['ratio'][1] + found['least'][kind] / plain:.2f}" for kind in ("little memory", "any memory")]
+
+
 def rst(data: dict) -> list[str]:
-    """Both tables."""
+    """The tables."""
     models = {name: data["models"][name] for name in SUITE if name in data["models"]}
     costs = [["model", "machinery / plain step"]]
     costs += [[SUITE[name].name, spread(found["machinery"])] for name, found in models.items()]
@@ -127,10 +211,19 @@ def rst(data: dict) -> list[str]:
         for name, found in models.items()
         if "by hand" in found
     ]
+    least = [["model", "no gradients of parameters", "and the fastest methods", "with any memory", "ClippedGrad"]]
+    least += [
+        [SUITE[name].name, spread(found["no parameters"]), *floors(found), spread(found["ClippedGrad"])]
+        for name, found in models.items()
+        if "least" in found
+    ]
     written = report.sentence("overhead.py", data["system"]).replace("`", "``")
     return [
         "Machinery: a plain step in a context that asks for nothing. Medians of ratios to the plain step beside, with",
         "quartiles:", "", *report.rst_table(costs), "",
+        "The least that clipped sums can cost, as ratios to the plain step: a step without gradients of parameters;",
+        "that and the fastest method for each parameter, of those that hold little memory or of all; and ClippedGrad:",
+        "", *report.rst_table(least), "",
         "Per-example gradients, beside one batched product for each layer written by hand:", "",
         *report.rst_table(rows), "", written,
     ]  # fmt: skip
@@ -153,6 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.n and not options.out:
         parser.error("numbers of other batches do not belong with the others: add --out")
+    measure.keep_memory()
     torch.set_num_threads(options.threads)
     path = (options.out or report.HERE) / "overhead.json"
     data = report.load(path) or {"models": {}}

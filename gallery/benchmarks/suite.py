@@ -221,6 +221,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, and write what was found."""
     options = parse()
+    if not options.peak:
+        measure.keep_memory()
     warnings.simplefilter("ignore")  # peers warn about torch's interfaces and of slow paths of vmap
     torch.set_num_threads(options.threads)
     if options.peak:

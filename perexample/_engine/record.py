@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .._private import (
     run_first,
     undispatched,
 )
-from .._tree import map_tensors, tensors_in
+from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for
@@ -238,7 +238,7 @@ class Enter:
         tied = None if rule is None or _no_states(rule) else _with_tied_states(rule, module, args, kwargs)
         frames.append(frame)
         args, kwargs = tied or (args, kwargs)
-        inputs = list(tensors_in((args, kwargs) if kwargs else args))
+        inputs = tensors_of((args, kwargs) if kwargs else args)
         if has_backward_hooks(module):
             for t in inputs:
                 put_on_edge(t)
@@ -309,8 +309,11 @@ def _with_tied_states(rule: Rule, module: nn.Module, args: tuple, kwargs: dict) 
     return map_tensors(tied, args), map_tensors(tied, kwargs)
 
 
-def _tracked(tensors: list[Tensor]) -> bool:
-    return any(place_of(t) is not None for t in tensors)
+def _tracked(tensors: Iterable[Tensor]) -> bool:
+    for t in tensors:  # noqa: SIM110 - a generator takes twice as long
+        if place_of(t) is not None:
+            return True
+    return False
 
 
 def _answers(
@@ -318,13 +321,17 @@ def _answers(
 ) -> bool:
     """Whether a call is to be tapped: parameters that do not depend on the batch meet data that does."""
     params = unit_parameters(module, rule)
-    if not params or any(place_of(p) is not None for p in params.values()):
+    if not params or _tracked(params.values()):
         return False
-    if any(t.requires_grad and place_of(t) is None for t in inputs):
-        return False  # parameters among the inputs: the operations inside are tapped one by one
+    tracked = False
+    for t in inputs:
+        if place_of(t) is not None:
+            tracked = True
+        elif t.requires_grad:
+            return False  # parameters among the inputs: the operations inside are tapped one by one
     if not rule.handles(module, *_bound(module, args, kwargs)):
         return False
-    return _tracked(inputs) or (record is not None and rule.counts_rows)
+    return tracked or (record is not None and rule.counts_rows)
 
 
 class Exit:
@@ -405,8 +412,7 @@ def _leave_opaque(frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
 def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
     """Tap a module's outputs; returns the output to go on with."""
     module = frame.module
-    inputs = list(tensors_in((args, kwargs) if kwargs else args))
-    results = list(tensors_in(output))
+    inputs, results = tensors_of((args, kwargs) if kwargs else args), tensors_of(output)
     if lost := lost_inputs(inputs):
         lose(results, lost)
         return output

@@ -105,7 +105,7 @@ class Tap:
     @staticmethod
     def edges_of(inputs: list[Tensor]) -> list[GradientEdge]:
         """Where inputs hang in the graph; to be asked before a function writes into them."""
-        return [get_gradient_edge(t) for t in inputs if t.requires_grad]
+        return [_edge(t) for t in inputs if t.requires_grad]
 
     def attach(self, outputs: list[Tensor], edges: list[GradientEdge], inputs: list[Tensor]) -> None:
         """Hook the outputs and mark their graph nodes; remember where the inputs hang."""
@@ -115,7 +115,8 @@ class Tap:
             source = output if len(outputs) > 1 else _own_base(output, inputs)
             order = memory_order(output) if source is not output else None
             if order is not None:
-                self._orders[index] = order
+                if not output.is_contiguous():
+                    self._orders[index] = order
                 self._put(self.places[index], output, source, order)
             node = source.grad_fn
             assert node is not None
@@ -127,7 +128,7 @@ class Tap:
     def _put(self, place: Place, output: Tensor, source: Tensor, order: list[int]) -> None:
         """Views of parts of an output are views of what the output is a view of, which is therefore known too."""
         moved = place if place.axis is None else place.at(order.index(place.axis))
-        known = reshaped(moved, output.permute(order).shape, source.shape)
+        known = reshaped(moved, torch.Size([output.shape[axis] for axis in order]), source.shape)
         if known is not None:
             put(source, known)
 
@@ -211,10 +212,15 @@ class Tap:
                 )
 
 
+def _edge(tensor: Tensor) -> GradientEdge:
+    node = tensor.grad_fn
+    return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+
+
 def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:
     """The tensor of which an output is a view, if the call made it, or wrote into it."""
     base = whole_base(output)
-    if any(output is t for t in inputs):
+    if base is output or any(output is t for t in inputs):
         return base
     return output if any(base is whole_base(t) or base is t for t in inputs) else base
 

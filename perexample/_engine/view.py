@@ -58,9 +58,9 @@ def _sum(term: Term, rows: Tensor | None, w: Tensor) -> Tensor:
     return term.weighted_sum(w) if rows is None else term.select(rows).weighted_sum(w[rows])
 
 
-def _times(term: Term, scale: float) -> Tensor:
+def _times(term: Term, scale: float, choice: Choice) -> Tensor:
     """The gradients times a factor, without a second tensor of their size where they are new."""
-    dense = term.dense()
+    dense = term.formed(choice)
     if scale == 1.0:
         return dense
     own = dense.untyped_storage().data_ptr()
@@ -161,7 +161,7 @@ class ParameterView:
             if term is None:
                 self._grad_batch = self.zeros(self.n, *self.param.shape)
             else:
-                self._grad_batch = _times(term, self._scale)
+                self._grad_batch = _times(term, self._scale, self._choice)
         return self._grad_batch
 
     def batch_l2(self) -> Tensor:

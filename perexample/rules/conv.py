@@ -28,7 +28,7 @@ from .._conv import (
 )
 from .._norms import gram_norms, norms_of
 from .._trust import TRUSTED, inner, unit_of_products
-from ..methods import ROOM, Method
+from ..methods import ROOM, Choice, Method, choose
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering, rows_together
 
@@ -112,6 +112,12 @@ class Windows(Term):
         if not self.n:
             return self.g.new_zeros(0, *self.shape)
         return self._likeliest().form(self).dense()
+
+    def formed(self, choice: Choice) -> Tensor:
+        """The gradients, by the fastest way."""
+        if not self.n:
+            return self.dense()
+        return choose(self, Choice(choice.strategy), [way.forming(self) for way in self._ways()]).run()[0]
 
     def _likeliest(self) -> _Way:
         """The way that the model holds for the fastest."""
@@ -248,6 +254,13 @@ class _Way:
         size = term.n * term.shape.numel()
         name = f"per-example gradients, {name}"
         self.method = Method(name, lambda: keeping(term, form(term), drift), products, moved + size, calls + 4, size)
+
+    def forming(self, term: Windows) -> Method:
+        """The gradients without their norms."""
+        of, form = self.method, self.form
+        return Method(
+            f"{of.name}, formed", lambda: (form(term).dense(), term), of.products, of.moved, of.calls, of.held
+        )
 
 
 def _padding(module: Any) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._private import norm_statistics
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Term
 
@@ -62,9 +63,53 @@ class GroupNormRule(_PerChannelRule):
         named = {"eps": 1e-5} | named_arguments("input num_groups weight bias eps", args, kwargs)
         return _bound(named, num_groups=named["num_groups"])
 
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """The input and its statistics."""
+        return _with_statistics(super().capture(module, args, kwargs, output), output)
+
     def normalised(self, call: Call) -> Tensor:
         """Without weight and bias."""
         return F.group_norm(call.x, call.module.num_groups, eps=call.module.eps)
+
+    def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
+        """Without the normalised input, where the statistics are known and the mean is not large."""
+        sums = _native_sums(call, g)
+        if sums is None:
+            return super().terms(call, g)
+        return {name: Dense(sums[name]) for name in call.params}
+
+
+def _with_statistics(saved: dict[str, Any], output: Tensor) -> dict[str, Any]:
+    """What is saved, with the statistics of the input if they have its precision."""
+    x = saved["x"]
+    found = norm_statistics(output) if x.dtype in (torch.float32, torch.float64) else None
+    if found is None or found[0].dtype != x.dtype:
+        return saved
+    return saved | {"mean": found[0], "rstd": found[1]}
+
+
+_MOST_MEAN = 4.0  # deviations that a mean may be away from zero: more would cost digits
+_AT_ONCE = 1024  # positions that are added up at once
+
+
+def _native_sums(call: Call, g: Tensor) -> dict[str, Tensor] | None:
+    """The sums for weight and bias by torch's own kernel, which takes all examples as groups of a single one."""
+    x, mean, rstd = call.x, call.saved.get("mean"), call.saved.get("rstd")
+    if mean is None or rstd is None or x.dtype != g.dtype or not (x.is_contiguous() and g.is_contiguous()):
+        return None
+    n, channels = x.shape[:2]
+    positions = x.shape[2:].numel()
+    least = -(-positions // _AT_ONCE)
+    parts = next((k for k in range(least, 4 * least + 1) if k and positions % k == 0), 0)
+    if not parts or not (mean.abs() * rstd).amax() <= _MOST_MEAN:
+        return None
+    rows = n * channels * parts  # each a channel: a group of an example is that many times more channels
+    _, weight, bias = torch.ops.aten.native_group_norm_backward(
+        g, x, mean.reshape(1, -1), rstd.reshape(1, -1), x.new_ones(rows), 1, rows, positions // parts, mean.numel(),
+        [False, True, True],
+    )  # fmt: skip
+    sums = {"weight": weight.view(n, channels, parts), "bias": bias.view(n, channels, parts)}
+    return {name: value[..., 0] if parts == 1 else value.sum(2) for name, value in sums.items()}
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -112,9 +157,17 @@ class LayerNormRule(_AffineRule):
         """The normalised axes."""
         return len(module.normalized_shape)
 
+    batched = ("x", "mean", "rstd")
+
+    def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
+        """The input and its statistics."""
+        return _with_statistics(super().capture(module, args, kwargs, output), output)
+
     def normalised(self, call: Call) -> Tensor:
         """Without weight and bias."""
-        return F.layer_norm(call.x, call.module.normalized_shape, eps=call.module.eps)
+        if "rstd" not in call.saved:
+            return F.layer_norm(call.x, call.module.normalized_shape, eps=call.module.eps)
+        return torch.sub(call.x, call.saved["mean"]).mul_(call.saved["rstd"])
 
     def summed(self, call: Call, values: Tensor) -> Tensor:
         """Sum over all positions between the example and the normalised axes."""
@@ -139,7 +192,7 @@ class RMSNormRule(LayerNormRule):
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """The input and its dtype, on which the default ``eps`` depends."""
-        saved = super().capture(module, args, kwargs, output)
+        saved = _AffineRule.capture(self, module, args, kwargs, output)
         return saved | {"dtype": saved["x"].dtype}
 
 

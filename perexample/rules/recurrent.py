@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
-from .._norms import BLOCK, gram_norms, norms_of
+from .._norms import BLOCK, Inner, gram_norms, joined, norms_of, of_grams
 from .._private import kept_state, own_parameters, repeats_forward, without_forward_hooks
 from .._tree import map_tensors, tensors_in
 from ..errors import UnsupportedModuleError
@@ -61,13 +61,13 @@ class _Left:
             self._norms = norms_of(self.g.flatten(1))
         return self._norms
 
-    def gram_norms(self, x: Tensor) -> Tensor:
-        """``sum_ts <g_t, g_s> <x_t, x_s>`` per example, see `perexample._norms.gram_norms`."""
+    def gram_norms(self, x: Tensor) -> Inner:
+        """See `perexample._norms.gram_norms`."""
         if len(x) * x.shape[2] ** 2 > BLOCK:
             return gram_norms(self.g, x)
         if self._products is None:
             self._products = self.g @ self.g.mT
-        return (x @ x.mT).mul_(self._products).sum((1, 2, 3), dtype=torch.float64).clamp_min(0.0)
+        return joined([of_grams(self._products, x @ x.mT)], x)
 
 
 class _Steps(Outer):

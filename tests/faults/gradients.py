@@ -108,8 +108,20 @@ MUTANTS = (
     mutant(
         "F31-gram-trusted",
         "trusts Gram norms in float32, whatever cancels",
-        Edit(f"{TRUST}:inner", ("~(error <= TRUSTED * raised) | ~torch.isfinite(l2)", "~torch.isfinite(l2)")),
+        Edit(f"{TRUST}:inner", ("~((error <= TRUSTED * raised) & (raised < math.inf))", "~(raised < math.inf)")),
         killers="test_faults.py::test_finding_1_gram_norms_do_not_cancel[32-256-1e-06]",
+    ),
+    mutant(
+        "F31-products-underflow",
+        "takes Gram norms for exact whose products are too small for float32",
+        Edit(f"{TRUST}:inner", ("(unit * magnitude.square()).add_(lost)", "unit * magnitude.square()")),
+        killers="test_methods.py::test_gram_norms_of_factors_whose_products_are_lost_in_float32[0--11]",
+    ),
+    mutant(
+        "F31-squares-underflow",
+        "takes factors too small for their squares to be zero",
+        Edit("perexample._norms:of_grams", ("clamp_min(least)", "clamp_min(0.0)")),
+        killers="test_methods.py::test_gram_norms_of_factors_whose_products_are_lost_in_float32[15--6]",
     ),
     mutant(
         "F31-sums-trusted",
