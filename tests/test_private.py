@@ -495,6 +495,14 @@ def test_statistics_that_a_norm_layer_has_computed():
         assert _private.norm_statistics(F.layer_norm(x, (5,))) is None
 
 
+def test_what_could_be_parametrized():
+    module = nn.Linear(2, 2)
+    assert not _private.may_be_parametrized(module)
+    nn.utils.parametrizations.spectral_norm(module)
+    assert nn.utils.parametrize.is_parametrized(module)
+    assert _private.may_be_parametrized(module)
+
+
 def test_what_a_node_has_looked_up():
     w, ids = leaf(5, 2), torch.tensor([4, 0, 4])
     none = [

@@ -24,8 +24,8 @@ MIB = 2**20
 TURN = 0.05
 # Memory that is freed goes back at once: every tensor of 64 KiB or more is a mapping of its own.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-# Seconds are taken with freed memory kept by the process, as allocators for GPUs keep it. glibc's default gives blocks of
-# some MiB back, or keeps them, by chance; the system clears what it hands out again, which takes as long as a layer.
+# Seconds are taken with freed memory kept by the process, as allocators for GPUs keep it. glibc's default gives blocks
+# of some MiB back, or keeps them, by chance; the system clears what it hands out again, which takes as long as a layer.
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -106,7 +106,7 @@ def timed(system: System, device: str, count: int = 1) -> float:
 
 
 def warmed(system: System, device: str) -> int:
-    """How many steps make up a turn, from some that warm up: a first step, or a second one, may take many times more."""
+    """How many steps make up a turn, from some that warm up: the first, or the second, may take many times more."""
     seconds = timed(system, device)
     for _ in range(3):
         if seconds < 20 * TURN:
