@@ -32,7 +32,7 @@ _SHORT = 1e-4  # below these estimated seconds a measurement is worth less than 
 _CHANCE = 6.0  # a method estimated to take this many times the least one is not tried
 _LONG = 0.1  # what takes this many seconds is tried once
 _MOST = 4096  # choices remembered
-ROOM = 1.25  # what is held for the sum may be this many times the least that could be
+ROOM = 1.25  # what is held for the sum may be this many times the least that could be, unless asked for otherwise
 
 
 @dataclass(slots=True)
@@ -69,12 +69,12 @@ class Choice:
     Attributes:
         strategy: ``"measure"`` or ``"model"``.
         sums: Whether a weighted sum will be asked for after the norms.
-        least: Whether what takes the least memory is wanted, be it slower.
+        room: How many times the least memory may be held until the weights are known, if that is faster.
     """
 
     strategy: str = "measure"
     sums: bool = False
-    least: bool = False
+    room: float = ROOM
 
     def __post_init__(self) -> None:
         """Check the strategy."""
@@ -131,7 +131,7 @@ def _that_fit(methods: list[Method], choice: Choice) -> list[Method]:
     if not choice.sums:
         return methods
     least = min(method.held for method in methods)
-    return [method for method in methods if method.held <= least * (1.0 if choice.least else ROOM)]
+    return [method for method in methods if method.held <= least * choice.room]
 
 
 def _measured(term: Term, methods: list[Method], choice: Choice) -> str:

@@ -1055,6 +1055,11 @@ def bad_strategy():
     perex(ClippedGrad(1.0), strategy="fast")
 
 
+@case(ConfigurationError, "perex.max_memory=.* holds as little as it can", "leave room out")
+def room_and_a_bound():
+    perex(ClippedGrad(1.0), max_memory=0, room=2)
+
+
 @case(ConfigurationError, "max_memory must be a number of bytes, 0 or more, not '1 GB'", "0 or more")
 def bad_memory():
     perex(ClippedGrad(1.0), max_memory="1 GB")
@@ -1155,7 +1160,7 @@ SWEPT = {
     },
     "perex": {
         "loss_reduction": NOT_A_WORD, "strategy": NOT_A_WORD, "max_memory": NOT_A_NUMBER,
-        "loss_scale": NOT_A_NUMBER,
+        "loss_scale": NOT_A_NUMBER, "room": [*NOT_A_NUMBER, 0.5],
     },
 }  # fmt: skip
 NUMPY: dict[str, dict[str, Any]] = {
@@ -1174,7 +1179,7 @@ NUMPY: dict[str, dict[str, Any]] = {
     "replace_batchnorm": {"groups": np.int64(2)},
     "ClippedGrad": {"max_norm": np.float32(1)},
     "AdaptiveClippedGrad": {"max_norm": np.float32(1), "quantile": np.float64(0.5)},
-    "perex": {"loss_scale": np.float32(2), "max_memory": np.int64(2)},
+    "perex": {"loss_scale": np.float32(2), "max_memory": np.int64(2), "room": np.float32(2)},
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_suite(tmp_path):
     models = json.loads((tmp_path / "suite.json").read_text())["models"]
     assert len(models) == 9
     for entries in models.values():
-        measured(entries, ["plain", "ClippedGrad", "BatchL2Grad", "BatchGrad", "vmap", "loop"])
+        measured(entries, ["plain", "ClippedGrad", "ClippedGrad, roomy", "BatchL2Grad", "BatchGrad", "vmap", "loop"])
     peers = [entry["failed"] for entries in models.values() for entry in entries.values() if "failed" in entry]
     if any(why.endswith("is not installed") for why in peers):
         pytest.skip("ran, but without Opacus or BackPACK, which are not installed")
@@ -123,12 +123,25 @@ def test_seeds(tmp_path):
 def test_overhead(tmp_path):
     script("overhead", "--models", "mlp", "seed_cnn", "lstm", "--n", 3, "--repeats", 1, "--out", tmp_path)
     models = json.loads((tmp_path / "overhead.json").read_text())["models"]
-    measured(models["lstm"], ["machinery"])
+    measured(models["lstm"], ["machinery", "no parameters", "ClippedGrad"])
+    for entries in models.values():
+        assert 0 < entries["least"]["any memory"] <= entries["least"]["little memory"]
     for name in ("mlp", "seed_cnn"):  # the check before the timing compares both with one backward per example
         measured(models[name], ["machinery", "by hand", "BatchGrad", "BatchGrad / by hand"])
 
 
-@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead"])
+def test_bounded(tmp_path):
+    options = ("--n", 2, "--repeats", 1, "--no-memory", "--out", tmp_path)
+    script("bounded", "--models", "mlp", "gpt", *options)  # which checks the sums before it times
+    models = json.loads((tmp_path / "bounded.json").read_text())["models"]
+    for entries in models.values():
+        none, half, nothing = entries["bounds"]
+        assert none is None
+        assert half > nothing == 0
+        assert len(entries["times"]) == 3
+
+
+@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead", "bounded"])
 def test_tables_are_those_of_the_numbers(name, tmp_path):
     module, report = importlib.import_module(name), importlib.import_module("report")
     data = report.load(FOLDER / f"{name}.json")

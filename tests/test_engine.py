@@ -13,9 +13,11 @@ import pytest
 import torch
 from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from perexample import DP_SGD, Extension, Rule, StaleGradientError, extend, perex, register_rule, unextend
+from perexample._engine.tap import Tap
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad, Variance
 
 
@@ -742,3 +744,24 @@ def test_a_model_that_is_deleted_goes(used):
     gc.collect()
     assert module() is None
     assert parameter() is None
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_edges_of_inputs_are_torchs_own():
+    """A node of a Python function does not live by being looked at; torch keeps it with a token."""
+    x = torch.ones(2, requires_grad=True)
+    for t in (x, x * 2, (x * 2).unbind(0)[1], _Doubled.apply(x)):
+        (edge,) = Tap.edges_of([t, torch.ones(2)])
+        wanted = get_gradient_edge(t)
+        assert edge[:2] == wanted[:2]
+        assert (edge.ownership_token is None) == (wanted.ownership_token is None)
+    assert edge.ownership_token is not None

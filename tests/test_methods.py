@@ -8,14 +8,14 @@ import reference
 import torch
 from torch import nn
 
-from perexample import ConfigurationError, Extension, ExtensionError, LossError, _conv, extend, perex, plan
+from perexample import ConfigurationError, Extension, ExtensionError, LossError, _conv, extend, perex, plan, terms
 from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.methods import Choice, Method, choose, forget_choices
 from perexample.rules import conv
 from perexample.rules.conv import Windows
-from perexample.terms import Outer
+from perexample.terms import Formed, Outer
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +221,43 @@ def test_what_would_hold_much_until_the_weights_are_known_is_left_out():
     term = Timed((0, 0), held=(10**7, 10), estimated=(1e9, 2e9))
     assert choose(term, Choice("model", sums=True)).name == "b"
     assert choose(term, Choice("model", sums=False)).name == "a"
+
+
+@pytest.mark.parametrize(("room", "name"), [(1, "b"), (4.9, "b"), (5, "a"), (1e6, "a")])
+def test_room_is_how_many_times_the_least_may_be_held(room, name):
+    term = Timed((0, 0), held=(50, 10), estimated=(1e9, 2e9))
+    assert choose(term, Choice("model", sums=True, room=room)).name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "room"), [({}, 1.25), ({"room": 7}, 7.0), ({"max_memory": 10**9}, 1.0), ({"room": 1}, 1.0)]
+)
+def test_room_that_a_context_gives(arguments, room, monkeypatch):
+    asked = []
+    monkeypatch.setattr(terms, "choose", lambda term, choice: asked.append(choice) or choose(term, choice))
+    model = extend(nn.Linear(3, 2))
+    with perex(ClippedGrad(1.0), grad=False, **arguments):
+        model(torch.ones(4, 5, 3)).square().sum((1, 2)).mean().backward()
+    assert {choice.room for choice in asked} == {room}
+
+
+def test_gradients_are_kept_where_there_is_room_and_it_is_faster(monkeypatch):
+    """With room for them the sum comes from the gradients that gave the norms, and is the same."""
+    monkeypatch.setattr(choosing, "_seconds", lambda method, w, sums: 0.0 if "kept" in method.name else 1.0)
+    monkeypatch.setattr(choosing, "_SHORT", 0.0)
+    torch.manual_seed(0)
+    model, x, found = extend(nn.Linear(80, 70)), torch.randn(4, 9, 80), []
+    used = []
+    sums = Formed.weighted_sum
+    monkeypatch.setattr(Formed, "weighted_sum", lambda self, w: used.append(self) or sums(self, w))
+    for room in (None, 100):
+        clipping = ClippedGrad(1.0)
+        with perex(clipping, grad=False, room=room):
+            model(x).square().sum((1, 2)).mean().backward()
+        found.append((clipping.norms, model.weight.clipped_sum))
+        assert len(used) == (room is not None)
+    for one, other in zip(*found, strict=True):
+        reference.assert_close_report(one, other, 2e-6, "without and with room")
 
 
 def test_a_method_for_which_there_is_no_memory_is_not_taken():

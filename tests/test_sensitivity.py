@@ -78,6 +78,7 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any
     "measured": ({}, nullcontext),
     "model": ({"strategy": "model"}, nullcontext),
     "second backward": ({"max_memory": 0}, nullcontext),
+    "roomy": ({"room": 1e6, "strategy": "model"}, nullcontext),
     "Gram": ({}, lambda: mock.patch.object(terms, "choose", _gram)),
 }
 

@@ -49,25 +49,35 @@ def loop(problem: Problem) -> Loop:
     return found
 
 
+class Check:
+    """What a system has found against one backward per example, in float32 or, should they differ, in float64."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.reference = problem, loop(problem)
+        self.exact: Loop | None = None
+
+    def worst(self, system: System) -> float:
+        """The greatest relative difference, after a step."""
+        worst = disagreement(system, self.reference)
+        if worst <= TOLERANCE:
+            return worst
+        if self.exact is None:  # float32 of another order may take the other side of a ReLU or maximum
+            self.exact = loop(self.problem.double())
+        return min(worst, disagreement(system, self.exact))
+
+
 def make(
     problem: Problem, names: list[str], kinds: Mapping[str, type[System]] = SYSTEMS
 ) -> tuple[dict[str, System], dict[str, str]]:
-    """The systems that can do the model, checked against the loop after one step; and why others cannot.
-
-    The loop is one in float32 or, should they differ, in float64.
-    """
-    reference = loop(problem)
-    exact: Loop | None = None
+    """The systems that can do the model, checked against the loop after one step; and why others cannot."""
+    check = Check(problem)
     ready: dict[str, System] = {}
     failed: dict[str, str] = {}
     for name in tqdm(names, desc="checks", leave=False, disable=None):
         try:
             system = kinds[name](problem)
             system.step()
-            worst = disagreement(system, reference)
-            if not worst <= TOLERANCE:  # float32 of another order may take the other side of a ReLU or maximum
-                exact = loop(problem.double()) if exact is None else exact
-                worst = min(worst, disagreement(system, exact))
+            worst = check.worst(system)
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is its answer
             failed[name] = reason(error)
             continue

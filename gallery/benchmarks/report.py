@@ -27,6 +27,7 @@ GRAY = "#8a8f98"
 COLOURS = {
     "plain": "#8a8f98",
     "ClippedGrad": "#c8664f",
+    "ClippedGrad, roomy": "#e39b8a",
     "BatchL2Grad": "#d99a4e",
     "BatchGrad": "#b0728f",
     "Opacus hooks": "#5b7fa6",
@@ -37,7 +38,7 @@ COLOURS = {
     "loop": "#a08b6a",
 }
 OURS = "ClippedGrad"
-MARKERS = dict(zip(COLOURS, "osDPv^<>Xd", strict=True))
+MARKERS = dict(zip(COLOURS, "ospDPv^<>Xd", strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:

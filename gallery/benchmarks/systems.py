@@ -128,6 +128,7 @@ class OursClipped(System):
     """This library's clipped sums."""
 
     extension: Callable[[], ClippedGrad | BatchGrad | BatchL2Grad] = functools.partial(ClippedGrad, BOUND)
+    room: float | None = None
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -144,7 +145,7 @@ class OursClipped(System):
 
     def step(self) -> None:
         self.zero()
-        with perex(self.asked, grad=False):
+        with perex(self.asked, grad=False, room=self.room):
             self.losses().mean().backward()
 
     def fields(self) -> dict[str, Tensor]:
@@ -156,6 +157,12 @@ class OursClipped(System):
 
     def norms(self) -> Tensor | None:
         return self.asked.norms
+
+
+class OursRoomy(OursClipped):
+    """The same where per-example gradients may be kept, however large, if that is faster."""
+
+    room = 1e6
 
 
 class OursRows(OursClipped):
@@ -388,6 +395,7 @@ class Vmap(System):
 SYSTEMS: dict[str, type[System]] = {
     "plain": System,
     "ClippedGrad": OursClipped,
+    "ClippedGrad, roomy": OursRoomy,
     "BatchL2Grad": OursNorms,
     "BatchGrad": OursRows,
     "Opacus hooks": OpacusHooks,

@@ -35,6 +35,7 @@ class Context(Protocol):
     loss_reduction: str
     grad: bool
     strategy: str
+    room: float
     max_memory: int | None
 
     @property
@@ -65,7 +66,7 @@ class Backward:
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)
-        self.choice = Choice(context.strategy, self.joint, least=context.max_memory is not None)
+        self.choice = Choice(context.strategy, self.joint, context.room)
         self.held = 0  # bytes kept for the end
         self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more

@@ -14,7 +14,7 @@ from .._arguments import positive, real
 from .._private import loss_reduction_of, undispatched
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
-from ..methods import Choice
+from ..methods import ROOM, Choice
 from .backward import Backward
 from .record import forget_forwards
 from .walk import walk
@@ -38,7 +38,10 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             same and gives the same bits. `plan` shows what is taken.
         max_memory: Bytes that may be held until the clip factors are known; without it there is no bound. What does
             not fit is let go, and comes back in a second backward through the same graph, in which hooks and
-            custom functions run again. 0 holds nothing.
+            custom functions run again; the graph and its activations stay until then. 0 holds nothing.
+        room: How many times the least memory may be held for a parameter until the clip factors are known, if that is
+            faster: 1.25 unless given. With a large one per-example gradients are kept, however large, wherever that
+            is faster than to go on with the factors. With ``max_memory`` it is 1.
 
     Raises:
         ExtensionError: If an extension is no instance of `Extension`, two share a field, or contexts are nested.
@@ -64,6 +67,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         loss_scale: Any = 1.0,
         strategy: str = "measure",
         max_memory: float | None = None,
+        room: float | None = None,
     ) -> None:
         """Check the arguments; nothing else happens before ``with``."""
         super().__init__()
@@ -72,7 +76,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
         self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, bool(grad)
         self._loss_scale, self.strategy = loss_scale, Choice(strategy).strategy
-        self.max_memory = _checked_memory(max_memory, extensions)
+        self.max_memory, self.room = _checked_memory(max_memory, extensions), _checked_room(room, max_memory)
 
     @property
     def loss_scale(self) -> float:
@@ -178,6 +182,14 @@ def _checked_memory(max_memory: float | None, extensions: Sequence[Extension]) -
                 f"for that; leave max_memory out, or set late_sums = True on the class (docs/extending)."
             )
     return int(memory)
+
+
+def _checked_room(room: float | None, max_memory: float | None) -> float:
+    if room is None:
+        return ROOM if max_memory is None else 1.0
+    if max_memory is not None:
+        raise ConfigurationError("perex(max_memory=...) holds as little as it can; leave room out.")
+    return real("room", room, "a finite number, 1 or more", lambda x: x >= 1)
 
 
 def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> None:

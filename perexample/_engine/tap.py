@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._private import gradient_hooks, memory_order, metadata, saves_otherwise, version, whole_base
@@ -213,8 +214,11 @@ class Tap:
 
 
 def _edge(tensor: Tensor) -> GradientEdge:
+    """What torch's function returns, which takes longer; nodes of Python functions need what it does for them."""
     node = tensor.grad_fn
-    return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+    if node is None or isinstance(node, BackwardCFunction):
+        return get_gradient_edge(tensor)
+    return GradientEdge(node, tensor.output_nr)
 
 
 def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:

@@ -1,0 +1,149 @@
+"""What a bound on memory costs: time and peak of clipped sums with ``perex(max_memory=...)``.
+
+The bound is on what is held until the clip factors are known. It is taken as shares of what a step holds without one;
+what does not fit comes back in a second backward. Writes ``bounded.json`` and a table in ``docs/performance.rst``::
+
+    python gallery/benchmarks/bounded.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import measure
+import report
+import torch
+from models import SUITE
+from systems import OursClipped, Problem, System
+from tqdm import tqdm
+
+from perexample import Extension, ParameterView, perex
+
+MODELS = ("mlp", "resnet18", "vgg11", "transformer", "gpt", "vit")
+SHARES = (None, 0.5, 0.0)
+
+
+class Held(Extension):
+    """How much is held when the backward is over."""
+
+    field, joint = "held", True
+    bytes = 0
+
+    def compute(self, view: ParameterView) -> None:
+        """Norms, as `ClippedGrad` asks for them."""
+        view.batch_l2()
+
+    def finish(self, views: Sequence[ParameterView]) -> dict[str, torch.Tensor]:
+        """Count."""
+        self.bytes = sum(view.held() for view in views)
+        return {}
+
+
+def held_by(problem: Problem) -> int:
+    """Bytes that a step without a bound holds until the clip factors are known."""
+    system, found = OursClipped(problem), Held()
+    with perex(found, grad=False):
+        system.losses().mean().backward()
+    return found.bytes
+
+
+class Bounded(OursClipped):
+    """Clipped sums with a bound."""
+
+    def __init__(self, problem: Problem, bound: float | None) -> None:
+        super().__init__(problem)
+        self.bound = bound
+
+    def step(self) -> None:
+        self.zero()
+        with perex(self.asked, grad=False, max_memory=self.bound):
+            self.losses().mean().backward()
+
+
+def bounds(problem: Problem) -> list[float | None]:
+    """For each share, the bound."""
+    held = held_by(problem)
+    return [None if share is None else share * held for share in SHARES]
+
+
+def peak(problem: Problem, number: int) -> float:
+    """Peak memory of the plain step (-1), or that with one of the bounds."""
+    return measure.peak_of(System(problem) if number < 0 else Bounded(problem, bounds(problem)[number]))
+
+
+def measured(options: argparse.Namespace) -> dict[str, dict]:
+    """Ratios of time and peak memory."""
+    found: dict[str, dict] = {}
+    for model in tqdm(options.models, desc="models", disable=None):
+        problem = Problem.of(SUITE[model], options.n)
+        asked = bounds(problem)
+        check, systems = measure.Check(problem), {}
+        for number, bound in enumerate(asked):
+            system = systems[str(number)] = Bounded(problem, bound)
+            system.step()
+            worst = check.worst(system)
+            if not worst <= measure.TOLERANCE:
+                raise RuntimeError(f"{model}, {bound}: relative difference {worst:.1e}")
+            system.zero()
+        times = measure.compare(systems, System(problem), options.repeats, options.seconds)
+        found[model] = {"bounds": asked, "times": [times[str(number)] for number in range(len(asked))]}
+        if options.memory:
+            settings = ["--n", str(options.n)] if options.n else []
+            numbers = range(-1, len(asked))
+            peaks = [measure.in_process(Path(__file__), "--peak", model, str(i), *settings) for i in numbers]
+            found[model]["peaks"] = [entry["peak"] for entry in peaks]
+    return found
+
+
+def rst(data: dict) -> list[str]:
+    """The table."""
+    rows = [["model", "bound, MiB", "time / plain step", "peak / plain step's"]]
+    for name, entry in data["models"].items():
+        plain, *peaks = entry.get("peaks") or [None] * (1 + len(entry["bounds"]))
+        for bound, times, most in zip(entry["bounds"], entry["times"], peaks, strict=True):
+            low, middle, high = times["ratio"]
+            rows.append([
+                SUITE[name].name, "none" if bound is None else f"{bound / measure.MIB:.0f}",
+                f"{middle:.2f} ({low:.2f} to {high:.2f})", "" if plain is None else f"{most / plain:.2f}",
+            ])  # fmt: skip
+    return [*report.rst_table(rows), "", report.sentence("bounded.py", data["system"]).replace("`", "``")]
+
+
+def tables(data: dict, options: argparse.Namespace) -> None:
+    """Write it."""
+    report.put(report.PAGE, "bounded", rst(data) if data.get("models") else [report.NOT_YET], options.out)
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(SUITE), default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--repeats", type=int, default=9, help="steps of each system (default: 9)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="cap for a bound and model (default: 10)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks (default)")
+    parser.add_argument("--n", type=int, help="examples (default: each model's own number); needs --out")
+    parser.add_argument("--out", type=Path, help="write everything to this folder instead")
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "NUMBER"), help="print one peak memory as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        model, number = options.peak
+        print(json.dumps({"peak": round(peak(Problem.of(SUITE[model], options.n), int(number)), 2)}))
+        return
+    if options.n and not options.out:
+        parser.error("numbers of other batches do not belong with the others: add --out")
+    measure.keep_memory()
+    path = (options.out or report.HERE) / "bounded.json"
+    data = {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/bounded.py"}
+    data["models"] = measured(options)
+    report.save(path, data)
+    print("\n".join(rst(report.rounded(data))))
+    tables(report.rounded(data), options)
+
+
+if __name__ == "__main__":
+    main()
