@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from ._norms import BLOCK, Inner, joined, of_grams, short_sums
+from ._norms import Inner, gram_block, joined, of_grams, short_sums
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -169,7 +169,7 @@ def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
         What `perexample._norms.gram_norms` returns of the windows.
     """
     per_example = geometry.groups * x.shape[2:].numel() ** 2
-    block = max(1, BLOCK // max(1, per_example))
+    block = gram_block(x, per_example)
     return joined([_pixel_gram(a, b, geometry) for a, b in zip(x.split(block), g.split(block), strict=True)], x)
 
 

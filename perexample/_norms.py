@@ -11,6 +11,7 @@ from torch import Tensor
 _SHORT = 1024  # float32 squares added up at once: long sums drift
 _FEW = 2**16  # elements whose squares are added up in float64 at once
 BLOCK = 2**24  # elements formed at once where a norm alone is wanted
+_CACHED = 2**20  # the same of Gram matrices on a CPU
 
 
 def norms_of(flat: Tensor) -> Tensor:
@@ -84,8 +85,13 @@ class Inner:
 
 def gram_norms(g: Tensor, x: Tensor) -> Inner:
     """Inner products of the positions of ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in the factors' dtype."""
-    block = max(1, BLOCK // max(1, g.shape[1:3].numel() * g.shape[2]))
+    block = gram_block(g, g.shape[1:3].numel() * g.shape[2])
     return joined([of_grams(a @ a.mT, b @ b.mT) for a, b in zip(g.split(block), x.split(block), strict=True)], g)
+
+
+def gram_block(like: Tensor, entries: int) -> int:
+    """Of how many examples Gram matrices are formed at once: on a CPU of so many as stay in its cache."""
+    return max(1, (_CACHED if like.device.type == "cpu" else BLOCK) // max(1, entries))
 
 
 def of_grams(left: Tensor, right: Tensor) -> Inner:

@@ -8,7 +8,18 @@ import reference
 import torch
 from torch import nn
 
-from perexample import ConfigurationError, Extension, ExtensionError, LossError, _conv, extend, perex, plan, terms
+from perexample import (
+    ConfigurationError,
+    Extension,
+    ExtensionError,
+    LossError,
+    _conv,
+    _norms,
+    extend,
+    perex,
+    plan,
+    terms,
+)
 from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
@@ -96,6 +107,19 @@ def test_gradients_alone_are_formed_by_the_way_that_is_chosen(name, monkeypatch)
     monkeypatch.setattr(conv, "choose", lambda term, choice, methods: methods[-1])
     found = term.formed(Choice("measure", sums=True))
     assert torch.equal(found, ways[-1].run()[0])
+
+
+@pytest.mark.parametrize("cached", [1, 3500, 2**20])
+@pytest.mark.parametrize("make", [outer, windows, lambda: windows(groups=2)], ids=["outer", "windows", "grouped"])
+def test_gram_matrices_of_a_few_examples_at_once(make, cached, monkeypatch):
+    term = make()
+    wanted = term.dense().flatten(1).square().sum(1)
+    monkeypatch.setattr(_norms, "_CACHED", cached)
+    for method in term.methods():
+        if method.name.startswith("Gram"):
+            reference.assert_close_report(method.run()[0], wanted, 1e-12, method.name)
+    nobody = torch.zeros(3, dtype=torch.bool)
+    assert all(method.run()[0].shape == (0,) for method in term.select(nobody).methods() if "Gram" in method.name)
 
 
 @pytest.mark.parametrize("power", [0, -6, -9, -10, -10.5, -11, -12, -15, -18, -19, -20, -22, -30, 12])
