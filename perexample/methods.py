@@ -148,11 +148,12 @@ def _seconds(method: Method, w: Tensor, *, sums: bool) -> float:
     """How long a method takes, with the sum that follows, if one does; infinity if there is no memory for it."""
     least = float("inf")
     for _ in range(3):
+        found: Any = None  # what the run before has formed goes first
         start = _now(w.device)
         try:
-            _, kept = method.run()
+            found = method.run()
             if sums:
-                kept.weighted_sum(w)
+                found[1].weighted_sum(w)
         except torch.OutOfMemoryError:
             return float("inf")
         least = min(least, _now(w.device) - start)

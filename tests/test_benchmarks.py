@@ -125,7 +125,7 @@ def test_overhead(tmp_path):
     models = json.loads((tmp_path / "overhead.json").read_text())["models"]
     measured(models["lstm"], ["machinery", "no parameters", "ClippedGrad"])
     for entries in models.values():
-        assert 0 < entries["least"]["any memory"] <= entries["least"]["little memory"]
+        assert entries["least"]["any memory"] > 0
     for name in ("mlp", "seed_cnn"):  # the check before the timing compares both with one backward per example
         measured(models[name], ["machinery", "by hand", "BatchGrad", "BatchGrad / by hand"])
 

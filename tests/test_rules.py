@@ -157,7 +157,9 @@ GROUP_NORMS = {
     "3d": ((3, 8, 4, 3, 2), 4, 0.0, True),
     "flat": ((3, 8), 1, 0.0, True),
     "some-mean": ((3, 8, 30), 4, 2.0, True),
-    "large-mean": ((3, 8, 30), 4, 50.0, False),  # digits would be lost
+    "large-mean": ((3, 8, 30), 4, 50.0, True),  # digits would be lost
+    "one-position": ((3, 8, 1, 1), 2, 0.0, True),  # contiguous in either order of the axes
+    "one-position-3d": ((3, 8, 1, 1, 1), 2, 0.0, True),
     "no-parts": ((3, 8, 1031), 4, 0.0, False),  # a prime number
 }
 
@@ -181,6 +183,67 @@ def test_group_norm_by_the_kernel_of_its_own_backward(name, channels_last, monke
     for kind, one, other, wanted in zip(("weight", "bias"), single, double, exact, strict=True):
         reference.assert_close_report(other, wanted, 1e-12, kind)
         reference.assert_close_report(one.double(), wanted, 3e-6 if mean < 10 else 1e-4, f"{kind} in float32")
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 5, 3), (4, 1, 3, 4, 2), (4, 32, 1, 1)])
+def test_group_norm_of_images_that_are_contiguous_with_channels_last_too(shape):
+    """There torch's kernel would take another way, and crash, if it were given them as they are."""
+    torch.manual_seed(0)
+    order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    layer, x, g = nn.GroupNorm(1, shape[1]), torch.randn(shape).to(memory_format=order), torch.randn(shape)
+    wanted = F.group_norm(x.double(), 1).mul(g.double()).flatten(2).sum(2)
+    found = through(layer, x, g.to(memory_format=order))
+    reference.assert_close_report(found[0].double(), wanted, 1e-5, "weight")
+
+
+def test_group_norm_of_one_example_does_not_depend_on_the_mean_of_another():
+    torch.manual_seed(0)
+    x, g, found = torch.randn(3, 4, 9), torch.randn(3, 4, 9), []
+    for mean in (0.0, 50.0, float("nan")):
+        moved = x.clone()
+        moved[2] += mean
+        found.append(through(nn.GroupNorm(2, 4), moved, g))
+    for kind in (0, 1):
+        assert torch.equal(found[0][kind][:2], found[1][kind][:2])
+        assert torch.equal(found[0][kind][:2], found[2][kind][:2])
+    assert found[2][0][2].isnan().all()
+
+
+def test_norm_layers_of_rows_that_no_example_has():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.group, self.layer = nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            h = self.before(x)
+            chosen = x[:, 0] > 9
+            return h.index_put((chosen,), self.layer(self.group(h[chosen])))
+
+    model = extend(Chosen())
+    with perex(BatchGrad(), grad=False):
+        model(torch.randn(3, 4)).square().sum(1).mean().backward()
+    assert not model.group.weight.grad_batch.any()
+    assert not model.layer.weight.grad_batch.any()
+    assert model.before.weight.grad_batch.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_layer_norm_uses_the_statistics_of_its_forward(axis, monkeypatch):
+    torch.manual_seed(0)
+    layer, seen = extend(nn.LayerNorm(5), batch_dim=axis), []
+    normalised = norm.LayerNormRule.normalised
+    monkeypatch.setattr(
+        norm.LayerNormRule, "normalised", lambda self, call: seen.append(dict(call.saved)) or normalised(self, call)
+    )
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    layer.double()
+    given, g = x.transpose(0, axis), torch.randn(3, 7, 5, dtype=torch.float64)
+    with perex(BatchGrad(), loss_reduction="sum", grad=False):
+        (layer(given) * g.transpose(0, axis)).sum().backward()
+    assert [saved["rstd"].shape for saved in seen] == [(3, 7, 1)]
+    wanted = (g * F.layer_norm(x, (5,))).sum(1)
+    reference.assert_close_report(layer.weight.grad_batch, wanted, 1e-12, "weight")
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3])

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import pathlib
 import re
+import sys
 import textwrap
 import warnings
 
@@ -143,6 +144,16 @@ def run(made, monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float64)
     yield runner
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_accelerate():
+    """A test that ends in the middle of an accumulation would leave that to the next one."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 def own_loss(model, example):

@@ -121,8 +121,8 @@ def main() -> None:
     """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SUITE), default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--repeats", type=int, default=9, help="steps of each system (default: 9)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="cap for a bound and model (default: 10)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each bound (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="cap for a bound and model (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks (default)")
     parser.add_argument("--n", type=int, help="examples (default: each model's own number); needs --out")

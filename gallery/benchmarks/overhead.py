@@ -104,12 +104,16 @@ def least_seconds(problem: Problem, repeats: int) -> dict[str, float]:
     for parts in tqdm(list(terms.values()), desc="parameters", leave=False, disable=None):
         term = combine(merged(parts))
         methods = term.methods()
-        estimate, held = min(m.seconds for m in methods), min(m.held for m in methods)
-        likely = [m for m in methods if m.seconds <= 6 * estimate]
-        seconds = [seconds_of(term, m, repeats) for m in likely]
-        total["any memory"] += min(seconds)
-        total["little memory"] += min(s for m, s in zip(likely, seconds, strict=True) if m.held <= ROOM * held)
+        little = [m for m in methods if m.held <= ROOM * min(m.held for m in methods)]
+        seconds = {m.name: seconds_of(term, m, repeats) for some in (methods, little) for m in likely(some)}
+        total["any memory"] += min(seconds.values())
+        total["little memory"] += min(seconds[m.name] for m in likely(little))
     return total
+
+
+def likely(methods: list[Method]) -> list[Method]:
+    """Those that are worth trying."""
+    return [m for m in methods if m.seconds <= 6 * min(m.seconds for m in methods)]
 
 
 def seconds_of(term: Term, method: Method, repeats: int) -> float:

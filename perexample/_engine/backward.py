@@ -18,7 +18,6 @@ from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
-from .bound import Bound, form_of
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .shortcuts import shortcut
 from .state import STATE, plain
@@ -68,6 +67,7 @@ class Backward:
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)
         self.choice = Choice(context.strategy, self.joint, context.room)
+        self.held = 0  # bytes kept for the end
         self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
         self.views = {key: ParameterView(name, p, self.n, scale, forwards, self.choice) for key, p, name in trainable}
@@ -90,9 +90,6 @@ class Backward:
                 "perex(max_memory=...) runs a second backward where memory is short, which with parameters in shards "
                 "(FSDP2) all processes would have to do alike; leave max_memory out."
             )
-        self.bound: Bound | None = None
-        if self.joint and context.max_memory is not None:
-            self.bound = Bound(context.max_memory, form_of(found.taps, self.n, context.strategy))
         self.devices = {view.param.device.type for view in self.views.values()}
 
     def _count(self, keys: set[int], step: int) -> list[int]:
@@ -107,8 +104,7 @@ class Backward:
 
         With a bound on the memory that is held for the end, autograd runs a second time for what did not fit.
         """
-        views, bound = list(self.views.values()), self.bound
-        self.retain = retain or (bound is not None and bound.fits is not True)
+        views, self.retain = list(self.views.values()), retain or (self.joint and self.context.max_memory is not None)
         for extension in self.context.extensions:
             extension.start(views)
         for tap in self.found.taps:
@@ -119,8 +115,6 @@ class Backward:
             with self._nothing_past_the_graph():
                 backward(inputs, self.retain)
             self._finish(views)
-            if bound is not None:
-                bound.remember()
             late = {key for key, view in self.views.items() if view.late}
             if late:
                 self._prepare_again(late, retain)
@@ -258,8 +252,11 @@ class Backward:
                 self.results[extension.field][id(view.param)] = result
         if not self.joint:
             view.drop()
-        elif self.bound is not None and not self.bound.takes(view.held()):
-            view.postpone()
+        elif self.context.max_memory is not None:
+            if self.held + view.held() > self.context.max_memory:
+                view.postpone()
+            else:
+                self.held += view.held()
 
     def _finish(self, views: list[ParameterView]) -> None:
         self.over = True

@@ -38,8 +38,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             same and gives the same bits. `plan` shows what is taken.
         max_memory: Bytes that may be held until the clip factors are known; without it there is no bound. What does
             not fit is let go, and comes back in a second backward through the same graph, in which hooks and
-            custom functions run again; the graph and its activations stay until then. From the second batch of the same
-            shapes on it is known whether all fits: then the graph goes as ever, else nothing is held. 0 holds nothing.
+            custom functions run again; the graph and its activations stay until then. 0 holds nothing.
         room: How many times the least memory may be held for a parameter until the clip factors are known, if that is
             faster: 1.25 unless given. With a large one per-example gradients are kept, however large, wherever that
             is faster than to go on with the factors. With ``max_memory`` it is 1.

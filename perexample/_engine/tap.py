@@ -74,7 +74,6 @@ class Tap:
         record: The outermost forward that the call belongs to.
         place: Where the call holds the rows.
         places: Where each output does.
-        shapes: Those of the tensors that were saved.
         outputs: Shape, dtype and device of each output that carries gradients.
         inputs: Edges of the graph at which the call's inputs hang.
         run: The backward that wants this tap's gradients, while there is one.
@@ -102,7 +101,6 @@ class Tap:
         self._versions = {key: version(p) for key, p in params.items()} if rule.reads_parameters else {}
         tensors: list[Tensor] = []
         self._plan = map_tensors(lambda t: _Slot(tensors, t), saved)
-        self.shapes = tuple(t.shape for t in tensors)
         self._node = _save(tensors)
 
     @staticmethod

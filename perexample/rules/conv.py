@@ -208,11 +208,11 @@ class Windows(Term):
         """``sum_l |g_n[l]| |window_n[l]|``; the windows' norms are a convolution of the squares with ones."""
         geometry = self.geometry
         x, g = (t.unflatten(1, (geometry.groups, -1)) for t in (self.padded(), self.g))
-        squares = x.square().sum(2)  # [N, groups, *S]
+        squares = x.double().square().sum(2)  # [N, groups, *S]; in float32 those of small numbers are lost
         ones = squares.new_ones(geometry.groups, 1, *geometry.kernel)
         convolve = _CONVOLUTION[self.g.dim() - 2]
         found = convolve(squares, ones, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
-        return (found.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2)).flatten(1).sum(1, dtype=torch.float64)
+        return (found.clamp_min(0).sqrt() * torch.linalg.vector_norm(g, dim=2, dtype=torch.float64)).flatten(1).sum(1)
 
     def magnitude_bound(self) -> Tensor:
         """``sqrt(m) |x_n| |g_n|``, where no value of x is in more than m windows."""

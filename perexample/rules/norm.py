@@ -72,10 +72,13 @@ class GroupNormRule(_PerChannelRule):
         return F.group_norm(call.x, call.module.num_groups, eps=call.module.eps)
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
-        """Without the normalised input, where the statistics are known and the mean is not large."""
+        """Without the normalised input, where the statistics are known and no mean is large."""
         sums = _native_sums(call, g)
         if sums is None:
             return super().terms(call, g)
+        if "weight" in call.params and (far := _far_from_zero(call)).any():
+            normalised = F.group_norm(call.x[far], call.module.num_groups, eps=call.module.eps)
+            sums["weight"][far] = self.summed(call, normalised.mul_(g[far]))
         return {name: Dense(sums[name]) for name in call.params}
 
 
@@ -95,21 +98,28 @@ _AT_ONCE = 1024  # positions that are added up at once
 def _native_sums(call: Call, g: Tensor) -> dict[str, Tensor] | None:
     """The sums for weight and bias by torch's own kernel, which takes all examples as groups of a single one."""
     x, mean, rstd = call.x, call.saved.get("mean"), call.saved.get("rstd")
-    if mean is None or rstd is None or x.dtype != g.dtype or not (x.is_contiguous() and g.is_contiguous()):
+    if mean is None or rstd is None or x.dtype != g.dtype or not x.numel():
+        return None
+    if not (x.is_contiguous() and g.is_contiguous()):
         return None
     n, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     least = -(-positions // _AT_ONCE)
-    parts = next((k for k in range(least, 4 * least + 1) if k and positions % k == 0), 0)
-    if not parts or not (mean.abs() * rstd).amax() <= _MOST_MEAN:
+    parts = next((k for k in range(least, 4 * least + 1) if positions % k == 0), 0)
+    if not parts:
         return None
     rows = n * channels * parts  # each a channel: a group of an example is that many times more channels
+    one = 1, rows, positions // parts  # a shape of which nobody can think that its channels are last
     _, weight, bias = torch.ops.aten.native_group_norm_backward(
-        g, x, mean.reshape(1, -1), rstd.reshape(1, -1), x.new_ones(rows), 1, rows, positions // parts, mean.numel(),
+        g.view(one), x.view(one), mean.reshape(1, -1), rstd.reshape(1, -1), x.new_ones(rows), *one, mean.numel(),
         [False, True, True],
     )  # fmt: skip
-    sums = {"weight": weight.view(n, channels, parts), "bias": bias.view(n, channels, parts)}
-    return {name: value[..., 0] if parts == 1 else value.sum(2) for name, value in sums.items()}
+    return {"weight": weight.view(n, channels, parts).sum(2), "bias": bias.view(n, channels, parts).sum(2)}
+
+
+def _far_from_zero(call: Call) -> Tensor:
+    """Examples of which the mean of a group is large, so that digits of the kernel's sums for the weight are lost."""
+    return ~((call.saved["mean"].abs() * call.saved["rstd"]).amax(1) <= _MOST_MEAN)
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
