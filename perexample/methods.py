@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._arguments import real
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ class Choice:
     room: float = ROOM
 
     def __post_init__(self) -> None:
-        """Check the strategy."""
+        """Check what users pass."""
         if self.strategy not in STRATEGIES:
             raise ConfigurationError(f"strategy must be one of {STRATEGIES}, not {self.strategy!r}.")
+        real("room", self.room, "a finite number, 1 or more", lambda x: x >= 1)
 
 
 def likeness(tensor: Tensor) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from ._table import table
 from ._tree import tensors_in
 from .errors import ConfigurationError
 from .extension import Extension, ParameterView
-from .methods import Choice, choose
+from .methods import ROOM, Choice, choose
 from .model import extend
 from .rule import Rule, refusal
 from .terms import Term
@@ -65,7 +65,9 @@ def _parameters(row: PlanRow) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in row.parameters.items())
 
 
-def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "measure", **named: Any) -> Plan:
+def plan(
+    model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "measure", room: float = ROOM, **named: Any
+) -> Plan:
     """List which rule will differentiate what.
 
     Without inputs: the modules of the model that hold parameters. A module without a rule is seen through: each torch
@@ -77,6 +79,7 @@ def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "me
         inputs: Inputs of the model, one batch.
         batch_dim: Axis of the inputs that holds the examples, as for `extend`.
         strategy: How methods are chosen, as for `perex`.
+        room: How much memory they may hold, as for `perex`; 1 shows what ``perex(max_memory=...)`` takes.
         named: Inputs by name.
 
     Returns:
@@ -96,7 +99,8 @@ def plan(model: nn.Module, *inputs: Any, batch_dim: int = 0, strategy: str = "me
         -------+--------+------------+---------------+----------+----------------------------
         Linear | Linear | LinearRule | weight [3, 4] | axis 0   | per-example gradients, kept
     """
-    return _taps(model, inputs, named, batch_dim, strategy) if inputs or named else _modules(model)
+    choice = Choice(strategy, sums=True, room=room)
+    return _taps(model, inputs, named, batch_dim, choice) if inputs or named else _modules(model)
 
 
 def _modules(model: nn.Module) -> Plan:
@@ -135,13 +139,13 @@ class _Nothing(Extension):
         return None
 
 
-def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int, strategy: str) -> Plan:
+def _taps(model: nn.Module, inputs: tuple, named: dict[str, Any], batch_dim: int, choice: Choice) -> Plan:
     model = extend(copy.deepcopy(model), batch_dim=batch_dim)
     rows = Plan()
 
     def note(tap: Tap, rule: Rule, terms: dict[str, Term]) -> None:
         shapes = {_described(tap, name, p): tuple(p.shape) for name, p in tap.params.items()}
-        norms = _norms(terms, Choice(strategy, sums=True))
+        norms = _norms(terms, choice)
         rows.append(PlanRow(tap.name, tap.kind, type(rule).__name__, shapes, "", repr(tap.places[0]), norms))
 
     with listening(note), perex(_Nothing(), loss_reduction="sum", grad=False):

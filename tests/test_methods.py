@@ -279,6 +279,16 @@ def test_room_that_a_context_gives(arguments, room, monkeypatch):
     assert {choice.room for choice in asked} == {room}
 
 
+def test_plan_shows_what_is_taken_with_room(monkeypatch):
+    monkeypatch.setattr(choosing, "_seconds", lambda method, w, sums: 0.0 if "kept" in method.name else 1.0)
+    monkeypatch.setattr(choosing, "_SHORT", 0.0)
+    layer, x = nn.Linear(80, 70, bias=False), torch.randn(4, 9, 80)
+    norms = [plan(layer, x, room=room)[0].norm for room in (1, 1e6)]
+    assert norms[0] != norms[1] == "per-example gradients, kept"
+    with pytest.raises(ConfigurationError, match=r"room must be a finite number, 1 or more, not 0\.5"):
+        plan(layer, x, room=0.5)
+
+
 def test_gradients_are_kept_where_there_is_room_and_it_is_faster(monkeypatch):
     """With room for them the sum comes from the gradients that gave the norms, and is the same."""
     monkeypatch.setattr(choosing, "_seconds", lambda method, w, sums: 0.0 if "kept" in method.name else 1.0)

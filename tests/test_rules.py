@@ -157,7 +157,7 @@ GROUP_NORMS = {
     "3d": ((3, 8, 4, 3, 2), 4, 0.0, True),
     "flat": ((3, 8), 1, 0.0, True),
     "some-mean": ((3, 8, 30), 4, 2.0, True),
-    "large-mean": ((3, 8, 30), 4, 50.0, True),  # digits would be lost
+    "large-mean": ((3, 8, 900), 4, 200.0, True),  # the kernel alone is off by 5e-5
     "one-position": ((3, 8, 1, 1), 2, 0.0, True),  # contiguous in either order of the axes
     "one-position-3d": ((3, 8, 1, 1, 1), 2, 0.0, True),
     "no-parts": ((3, 8, 1031), 4, 0.0, False),  # a prime number
@@ -182,7 +182,7 @@ def test_group_norm_by_the_kernel_of_its_own_backward(name, channels_last, monke
     exact = through(nn.GroupNorm(groups, 8).double(), x.double(), g.double())
     for kind, one, other, wanted in zip(("weight", "bias"), single, double, exact, strict=True):
         reference.assert_close_report(other, wanted, 1e-12, kind)
-        reference.assert_close_report(one.double(), wanted, 3e-6 if mean < 10 else 1e-4, f"{kind} in float32")
+        reference.assert_close_report(one.double(), wanted, 3e-6 if mean < 10 else 2e-5, f"{kind} in float32")
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 5, 3), (4, 1, 3, 4, 2), (4, 32, 1, 1)])

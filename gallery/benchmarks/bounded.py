@@ -117,25 +117,20 @@ def tables(data: dict, options: argparse.Namespace) -> None:
     report.put(report.PAGE, "bounded", rst(data) if data.get("models") else [report.NOT_YET], options.out)
 
 
+def own_options(parser: argparse.ArgumentParser) -> None:
+    """Add those that only this script has."""
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks (default)")
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "NUMBER"), help="print one peak memory as JSON")
+
+
 def main() -> None:
     """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SUITE), default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each bound (default: 5)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="cap for a bound and model (default: 5)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks (default)")
-    parser.add_argument("--n", type=int, help="examples (default: each model's own number); needs --out")
-    parser.add_argument("--out", type=Path, help="write everything to this folder instead")
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "NUMBER"), help="print one peak memory as JSON")
-    options = parser.parse_args()
+    options = measure.options_of(__doc__, list(SUITE), MODELS, 5, 5.0, own_options)
     torch.set_num_threads(options.threads)
     if options.peak:
         model, number = options.peak
         print(json.dumps({"peak": round(peak(Problem.of(SUITE[model], options.n), int(number)), 2)}))
         return
-    if options.n and not options.out:
-        parser.error("numbers of other batches do not belong with the others: add --out")
     measure.keep_memory()
     path = (options.out or report.HERE) / "bounded.json"
     data = {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/bounded.py"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +34,29 @@ def keep_memory() -> None:
     """Start the script again in an environment in which freed memory is kept, if this is none (Linux)."""
     if sys.platform == "linux" and not KEEPING.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | KEEPING)
+
+
+def options_of(
+    script: str | None,
+    models: Sequence[str],
+    chosen: Sequence[str],
+    repeats: int,
+    seconds: float,
+    more: Callable[[argparse.ArgumentParser], object] = id,
+) -> argparse.Namespace:
+    """The options of a script that times systems on models, whose text is its help; ``more`` adds its own."""
+    parser = argparse.ArgumentParser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(models), default=list(chosen), metavar="MODEL")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"turns of each system (default: {repeats})")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"cap for one on a model (default: {seconds})")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--n", type=int, help="examples (default: each model's own number); needs --out")
+    parser.add_argument("--out", type=Path, help="write everything to this folder instead")
+    more(parser)
+    options = parser.parse_args()
+    if options.n and not (options.out or getattr(options, "peak", None)):
+        parser.error("numbers of other batches do not belong with the others: add --out")
+    return options
 
 
 def reason(error: Exception) -> str:

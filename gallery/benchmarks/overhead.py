@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -240,16 +239,7 @@ def tables(data: dict, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SUITE), default=list(SUITE), metavar="MODEL")
-    parser.add_argument("--repeats", type=int, default=15, help="steps of each system (default: 15)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="cap for a system and model (default: 30)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--n", type=int, help="examples (default: each model's own number); needs --out")
-    parser.add_argument("--out", type=Path, help="write everything to this folder instead")
-    options = parser.parse_args()
-    if options.n and not options.out:
-        parser.error("numbers of other batches do not belong with the others: add --out")
+    options = measure.options_of(__doc__, list(SUITE), list(SUITE), 15, 12.0)
     measure.keep_memory()
     torch.set_num_threads(options.threads)
     path = (options.out or report.HERE) / "overhead.json"

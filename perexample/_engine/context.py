@@ -75,8 +75,9 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         if loss_reduction not in ("mean", "sum"):
             raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
         self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, bool(grad)
-        self._loss_scale, self.strategy = loss_scale, Choice(strategy).strategy
-        self.max_memory, self.room = _checked_memory(max_memory, extensions), _checked_room(room, max_memory)
+        self._loss_scale, self.max_memory = loss_scale, _checked_memory(max_memory, extensions)
+        choice = Choice(strategy, room=_room(room, max_memory))
+        self.strategy, self.room = choice.strategy, choice.room
 
     @property
     def loss_scale(self) -> float:
@@ -184,12 +185,12 @@ def _checked_memory(max_memory: float | None, extensions: Sequence[Extension]) -
     return int(memory)
 
 
-def _checked_room(room: float | None, max_memory: float | None) -> float:
+def _room(room: float | None, max_memory: float | None) -> float:
+    if room is not None and max_memory is not None:
+        raise ConfigurationError("perex(max_memory=...) holds as little as it can; leave room out.")
     if room is None:
         return ROOM if max_memory is None else 1.0
-    if max_memory is not None:
-        raise ConfigurationError("perex(max_memory=...) holds as little as it can; leave room out.")
-    return real("room", room, "a finite number, 1 or more", lambda x: x >= 1)
+    return room
 
 
 def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> None:

@@ -158,6 +158,8 @@ def _bound(named: dict[str, Any], **options: Any) -> Bound:
 class LayerNormRule(_AffineRule):
     """Statistics over the trailing ``normalized_shape``; x is ``[N, *T, *normalized_shape]``."""
 
+    batched = ("x", "mean", "rstd")
+
     def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
         """``F.layer_norm(input, normalized_shape, weight, bias, eps)``."""
         named = {"eps": 1e-5} | named_arguments("input normalized_shape weight bias eps", args, kwargs)
@@ -166,8 +168,6 @@ class LayerNormRule(_AffineRule):
     def feature_axes(self, module: Any) -> int:
         """The normalised axes."""
         return len(module.normalized_shape)
-
-    batched = ("x", "mean", "rstd")
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """The input and its statistics."""
@@ -202,7 +202,7 @@ class RMSNormRule(LayerNormRule):
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """The input and its dtype, on which the default ``eps`` depends."""
-        saved = _AffineRule.capture(self, module, args, kwargs, output)
+        saved = super().capture(module, args, kwargs, output)
         return saved | {"dtype": saved["x"].dtype}
 
 
