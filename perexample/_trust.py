@@ -99,5 +99,7 @@ _TRUSTED_SHARE = 2e-5  # share of a norm that rounding may account for before it
 def blocks(term: Term) -> list[Tensor]:
     """Masks that cut the examples into blocks whose gradients are small enough to form."""
     per_block = max(1, BLOCK // max(1, term.shape.numel()))
+    if 0 < term.n <= per_block:
+        return [torch.ones(term.n, dtype=torch.bool)]
     position = torch.arange(term.n)
     return [(position >= start) & (position < start + per_block) for start in range(0, term.n, per_block)]

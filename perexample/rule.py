@@ -11,17 +11,16 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._private import may_be_parametrized, overridden_forward, own_parameters
-from ._tree import tensors_in
+from ._tree import tensors_of
 from .errors import ConfigurationError, PerExampleError, RuleContractError
 from .methods import Method
 from .place import Place
@@ -132,14 +131,14 @@ class Rule:
             The place of the first input, which counts the rows that the rule sees, and those of the outputs, ``None``
             for one that belongs to nobody; or what is wrong.
         """
-        tensors = tensors_in((args, kwargs) if kwargs else args)
+        tensors = tensors_of((args, kwargs) if kwargs else args)
         found = [(t, place) for t in tensors if (place := place_of(t)) is not None]
         x, first = found[0]
         if self.own_axes:
             return self._located_by_itself(module, first, outputs)
         features = self.feature_axes(module)
         for t, place in found:
-            if place.axis != first.axis or not place.agrees(first):
+            if place is not first and (place.axis != first.axis or not place.agrees(first)):
                 return "was called with inputs that hold the examples in different places"
             if place.axis is not None and place.axis >= (1 if features is None else t.dim() - features):
                 return f"was called with an input of shape {list(t.shape)} that holds the examples on axis {place.axis}"
@@ -178,6 +177,21 @@ class Rule:
     def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """What the backward will need; called right after the module's forward. Default: the first argument."""
         return {"x": args[0] if args else next(iter(kwargs.values()))}
+
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """At most how many numbers the terms of a call hold for the weighted sum, for ``perex(max_memory=...)``.
+
+        Args:
+            module: What was called.
+            params: The parameters that need a gradient.
+            n: Number of rows.
+            saved: How many numbers were captured.
+            outputs: Shapes of the outputs.
+
+        Returns:
+            By default all that was captured, the gradients of the outputs, and those of the parameters for each row.
+        """
+        return saved + sum(map(Size.numel, outputs)) + n * sum(p.numel() for p in params.values())
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """The gradients in unevaluated form, by parameter name. Default: through the methods below."""
@@ -414,11 +428,14 @@ def _rules_of(cls: type) -> list[Rule]:
 def _refusing_rules(cls: type[nn.Module]) -> list[Rule]:
     found = _REFUSING.get(cls)
     if found is None:
+        if len(_REFUSING) >= _MOST_CLASSES:  # some libraries make a class for each module
+            _REFUSING.clear()
         found = _REFUSING[cls] = [rule for rule in _rules_of(cls) if type(rule).refuse is not Rule.refuse]
     return found
 
 
-_REFUSING: weakref.WeakKeyDictionary[type[nn.Module], list[Rule]] = weakref.WeakKeyDictionary()
+_REFUSING: dict[type[nn.Module], list[Rule]] = {}  # a weak dictionary takes four times as long
+_MOST_CLASSES = 4096
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -433,10 +450,13 @@ def rule_for(module: nn.Module) -> Rule | None:
     if overridden_forward(module) or (may_be_parametrized(module) and parametrize.is_parametrized(module)):
         return None
     cls = type(module)
+    rule = _REGISTRY.get(cls)
+    if rule is not None:
+        return rule if rule.covers(module) else None
     for base in cls.__mro__:
         rule = _REGISTRY.get(base)
         if rule is not None:
-            return rule if (cls is base or _same_forward(cls, base)) and rule.covers(module) else None
+            return rule if _same_forward(cls, base) and rule.covers(module) else None
     return None
 
 
@@ -449,6 +469,11 @@ def _same_forward(cls: type, base: type) -> bool:
     return all(getattr(cls, name) is getattr(base, name) for name in names | {"forward", "__getattr__"})
 
 
+def factors_and_biases(params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    """`Rule.most_held` where gradients are formed of biases only."""
+    return saved + sum(map(Size.numel, outputs)) + n * sum(p.numel() for p in params.values() if p.dim() < 2)
+
+
 def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name, given the names of the positional ones in one string."""
     return dict(zip(names.split(), args, strict=False)) | dict(kwargs)
@@ -456,7 +481,10 @@ def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[
 
 def only_parameters(module: nn.Module, *names: str) -> bool:
     """Whether the module owns no parameters but these; old-style ``weight_norm`` for one adds others."""
-    return {name for name, p in own_parameters(module).items() if p is not None} <= set(names)
+    for name, p in own_parameters(module).items():  # noqa: SIM110 - a generator takes twice as long
+        if p is not None and name not in names:
+            return False
+    return True
 
 
 def at_least_float32(tensor: Any) -> Any:

@@ -29,15 +29,15 @@ from .._private import (
     whole_base,
     without_dispatch,
 )
-from .._tree import map_tensors, tensors_in
+from .._tree import PLAIN, map_tensors, tensors_in
 from ..place import Lost, Place, Space, broadcast, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
-from .kinds import KINDS, Kind, base_name, kind_of, permuted_axis, writes_in_place
+from .kinds import TRAITS, Kind, Traits, permuted_axis, traits_of
 from .oracle import Form, fits, form_key, forms_of
 from .owners import INTO, MOVERS, moved, values_of
 from .state import STATE, quiet, resumed
-from .table import origin_of, place_of, put, put_all_on_edges, put_on_edge, put_origin, wrote
+from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_on_edge, put_origin, wrote
 from .tap import LOST, Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
@@ -76,14 +76,34 @@ class Follow(TorchFunctionMode):
         with undispatched():
             return func(*args, **kwargs)
 
-    def _by_rule(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """What the rule of the module that runs computes itself; ``None`` for anything else."""
-        frame = None if STATE.quiet else STATE.frames[-1]
-        if frame is None or frame.rule is None or func not in frame.rule.computes:
-            return None
+    def _silent(self, func: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
+        """Run a function inside of a module that a rule answers for, which may compute some functions itself."""
+        rule = None if STATE.quiet else STATE.frames[-1].rule
+        if rule is not None and rule.computes and func in rule.computes:
+            with undispatched():
+                note_checkpoint(STATE.frames[-1].record or self.repeated)
+                out = rule.compute(func, args, kwargs)
+            if out is not None:
+                return out
+        return self._run(func, types, args, kwargs)
+
+    def _plainly(self, traits: Traits, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a function that is given nothing but tensors with the same rows, and writes nowhere.
+
+        Returns:
+            What it gave; ``None`` if it is another function.
+        """
         with undispatched():
-            note_checkpoint(frame.record or self.repeated)
-            return frame.rule.compute(func, args, kwargs)
+            tracked = _known_alike(args, kwargs)
+            if tracked is None:
+                return None
+            out = func(*args, **kwargs)
+            if type(out) is Tensor and out is not args[0] and not inside_functorch(out):
+                place = simple_place(traits, args, kwargs, tracked, out)
+                if place is not None:
+                    put(out, place)
+                    return out
+            return _Operation(func, traits, args, kwargs, tracked).conclude(out)
 
     def leave(self) -> None:
         """End, also if something above on the stack of modes was not taken off by its owner."""
@@ -93,20 +113,28 @@ class Follow(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        kind = KINDS.get(func) or kind_of(func)
-        if kind is Kind.IGNORED or self.ended:
+        traits = TRAITS.get(func) or traits_of(func)
+        if traits.kind is Kind.IGNORED and traits.plain:
+            return self._run(func, types, args, kwargs)
+        if self.ended or traits.kind is Kind.IGNORED or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if STATE.silent():
-            out = self._by_rule(func, args, kwargs)
-            return self._run(func, types, args, kwargs) if out is None else out
+            return self._silent(func, types, args, kwargs)
+        if traits.plain and self.alone and self.repeated is None:
+            out = self._plainly(traits, func, args, kwargs)
+            if out is not None:
+                return out
+        return self._followed(traits, func, types, args, kwargs)
+
+    def _followed(self, traits: Traits, func: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
+        """Run a function of anything."""
+        kind = traits.kind
         with undispatched():
             if self.repeated is not None:
                 _recognise((args, kwargs), self.repeated)
             tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
-            return _underived(self._run(func, types, args, kwargs), func, kind, args, targets)
+            return _underived(self._run(func, types, args, kwargs), traits, args, targets)
         if kind is Kind.COMPOSITE:
             with self:
                 return without_dispatch(func)(*args, **kwargs)
@@ -114,14 +142,8 @@ class Follow(TorchFunctionMode):
             out = self._run(func, types, args, kwargs)
             put(args[0], tracked[0][1])
             return out
-        if kind is Kind.POINTWISE and len(tracked) == 1 and not targets and _is_simple(func, tracked[0][1], kwargs):
-            out = self._run(func, types, args, kwargs)
-            with undispatched():
-                if _stays(*tracked[0], out):
-                    return out
-                return _Operation(func, kind, args, kwargs, tracked).conclude(out)
         with undispatched():
-            call = _Operation(func, kind, args, kwargs, tracked)
+            call = _Operation(func, traits, args, kwargs, tracked)
             if targets and torch.is_grad_enabled():
                 call.meet(targets)
             call.prepare()
@@ -145,19 +167,22 @@ def forget_followers() -> None:
             mode.ended = True
 
 
-def _is_simple(func: Callable, place: Any, kwargs: dict) -> bool:
-    """Whether a pointwise operation of one tensor writes nowhere, and no checkpoint is about."""
-    if not isinstance(place, Place) or place.space.record.checkpointed:
-        return False
-    return kwargs.get("out") is None and not writes_in_place(func)
-
-
-def _stays(t: Tensor, place: Place, out: Any) -> bool:
-    """Note the place of a pointwise operation's only result, if it has the shape of its argument."""
-    if type(out) is not Tensor or out is t or out.shape != t.shape or inside_functorch(out):
-        return False
-    put(out, place)
-    return True
+def _known_alike(args: tuple, kwargs: dict) -> list[tuple[Tensor, Place]] | None:
+    """The tensors among arguments with their places, if all hold the same rows, and all else are numbers and names."""
+    tracked: list[tuple[Tensor, Place]] = []
+    for value in args:
+        kind = type(value)
+        if kind is Tensor:
+            place = known_place(value)
+            if type(place) is not Place or (tracked and place.space is not tracked[0][1].space):
+                return None
+            tracked.append((value, place))
+        elif kind not in PLAIN and not ((kind is tuple or kind is list) and PLAIN.issuperset(map(type, value))):
+            return None
+    if not tracked or (kwargs and not PLAIN.issuperset(map(type, kwargs.values()))):
+        return None
+    space = tracked[0][1].space
+    return None if space.rows <= 1 or space.record.checkpointed else tracked
 
 
 def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, Any]], list[Tensor]]:
@@ -192,12 +217,12 @@ def _scan(values: Iterable[Any], tracked: list[tuple[Tensor, Any]], targets: lis
             _scan(value.values(), tracked, targets)
 
 
-def _underived(out: Any, func: Callable, kind: Kind, args: tuple, targets: list[Tensor]) -> Any:
+def _underived(out: Any, traits: Traits, args: tuple, targets: list[Tensor]) -> Any:
     """An operation without data; remember what only repeats a tensor, so that a gradient need not be spread."""
     if targets and isinstance(out, Tensor) and out.requires_grad:
         source = args[0] if args else None
-        name = base_name(func)
-        if isinstance(source, Tensor) and (kind is Kind.EXPAND or (name == "repeat" and _only_ones(source, out))):
+        repeats = traits.kind is Kind.EXPAND or (traits.name == "repeat" and isinstance(source, Tensor))
+        if isinstance(source, Tensor) and repeats and (traits.kind is Kind.EXPAND or _only_ones(source, out)):
             put_origin(out, origin_of(source))
     return out
 
@@ -206,15 +231,6 @@ def _only_ones(source: Tensor, out: Tensor) -> bool:
     """Whether only axes of size 1 were repeated, so that it is the same as expanding."""
     padded = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
     return all(a == b or a == 1 for a, b in zip(padded, out.shape, strict=True))
-
-
-def lost_inputs(tensors: Iterable[Tensor]) -> Lost | None:
-    """The first tensor in which the examples are lost already."""
-    for t in tensors:
-        place = place_of(t)
-        if isinstance(place, Lost):
-            return place
-    return None
 
 
 def parted(output: Any) -> Any:
@@ -242,20 +258,55 @@ def _where() -> str:
     return f"`{frame.name}` ({type(frame.module).__name__})"
 
 
-def name_of(func: Callable) -> str:
-    """How an operation is called in names and messages."""
-    return base_name(func).strip("_.") or "operation"
+def simple_place(
+    traits: Traits, args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]], out: Tensor
+) -> Place | None:
+    """The place of an operation's only result, where that needs no trial."""
+    if traits.name in _BESIDE:
+        return _beside(args, kwargs, tracked, out)
+    kind = traits.kind
+    x, place = tracked[0]
+    if kind is Kind.POINTWISE:
+        if len(tracked) == 1 and x.shape == out.shape:
+            return place
+        return broadcast([(known, t.shape) for t, known in tracked], out.shape)
+    if not args or x is not args[0]:
+        return None
+    if kind is Kind.SAME:
+        return place if x.shape == out.shape else None
+    if kind is Kind.RESHAPE:
+        return reshaped(place, x.shape, out.shape) if out.numel() == x.numel() else None
+    if kind is Kind.PERMUTE:
+        return place.at(permuted_axis(traits.name, args, kwargs, place.axis))
+    if kind is Kind.EXPAND:
+        axis = place.axis + out.dim() - x.dim()
+        return place.at(axis) if out.shape[axis] == place.size else None
+    return None
+
+
+_BESIDE = ("cat", "concat", "concatenate")
+
+
+def _beside(args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]], out: Tensor) -> Place | None:
+    """Tensors that hold the same rows on the same axis, put beside each other along another one."""
+    first = tracked[0][1]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    alike = all(place.axis == first.axis and place.agrees(first) for _, place in tracked)
+    if not alike or not isinstance(dim, int) or dim % out.dim() == first.axis:
+        return None
+    return first if all(t.dim() == out.dim() for t, _ in tracked) else None
 
 
 class _Operation:
     """One call of a torch function that is given data."""
 
     def __init__(
-        self, func: Callable, kind: Kind, args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]]
+        self, func: Callable, traits: Traits, args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]]
     ) -> None:
-        self.func, self.kind, self.args, self.kwargs = func, kind, args, kwargs
+        self.func, self.traits, self.args, self.kwargs = func, traits, args, kwargs
+        self.kind, self.name, self.in_place = traits.kind, traits.name, traits.in_place
         self.tracked = tracked
-        if kind is Kind.MOVE or (base_name(func) == "__getitem__" and _has_index(args[1])):
+        if self.kind is Kind.MOVE or (self.name == "__getitem__" and _has_index(args[1])):
             values = values_of(func, args, kwargs)  # what indices choose is looked at
             indices = [(t, place) for t, place in tracked if not any(t is v for v in values)]
             if not any(_chooses_across(t, place, values) for t, place in indices):
@@ -263,10 +314,9 @@ class _Operation:
                 tracked = self.tracked = kept or tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
         self.record = (self.lost or tracked[0][1].space).record
-        self.in_place = writes_in_place(func)
         self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
         self.inputs: list[Tensor] = []
-        self.any_rows = kind is Kind.POINTWISE  # whether the call does the same on any number of rows
+        self.any_rows = self.kind is Kind.POINTWISE  # whether the call does the same on any number of rows
         self._places_early: Callable[[list[Tensor]], list[Any]] | None = None
         self._before: list[tuple[Tensor, Any]] = []
         self._counted: list[tuple[Tensor, int]] = []
@@ -286,7 +336,7 @@ class _Operation:
             if version(t) != count:
                 self.record.wrote = True
                 put(t, self._lost("writes statistics of the examples into a buffer", True))
-        outputs = [self.args[0]] if base_name(self.func) == "__setitem__" else list(tensors_in(out))
+        outputs = [self.args[0]] if self.name == "__setitem__" else list(tensors_in(out))
         if not outputs:
             return out
         if any(inside_functorch(t) for t in outputs):
@@ -323,7 +373,7 @@ class _Operation:
 
     def _statistics(self) -> list[tuple[Tensor, int]]:
         """Running statistics that the call may change, and how often they were written to."""
-        if base_name(self.func) not in ("batch_norm", "instance_norm"):
+        if self.name not in ("batch_norm", "instance_norm"):
             return []
         tensors = tensors_in((self.args[1:], self.kwargs))
         return [(t, version(t)) for t in tensors if not t.requires_grad and place_of(t) is None]
@@ -361,7 +411,9 @@ class _Operation:
         if space.rows <= 1 and not self._fills():
             place = Place(space, None)
             return [place] * len(outputs)
-        simple = self._simple(outputs)
+        simple = None
+        if len(outputs) == 1:
+            simple = simple_place(self.traits, self.args, self.kwargs, self.tracked, outputs[0])
         if simple is not None:
             return [simple]
         if self._moves_by_data():
@@ -370,7 +422,7 @@ class _Operation:
 
     def _fills(self) -> bool:
         """Whether one example's entries are written among what may become those of others."""
-        into = self.kind is Kind.MOVE and base_name(self.func) in INTO and self.record.space.rows > 1
+        into = self.kind is Kind.MOVE and self.name in INTO and self.record.space.rows > 1
         return into and place_of(self.args[0]) is None
 
     def _space(self) -> Space | None:
@@ -380,49 +432,16 @@ class _Operation:
 
     def _apart(self, outputs: list[Tensor]) -> list[Any]:
         """Arguments that hold different rows can only be put beside each other."""
-        if self.kind is Kind.MOVE or base_name(self.func) in MOVERS:
+        if self.kind is Kind.MOVE or self.name in MOVERS:
             return self._moved(self.args, outputs)
         made = next((place.space.made for _, place in self.tracked if place.space.made), "")
         by = f" (from {made})" if made else ""
         why = f"mixes examples: it is given rows of different ones, or in different orders{by}"
         return [self._lost(why, True)] * len(outputs)
 
-    def _simple(self, outputs: list[Tensor]) -> Place | None:
-        """What needs no trial."""
-        out = outputs[0]
-        if len(outputs) != 1:
-            return None
-        if base_name(self.func) in ("cat", "concat", "concatenate"):
-            return self._beside(out)
-        kind = self.kind
-        if kind is Kind.POINTWISE:
-            return broadcast([(place, t.shape) for t, place in self.tracked], out.shape)
-        x, place = self.tracked[0]
-        if x is not self.args[0] if self.args else True:
-            return None
-        if kind is Kind.SAME:
-            return place if x.shape == out.shape else None
-        if kind is Kind.RESHAPE and out.numel() == x.numel():
-            return reshaped(place, x.shape, out.shape)
-        if kind is Kind.PERMUTE:
-            return place.at(permuted_axis(self.func, self.args, self.kwargs, place.axis))
-        if kind is Kind.EXPAND:
-            axis = place.axis + out.dim() - x.dim()
-            return place.at(axis) if out.shape[axis] == place.size else None
-        return None
-
-    def _beside(self, out: Tensor) -> Place | None:
-        """Tensors that hold the same rows on the same axis, put beside each other along another one."""
-        first = self.tracked[0][1]
-        dim = self.args[1] if len(self.args) > 1 else self.kwargs.get("dim", 0)
-        alike = all(place.axis == first.axis and place.agrees(first) for _, place in self.tracked)
-        if not alike or not isinstance(dim, int) or dim % out.dim() == first.axis:
-            return None
-        return first if all(t.dim() == out.dim() for t, _ in self.tracked) else None
-
     def _moves_by_data(self) -> bool:
         """Whether the entries' new order may differ from call to call."""
-        if self.kind is not Kind.MOVE and not (base_name(self.func) == "__getitem__" and _has_index(self.args[1])):
+        if self.kind is not Kind.MOVE and not (self.name == "__getitem__" and _has_index(self.args[1])):
             return False
         return any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs))
 
@@ -441,7 +460,7 @@ class _Operation:
             if forms and len(forms) == len(outputs) and all(map(fits, forms, outputs, [rows] * len(outputs))):
                 self.any_rows = known is key
                 return [self._from(form) for form in forms]
-        movable = base_name(self.func) in MOVERS
+        movable = self.name in MOVERS
         with dispatched():  # a default device is such a mode
             forms, few = forms_of(self.func, self.args, self.kwargs, outputs, rows, only_few=movable)
         self.any_rows = few
@@ -477,7 +496,12 @@ class _Operation:
         return Lost(self.record, self._called(), why, mixes)
 
     def _called(self) -> str:
-        return f"`{name_of(self.func)}` in {_where()}"
+        return f"`{self._shown}` in {_where()}"
+
+    @property
+    def _shown(self) -> str:
+        """How the operation is called in names and messages."""
+        return self.name.strip("_.") or "operation"
 
     # -- taps ---------------------------------------------------------------------------------------------------------
 
@@ -492,7 +516,7 @@ class _Operation:
         if base is not None:
             edges = Tap.edges_of([*self.inputs, base])
         frame = STATE.frames[-1] if STATE.frames else None
-        where = f"{frame.name}:{name_of(self.func)}" if frame else name_of(self.func)
+        where = f"{frame.name}:{self._shown}" if frame else self._shown
         name = self.record.numbered((where,), where)
         note_checkpoint(self.record)
         bound, rule = self._bound(targets)
@@ -524,9 +548,9 @@ class _Operation:
         return target if isinstance(place_of(base), Place) else None
 
     def _general(self) -> FunctionRule:
-        if self.kind is Kind.POINTWISE and base_name(self.func) != "__setitem__":
+        if self.kind is Kind.POINTWISE and self.name != "__setitem__":
             return _POINTWISE
-        return _JOIN if base_name(self.func) in JOINS else _FUNCTION
+        return _JOIN if self.name in JOINS else _FUNCTION
 
     def _bound(self, targets: list[Tensor]) -> tuple[Bound | None, Rule]:
         """The call in the form of a module that has a rule, if it has one."""

@@ -60,6 +60,7 @@ _POINTWISE = names(
 _FILLS = names("full_like new_full new_tensor")
 _SIZED = names("arange zeros ones empty eye linspace rand randn")  # data says at most how large it is
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
+_STATISTICS = names("batch_norm instance_norm")  # may change running statistics
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
 
@@ -111,20 +112,43 @@ def _classify(func: Any) -> Kind:
     return Kind.POINTWISE if _tagged_pointwise(plain) else Kind.OTHER
 
 
-KINDS: dict[Any, Kind] = {}
+class Traits:
+    """What is known of a torch function, method or property by its name.
+
+    Attributes:
+        kind: Its kind.
+        name: Its name, see `base_name`.
+        in_place: Whether it writes into its first argument, by torch's naming.
+        plain: Whether it only makes new tensors of those it is given, all of which it reads; of what is ignored,
+            whether no mode needs to see it.
+    """
+
+    __slots__ = ("in_place", "kind", "name", "plain")
+
+    def __init__(self, func: Any) -> None:
+        """Look at the name."""
+        self.kind, self.name, self.in_place = _classify(func), base_name(func), _writes_in_place(func)
+        special = (Kind.FILL, Kind.SET, Kind.MOVE, Kind.COMPOSITE)
+        if self.kind is Kind.IGNORED:
+            self.plain = self.name != "backward"
+        else:
+            self.plain = not self.in_place and self.kind not in special and self.name not in _STATISTICS
 
 
-def kind_of(func: Any) -> Kind:
-    """The kind of a torch function, method or property."""
-    kind = KINDS.get(func)
-    if kind is None:
-        kind = KINDS[func] = _classify(func)
-    return kind
+TRAITS: dict[Any, Traits] = {}
 
 
-def permuted_axis(func: Any, args: tuple, kwargs: dict, axis: int) -> int:
+def traits_of(func: Any) -> Traits:
+    """What is known of a torch function, method or property."""
+    traits = TRAITS.get(func)
+    if traits is None:
+        traits = TRAITS[func] = Traits(func)
+    return traits
+
+
+def permuted_axis(name: str, args: tuple, kwargs: dict, axis: int) -> int:
     """Where an axis of the first argument goes when axes change places."""
-    t, name, rest = args[0], base_name(func), args[1:]
+    t, rest = args[0], args[1:]
     if name == "permute":
         order = kwargs.get("dims") or (rest[0] if isinstance(rest[0], (tuple, list)) else rest)
         return [a % t.dim() for a in order].index(axis)
@@ -139,17 +163,8 @@ def permuted_axis(func: Any, args: tuple, kwargs: dict, axis: int) -> int:
     return {first: second, second: first}.get(axis, axis)
 
 
-_IN_PLACE: dict[Any, bool] = {}
-
-
-def writes_in_place(func: Any) -> bool:
+def _writes_in_place(func: Any) -> bool:
     """Whether the function writes into its first argument, by torch's naming."""
-    known = _IN_PLACE.get(func)
-    if known is None:
-        name = getattr(func, "__name__", "")
-        operators = (
-            name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
-        )
-        known = name == "__setitem__" or operators or (name.endswith("_") and not name.endswith("__"))
-        _IN_PLACE[func] = known
-    return known
+    name = getattr(func, "__name__", "")
+    operators = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
+    return name == "__setitem__" or operators or (name.endswith("_") and not name.endswith("__"))

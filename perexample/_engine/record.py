@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from .._private import (
     calls_under_way,
@@ -28,7 +29,7 @@ from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for
 from ..rules.generic import GenericRule, graded
-from .follow import Follow, forget_followers, lose, lost_inputs, note_checkpoint, parted
+from .follow import Follow, forget_followers, lose, note_checkpoint, parted
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
 from .tap import LOST, Tap
@@ -329,7 +330,9 @@ def _answers(
             tracked = True
         elif t.requires_grad:
             return False  # parameters among the inputs: the operations inside are tapped one by one
-    if not rule.handles(module, *_bound(module, args, kwargs)):
+    if kwargs:
+        args, kwargs = _bound(module, args, kwargs)
+    if not rule.handles(module, args, kwargs):
         return False
     return tracked or (record is not None and rule.counts_rows)
 
@@ -360,7 +363,8 @@ class Exit:
                 output = _leave_opaque(frame, args, kwargs, output)
         finally:
             _close(frame)
-        _refuse_written_buffers(frame, frame.module if frames else None)
+        if module._buffers or not frames:
+            _refuse_written_buffers(frame, module if frames else None)
         checkpointed = frame.record is not None and frame.record.checkpointed
         if (checkpointed or has_backward_hooks(module)) and output is not None:
             for t in tensors_in(output):
@@ -413,12 +417,18 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
     """Tap a module's outputs; returns the output to go on with."""
     module = frame.module
     inputs, results = tensors_of((args, kwargs) if kwargs else args), tensors_of(output)
-    if lost := lost_inputs(inputs):
-        lose(results, lost)
-        return output
-    args, kwargs = _bound(module, args, kwargs)
-    record = frame.record or next(p.space.record for t in inputs if isinstance(p := place_of(t), Place))
-    located = _located(rule, frame, args, kwargs, inputs, results, record)
+    known: list[Place] = []
+    for t in inputs:
+        place = place_of(t)
+        if isinstance(place, Lost):
+            lose(results, place)
+            return output
+        if place is not None:
+            known.append(place)
+    if kwargs:
+        args, kwargs = _bound(module, args, kwargs)
+    record = frame.record or known[0].space.record
+    located = _located(rule, frame, args, kwargs, bool(known), results, record)
     if isinstance(located, str):
         where = f"`{frame.name}` ({type(module).__name__})"
         mixes = "several examples" in located
@@ -426,7 +436,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         return output
     place, places = located
     live = [t for t in results if t.requires_grad]
-    outputs = [t for t in live if t.grad_fn is not None and not _is_input(t, inputs)]
+    outputs = [t for t in live if (node := t.grad_fn) is not None and not _is_input(node, t.output_nr, inputs)]
     if not outputs or len(outputs) != len(live):
         _put_all(results, places)
         return output
@@ -454,10 +464,10 @@ def _put_all(tensors: Any, places: Sequence[Place | None]) -> None:
 
 
 def _located(
-    rule: Rule, frame: Frame, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor], record: Record
+    rule: Rule, frame: Frame, args: tuple, kwargs: dict, tracked: bool, outputs: list[Tensor], record: Record
 ) -> tuple[Place, Sequence[Place | None]] | str:
     """Where the call holds the rows, and that the outputs are of the sizes that this means."""
-    if not _tracked(inputs):  # bags of ids: one row of the output each
+    if not tracked:  # bags of ids: one row of the output each
         if record.pending:
             record.settle(outputs[0].shape[0])
         if record.space.rows != outputs[0].shape[0]:
@@ -468,19 +478,15 @@ def _located(
     if isinstance(located, str):
         return located
     for t, place in zip(outputs, located[1], strict=True):
-        if (
-            place is not None
-            and place.axis is not None
-            and (t.dim() <= place.axis or t.shape[place.axis] != place.size)
-        ):
-            return f"gives an output of shape {list(t.shape)}, in which axis {place.axis} does not hold the examples"
+        if place is None or (axis := place.axis) is None:
+            continue
+        if t.dim() <= axis or t.shape[axis] != place.size:
+            return f"gives an output of shape {list(t.shape)}, in which axis {axis} does not hold the examples"
     return located
 
 
 def _bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Arguments in the order in which ``forward`` names them, however they were passed."""
-    if not kwargs:
-        return args, kwargs
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
@@ -488,7 +494,9 @@ def _bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return bound.args, bound.kwargs
 
 
-def _is_input(output: Tensor, inputs: list[Tensor]) -> bool:
+def _is_input(node: Node, number: int, inputs: list[Tensor]) -> bool:
     """Whether a module hands an input through, so that its parameters took no part."""
-    node, number = output.grad_fn, output.output_nr
-    return any(t.output_nr == number and t.grad_fn is node for t in inputs)
+    for t in inputs:  # noqa: SIM110 - a generator takes twice as long
+        if t.output_nr == number and t.grad_fn is node:
+            return True
+    return False

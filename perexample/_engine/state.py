@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .record import Record
 
 
-@dataclass
+@dataclass(slots=True)
 class Frame:
     """A module call under way.
 

@@ -42,6 +42,12 @@ def _drop(entry: Any) -> None:
             table.pop(key, None)
 
 
+def known_place(tensor: Tensor) -> Place | Lost | None:
+    """What was noted of this very tensor object."""
+    entry = _PLACES.get(id(tensor))
+    return entry.known if entry is not None and entry() is tensor else None
+
+
 def place_of(tensor: Tensor) -> Place | Lost | None:
     """Where a tensor holds the examples; ``None`` if it does not depend on the batch, as far as was seen."""
     entry = _PLACES.get(id(tensor))

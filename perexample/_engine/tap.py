@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +100,10 @@ class Tap:
         self.place, self.places = place, places
         self._versions = {key: version(p) for key, p in params.items()} if rule.reads_parameters else {}
         tensors: list[Tensor] = []
-        self._plan = map_tensors(lambda t: _Slot(tensors, t), saved)
+        self._plan = {
+            key: _Slot(tensors, value) if type(value) is Tensor else map_tensors(lambda t: _Slot(tensors, t), value)
+            for key, value in saved.items()
+        }
         self._node = _save(tensors)
 
     @staticmethod
@@ -114,11 +117,8 @@ class Tap:
         for index, output in enumerate(outputs):
             # A linear layer may return a view of its product; what is written into it in place rewrites the view only.
             source = output if len(outputs) > 1 else _own_base(output, inputs)
-            order = memory_order(output) if source is not output else None
-            if order is not None:
-                if not output.is_contiguous():
-                    self._orders[index] = order
-                self._put(self.places[index], output, source, order)
+            if source is not output:
+                self._put(index, output, source)
             node = source.grad_fn
             assert node is not None
             metadata(node).setdefault(KEY, {})[source.output_nr] = (self, index)
@@ -126,10 +126,17 @@ class Tap:
             handle = source.register_hook(_Arrival(self, index))
             self._hooks.append((weakref.ref(gradient_hooks(source)), handle.id))
 
-    def _put(self, place: Place, output: Tensor, source: Tensor, order: list[int]) -> None:
+    def _put(self, index: int, output: Tensor, source: Tensor) -> None:
         """Views of parts of an output are views of what the output is a view of, which is therefore known too."""
-        moved = place if place.axis is None else place.at(order.index(place.axis))
-        known = reshaped(moved, torch.Size([output.shape[axis] for axis in order]), source.shape)
+        place, shape = self.places[index], output.shape
+        if not output.is_contiguous():
+            order = memory_order(output)
+            if order is None:
+                return
+            self._orders[index] = order
+            shape = torch.Size([shape[axis] for axis in order])
+            place = place if place.axis is None else place.at(order.index(place.axis))
+        known = reshaped(place, shape, source.shape)
         if known is not None:
             put(source, known)
 
@@ -137,7 +144,7 @@ class Tap:
         """The gradient that arrived for an output, in the output's shape."""
         shape, order = self.outputs[index][0], self._orders.get(index)
         if order is None:
-            return g.reshape(shape)
+            return g if g.shape == shape else g.reshape(shape)
         back = [order.index(axis) for axis in range(len(order))]
         return g.reshape([shape[axis] for axis in order]).permute(back)
 
@@ -160,9 +167,35 @@ class Tap:
     def call(self) -> Call:
         """The call as the rule sees it: saved tensors back, in at least float32."""
         self._check_versions()
-        tensors = self._unpacked()
-        saved = map_tensors(lambda slot: at_least_float32(tensors[slot.index]), self._plan, _Slot)
+        tensors: Sequence[Tensor] = self._unpacked()
+        tensors = [at_least_float32(t) for t in tensors]
+        saved = {
+            key: tensors[slot.index]
+            if type(slot) is _Slot
+            else map_tensors(lambda slot: tensors[slot.index], slot, _Slot)
+            for key, slot in self._plan.items()
+        }
         return Call(self.module, self.name, self.place.space.rows, self.params, saved)
+
+    def most_held(self, n: int, shared: Collection[int]) -> int:
+        """At most how many bytes the terms of this call hold for the weighted sum.
+
+        Args:
+            n: Number of examples.
+            shared: Which parameters have other calls too; inputs of convolutions are then unfolded, to be put together.
+
+        Returns:
+            The bytes.
+        """
+        sizes: list[int] = []
+        map_tensors(lambda slot: sizes.append(slot.shape.numel()), self._plan, _Slot)
+        shapes = [shape for shape, _, _ in self.outputs]
+        rows = max(n, self.place.space.rows)
+        most = self.rule.most_held(self.module, self.params, rows, sum(sizes), shapes)
+        kernels = [p[0].numel() for p in self.params.values() if id(p) in shared and p.dim() > 2]
+        most += sum(kernels) * sum(map(torch.Size.numel, shapes))
+        several = 1 if self.owner is None else 4  # rows that are put beside each other may be filled up
+        return most * several * max(4, *(dtype.itemsize for _, dtype, _ in self.outputs))
 
     def to_rows(self, t: Tensor) -> Tensor:
         """A tensor with the rows on axis 0, for a rule that wants them there."""
@@ -223,6 +256,8 @@ def _edge(tensor: Tensor) -> GradientEdge:
 
 def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:
     """The tensor of which an output is a view, if the call made it, or wrote into it."""
+    if output._base is None:
+        return output
     base = whole_base(output)
     if base is output or any(output is t for t in inputs):
         return base
