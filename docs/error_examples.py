@@ -308,7 +308,7 @@ ENTRIES = (
     ),
 )
 
-NAMES = {entry.name for entry in ENTRIES} | {"NonFiniteExampleWarning"}
+NAMES = {entry.name for entry in ENTRIES} | {"MemoryBoundWarning", "NonFiniteExampleWarning"}
 
 
 def message(entry: Entry, example: Example) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perexample._arguments import positive
+from perexample._shards import is_sharded
 from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
 
@@ -213,8 +214,8 @@ class ClippedGrad(Extension):
         results = {}
         for group, vs in members.items():
             weights = Weights(self._weights(staged.group_norms[group], finite, self._bound(group)))
-            for view in vs:
-                value = self._accumulated(view, view.summed(weights))
+            for view in _freeing(vs):
+                value = view.summed(weights, self._before(view.param))
                 view.let_go()
                 staged.entries[id(view.param)] = _Entry(weakref.ref(view.param), view.name, weakref.ref(value))
                 results[view.name] = value
@@ -252,14 +253,11 @@ class ClippedGrad(Extension):
                 stacklevel=2,
             )
 
-    def _accumulated(self, view: ParameterView, value: Tensor) -> Tensor:
-        """Add to the sum under way; start a new one after a step, or where the field is not ours any more."""
-        p = view.param
+    def _before(self, p: Tensor) -> Tensor | None:
+        """The sum under way; none after a step, or where the field is not ours any more."""
         entry = self._entries.get(id(p))
         before: Tensor | None = getattr(p, self.field, None)
-        if entry is not None and not entry.used and before is not None and entry.sum() is before:
-            return value.add_(before) if view.late else value + before
-        return value
+        return before if entry is not None and not entry.used and entry.sum() is before else None
 
     def _group(self, name: str) -> str:
         if self.groups == "all":
@@ -315,3 +313,10 @@ class ClippedGrad(Extension):
                 f"perex(clipping) before the next step."
             )
         return value
+
+
+def _freeing(views: list[ParameterView]) -> list[ParameterView]:
+    """Those first whose sums take the least room beside what they let go, so that the peak is not in between."""
+    if any(is_sharded(view.param) for view in views):  # all processes sum in one order, and may hold different things
+        return views
+    return sorted(views, key=lambda view: view.param.numel() * view.param.element_size() - view.held())

@@ -59,3 +59,7 @@ class ConfigurationError(PerExampleError, ValueError):
 
 class NonFiniteExampleWarning(UserWarning):
     """Some examples had a gradient with NaN or infinity; each contributed exactly zero."""
+
+
+class MemoryBoundWarning(UserWarning):
+    """More was held until the clip factors were known than ``perex(max_memory=...)`` allows."""

@@ -28,8 +28,8 @@ class Extension:
     Attributes:
         field: Name of the attribute on each parameter.
         joint: Whether `finish` asks the views for more than `compute` did.
-        late_sums: Whether `finish` does with what `weighted_sum` returns nothing but hand it on, or add to it in place.
-            Then the sums may be filled in after it, which ``perex(max_memory=...)`` needs.
+        late_sums: Whether `finish` does with what `weighted_sum` returns nothing but hand it on; what it is to be added
+            to is an argument. Then sums may be filled in after it, which ``perex(max_memory=...)`` needs.
     """
 
     field: ClassVar[str]

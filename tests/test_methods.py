@@ -13,11 +13,14 @@ from perexample import (
     Extension,
     ExtensionError,
     LossError,
+    MemoryBoundWarning,
+    Rule,
     _conv,
     _norms,
     extend,
     perex,
     plan,
+    register_rule,
     terms,
 )
 from perexample import methods as choosing
@@ -468,6 +471,78 @@ def test_what_does_not_fit_is_freed_before_the_sums():
         with perex(Spy(1.0), grad=False, max_memory=bound):
             model(torch.randn(4, 9)).square().sum(1).mean().backward()
         assert (sum(seen) == 0) == (bound == 0)
+
+
+def backwards_of(model, x, bound):
+    """How many times a step goes back through the last module, and whether all inputs were held until the norms."""
+    calls, held = [], []
+    model[-1].register_full_backward_pre_hook(lambda *_: calls.append(1) and None)
+
+    class Spy(ClippedGrad):
+        def finish(self, views):
+            held.append(sum(view.held() for view in views))
+            return super().finish(views)
+
+    with perex(Spy(1.0), grad=False, max_memory=bound):
+        model(x).square().sum(1).mean().backward()
+    return len(calls), held[0]
+
+
+def test_one_backward_where_all_fits_and_nothing_held_where_not():
+    torch.manual_seed(0)
+    model, x = extend(nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9))), torch.randn(4, 9)
+    most = 4 * 2 * (4 * 9 * 2 + 4 * 9)  # for each layer input, upstream gradient, and gradients of the bias
+    assert backwards_of(model, x, most) == (1, most)
+    model = extend(nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9)))
+    assert backwards_of(model, x, most - 1) == (2, 0)
+
+
+def test_a_graph_whose_gradients_fit_is_not_kept():
+    """What the first layers keep for the backward is gone when the last gradient arrives."""
+    model = extend(nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9)))
+    alive, outputs = [], []
+    model[3].register_forward_hook(lambda module, args, out: outputs.append(out.grad_fn) and None)
+    model[0].register_forward_hook(
+        lambda module, args, out: out.register_hook(lambda g: alive.append(_has_saved(outputs[-1]))) and None
+    )
+    for bound in (1e9, 0):
+        with perex(ClippedGrad(1.0), grad=False, max_memory=bound):
+            loss = model(torch.randn(4, 9)).square().sum(1).mean()
+            loss.backward()
+    assert alive == [False, True, False]
+
+
+def _has_saved(node):
+    try:
+        return node._saved_result is not None
+    except RuntimeError:
+        return False
+
+
+def test_a_rule_that_holds_more_than_it_says():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.gain
+
+    @register_rule(Scale)
+    class Greedy(Rule):
+        def terms(self, call, g):
+            product = (g * call.x)[:, None, None]
+            return {"gain": Outer(product, call.x.new_ones(4, 1, 1, 1), call.params["gain"].shape)}
+
+        def most_held(self, module, params, n, saved, outputs):
+            return 1
+
+    model = extend(nn.Sequential(Scale()))
+    with (
+        pytest.warns(MemoryBoundWarning, match=r"max_memory=4.*`0.gain`.*most_held"),
+        perex(ClippedGrad(1.0), grad=False, max_memory=4),
+    ):
+        model(torch.randn(4, 3)).square().sum(1).mean().backward()
 
 
 def test_a_second_pass_leaves_the_gradient_of_an_input_alone():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from perexample import Extension, extend, perex, registered_rules
+from perexample._engine.backward import Backward
 from perexample.extensions import (
     BatchDotGrad,
     BatchGrad,
@@ -256,3 +257,17 @@ def test_layer_norm_with_the_statistics_of_its_forward(mean):
         found[0].double(), (g.double() * normalised).sum(1), 1e-6 if not mean else 1e-3, "weight"
     )
     reference.assert_close_report(found[1].double(), g.double().sum(1), 1e-6, "bias")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=ids)
+def test_no_more_is_held_than_was_told(case, monkeypatch):
+    """What perex(max_memory=...) goes by; where more is held it warns, which is an error here."""
+    told = []
+    most = Backward._most_held
+    monkeypatch.setattr(Backward, "_most_held", lambda self: told.append(most(self)) or told[-1])
+    for bound in (lambda: 1e15, lambda: told[0]):
+        model, inputs = case.build()
+        extend(model, batch_dim=case.batch_dim)
+        with perex(ClippedGrad(1.0), grad=False, max_memory=bound()):
+            case.loss(model, inputs, "mean").backward()
+    assert told[0] == told[1]

@@ -1,7 +1,8 @@
 """What a bound on memory costs: time and peak of clipped sums with ``perex(max_memory=...)``.
 
-The bound is on what is held until the clip factors are known. It is taken as shares of what a step holds without one;
-what does not fit comes back in a second backward. Writes ``bounded.json`` and a table in ``docs/performance.rst``::
+The bound is on what is held until the clip factors are known. With one below what a step may need nothing is held, and
+a second backward forms the sums, so that any such bound is as good as 0. Writes ``bounded.json`` and a table in
+``docs/performance.rst``::
 
     python gallery/benchmarks/bounded.py
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import measure
@@ -20,34 +20,10 @@ from models import SUITE
 from systems import OursClipped, Problem, System
 from tqdm import tqdm
 
-from perexample import Extension, ParameterView, perex
+from perexample import perex
 
 MODELS = ("mlp", "resnet18", "vgg11", "transformer", "gpt", "vit")
-SHARES = (None, 0.5, 0.0)
-
-
-class Held(Extension):
-    """How much is held when the backward is over."""
-
-    field, joint = "held", True
-    bytes = 0
-
-    def compute(self, view: ParameterView) -> None:
-        """Norms, as `ClippedGrad` asks for them."""
-        view.batch_l2()
-
-    def finish(self, views: Sequence[ParameterView]) -> dict[str, torch.Tensor]:
-        """Count."""
-        self.bytes = sum(view.held() for view in views)
-        return {}
-
-
-def held_by(problem: Problem) -> int:
-    """Bytes that a step without a bound holds until the clip factors are known."""
-    system, found = OursClipped(problem), Held()
-    with perex(found, grad=False):
-        system.losses().mean().backward()
-    return found.bytes
+BOUNDS = (None, 0.0)
 
 
 class Bounded(OursClipped):
@@ -63,15 +39,9 @@ class Bounded(OursClipped):
             self.losses().mean().backward()
 
 
-def bounds(problem: Problem) -> list[float | None]:
-    """For each share, the bound."""
-    held = held_by(problem)
-    return [None if share is None else share * held for share in SHARES]
-
-
 def peak(problem: Problem, number: int) -> float:
     """Peak memory of the plain step (-1), or that with one of the bounds."""
-    return measure.peak_of(System(problem) if number < 0 else Bounded(problem, bounds(problem)[number]))
+    return measure.peak_of(System(problem) if number < 0 else Bounded(problem, BOUNDS[number]))
 
 
 def measured(options: argparse.Namespace) -> dict[str, dict]:
@@ -79,9 +49,8 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for model in tqdm(options.models, desc="models", disable=None):
         problem = Problem.of(SUITE[model], options.n)
-        asked = bounds(problem)
         check, systems = measure.Check(problem), {}
-        for number, bound in enumerate(asked):
+        for number, bound in enumerate(BOUNDS):
             system = systems[str(number)] = Bounded(problem, bound)
             system.step()
             worst = check.worst(system)
@@ -89,10 +58,10 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
                 raise RuntimeError(f"{model}, {bound}: relative difference {worst:.1e}")
             system.zero()
         times = measure.compare(systems, System(problem), options.repeats, options.seconds)
-        found[model] = {"bounds": asked, "times": [times[str(number)] for number in range(len(asked))]}
+        found[model] = {"bounds": list(BOUNDS), "times": [times[str(number)] for number in range(len(BOUNDS))]}
         if options.memory:
             settings = ["--n", str(options.n)] if options.n else []
-            numbers = range(-1, len(asked))
+            numbers = range(-1, len(BOUNDS))
             peaks = [measure.in_process(Path(__file__), "--peak", model, str(i), *settings) for i in numbers]
             found[model]["peaks"] = [entry["peak"] for entry in peaks]
     return found
@@ -100,13 +69,13 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
 
 def rst(data: dict) -> list[str]:
     """The table."""
-    rows = [["model", "bound, MiB", "time / plain step", "peak / plain step's"]]
+    rows = [["model", "bound", "time / plain step", "peak / plain step's"]]
     for name, entry in data["models"].items():
         plain, *peaks = entry.get("peaks") or [None] * (1 + len(entry["bounds"]))
         for bound, times, most in zip(entry["bounds"], entry["times"], peaks, strict=True):
             low, middle, high = times["ratio"]
             rows.append([
-                SUITE[name].name, "none" if bound is None else f"{bound / measure.MIB:.0f}",
+                SUITE[name].name, "none" if bound is None else f"{bound:g}",
                 f"{middle:.2f} ({low:.2f} to {high:.2f})", "" if plain is None else f"{most / plain:.2f}",
             ])  # fmt: skip
     return [*report.rst_table(rows), "", report.sentence("bounded.py", data["system"]).replace("`", "``")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,7 +14,13 @@ from .._placed import merged
 from .._private import version
 from .._shards import freed, is_sharded
 from .._vjp import pulled_back
-from ..errors import BatchAxisError, ConfigurationError, UncoveredParameterError, UnsupportedModuleError
+from ..errors import (
+    BatchAxisError,
+    ConfigurationError,
+    MemoryBoundWarning,
+    UncoveredParameterError,
+    UnsupportedModuleError,
+)
 from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
@@ -67,7 +74,6 @@ class Backward:
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)
         self.choice = Choice(context.strategy, self.joint, context.room)
-        self.held = 0  # bytes kept for the end
         self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
         self.views = {key: ParameterView(name, p, self.n, scale, forwards, self.choice) for key, p, name in trainable}
@@ -90,7 +96,14 @@ class Backward:
                 "perex(max_memory=...) runs a second backward where memory is short, which with parameters in shards "
                 "(FSDP2) all processes would have to do alike; leave max_memory out."
             )
+        self.twice = self.joint and context.max_memory is not None and self._most_held() > context.max_memory
         self.devices = {view.param.device.type for view in self.views.values()}
+
+    def _most_held(self) -> int:
+        """At most how many bytes will be held for the end, as far as can be told now."""
+        spread = sum(p.numel() * p.element_size() for source in self.computed.values() for p in source.leaves)
+        shared = {key for key, taps in self.pending.items() if taps > 1}
+        return sum(tap.most_held(self.n, shared) for tap in self.found.taps) + self.n * spread
 
     def _count(self, keys: set[int], step: int) -> list[int]:
         """Count what is waited for up or down; returns those that nothing is missing of any more."""
@@ -102,9 +115,10 @@ class Backward:
     def execute(self, backward: Callable[[Any, bool], None], retain: bool) -> None:
         """Run autograd once, then finish; fields are written only if all of it succeeded.
 
-        With a bound on the memory that is held for the end, autograd runs a second time for what did not fit.
+        With a bound on the memory that is held for the end, below what may be needed, nothing is held, and autograd
+        runs a second time. To hold a part would not save any time then, and take room beside that of the graph.
         """
-        views, self.retain = list(self.views.values()), retain or (self.joint and self.context.max_memory is not None)
+        views, self.retain = list(self.views.values()), retain or self.twice
         for extension in self.context.extensions:
             extension.start(views)
         for tap in self.found.taps:
@@ -252,11 +266,8 @@ class Backward:
                 self.results[extension.field][id(view.param)] = result
         if not self.joint:
             view.drop()
-        elif self.context.max_memory is not None:
-            if self.held + view.held() > self.context.max_memory:
-                view.postpone()
-            else:
-                self.held += view.held()
+        elif self.twice:
+            view.postpone()
 
     def _finish(self, views: list[ParameterView]) -> None:
         self.over = True
@@ -266,9 +277,27 @@ class Backward:
         with plain(self.devices):
             for key in self.unreached:
                 self._whole(key)
+            self._check_held(views)
             for extension in self.context.extensions:
                 for name, result in extension.finish(views).items():
                     self.results[extension.field][id(by_name[name].param)] = result
+
+    def _check_held(self, views: list[ParameterView]) -> None:
+        """A rule may hold more than it has said."""
+        bound = self.context.max_memory
+        if bound is None or not self.joint:
+            return
+        factors = [t for view in views if view.term is not None for t in view.term.factors()]
+        held = sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in factors}.values())
+        if held <= bound:
+            return
+        most = max(views, key=ParameterView.held)
+        warnings.warn(
+            f"perex(max_memory={bound}): {held} bytes are held, {most.held()} of them for `{most.name}`, more than the "
+            f"rules of the modules have told; override most_held of the rule (docs/extending), or pass a lower bound.",
+            MemoryBoundWarning,
+            stacklevel=2,
+        )
 
     def _write(self) -> None:
         FIELDS.update(self.results)

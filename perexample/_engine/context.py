@@ -36,9 +36,10 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         strategy: How the fastest of several exact methods is found for each use of a parameter: ``"measure"`` tries
             those that have a chance once for each shape; ``"model"`` goes by estimates, so that every run takes the
             same and gives the same bits. `plan` shows what is taken.
-        max_memory: Bytes that may be held until the clip factors are known; without it there is no bound. What does
-            not fit is let go, and comes back in a second backward through the same graph, in which hooks and
-            custom functions run again; the graph and its activations stay until then. 0 holds nothing.
+        max_memory: Bytes that may be held until the clip factors are known; without it there is no bound. Where a step
+            may need more, nothing is held, and a second backward through the same graph forms the sums, in which hooks
+            and custom functions run again; the graph and its activations stay until then. What it may need is told
+            from shapes beforehand (`Rule.most_held`), and may be more than it does.
         room: How many times the least memory may be held for a parameter until the clip factors are known, if that is
             faster: 1.25 unless given. With a large one per-example gradients are kept, however large, wherever that
             is faster than to go on with the factors. With ``max_memory`` it is 1.

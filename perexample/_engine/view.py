@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,7 +54,21 @@ class Weights:
         return self._scaled[key]
 
 
-def _sum(term: Term, rows: Tensor | None, w: Tensor) -> Tensor:
+@dataclass
+class _Late:
+    """A sum that is filled in later: where, with which weights, and what it is added to."""
+
+    out: Tensor
+    w: Weights
+    onto: Tensor | None
+
+
+def _unfilled(one: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of this shape, and no view, that takes the memory of one element until it is set to another."""
+    return one.new_empty(0).set_(one.untyped_storage(), 0, shape, (0,) * len(shape))
+
+
+def _summed(term: Term, rows: Tensor | None, w: Tensor) -> Tensor:
     """The weighted sum over some of the term's examples, or all."""
     return term.weighted_sum(w) if rows is None else term.select(rows).weighted_sum(w[rows])
 
@@ -81,7 +96,7 @@ class ParameterView:
         param: The parameter, as the optimizer holds it; one that is kept in shards (FSDP2) is a ``DTensor``.
         n: Number of examples N.
         forwards: Tokens of the forwards that the loss depends on, the same for all views of a backward.
-        late: Sums that were asked for in `Extension.finish` and are filled in after it, with their weights.
+        late: Sums that were asked for in `Extension.finish` and are filled in after it.
         users: How many joint extensions have not let go yet.
     """
 
@@ -98,7 +113,7 @@ class ParameterView:
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
         self._dtype = torch.promote_types(param.dtype, torch.float32)
         self._scale, self._choice = scale, choice or Choice()
-        self.late: list[tuple[Tensor, Weights]] = []  # sums that are filled in after `finish`
+        self.late: list[_Late] = []  # sums that are filled in after `finish`
         self._gone = ""  # why nothing can be asked any more
         self._doubtful: Tensor | None = None
         self.users = 0  # joint extensions that may still ask
@@ -131,8 +146,9 @@ class ParameterView:
         self._gone = ""
         if self.term is not None:
             self.term.doubtful = self._doubtful
-        for out, w in self.late:
-            out.add_(self.weighted_sum(w))
+        for late in self.late:
+            total = self.weighted_sum(late.w, late.onto).contiguous()
+            late.out.set_(total.untyped_storage(), total.storage_offset(), total.shape, total.stride())
         self.late = []
         self.drop()
 
@@ -176,21 +192,28 @@ class ParameterView:
                 self._terms, self._l2 = [self._combined], l2 if self._scale == 1.0 else l2 * self._scale**2
         return self._l2
 
-    def weighted_sum(self, w: Tensor | Weights) -> Tensor:
+    def weighted_sum(self, w: Tensor | Weights, onto: Tensor | None = None) -> Tensor:
         """``sum_n w_n g_n``, ``[*p.shape]``; an example of weight 0 contributes exactly 0, even if it is not finite.
 
         Args:
             w: Weights ``[N]``, or `Weights` made of them once for many views.
+            onto: A tensor ``[*p.shape]`` that the sum is added to; it stays as it is.
 
         Returns:
-            The sum, in at least float32.
+            The sum, a new tensor in at least float32. Under ``perex(max_memory=...)`` it may be filled in after
+            `Extension.finish`; until then nothing can be written to it.
         """
-        term, w = self.term, w if isinstance(w, Weights) else Weights(w)
+        w = w if isinstance(w, Weights) else Weights(w)
         if self._gone == _POSTPONED and not w.none:
-            self.late.append((self.zeros(*self.param.shape), w))
-            return self.late[-1][0]
+            self.late.append(_Late(_unfilled(self.zeros(1), self.param.shape), w, onto))
+            return self.late[-1].out
         if self._gone != _POSTPONED:
             self._refuse_gone("weighted_sum")
+        total = self._sum(w)
+        return total if onto is None else total + onto
+
+    def _sum(self, w: Weights) -> Tensor:
+        term = self.term
         if term is None or w.none:
             return self.zeros(*self.param.shape)
         device, dtype = self.param.device, term.dtype
@@ -201,7 +224,7 @@ class ParameterView:
         if w.tiny is not None:
             doubtful = w.tiny if doubtful is None else doubtful | w.tiny.to(doubtful.device)
         if doubtful is None:
-            total = _sum(term, used, w.scaled(device, self._scale, dtype))
+            total = _summed(term, used, w.scaled(device, self._scale, dtype))
             if _finite(total):
                 return total.to(self._dtype)
             doubtful = torch.ones_like(w.used)  # a factor times a weight was too large, their product is not
@@ -210,25 +233,28 @@ class ParameterView:
         rest = ~doubtful & (True if used is None else used)
         total = self.zeros(*self.param.shape)
         if rest.any():
-            part = _sum(term, rest, values.to(dtype))
-            total = total + (part if _finite(part) else _sum(term.double(), rest, values))
+            part = _summed(term, rest, values.to(dtype))
+            total = total + (part if _finite(part) else _summed(term.double(), rest, values))
         if doubtful.any():
             exact, chosen = term.select(doubtful).double(), values[doubtful].double()
             for one in blocks(exact):  # of the gradients that gave the norms: another order of summation is another sum
                 total = total + torch.tensordot(chosen[one], exact.select(one).dense(), dims=1)
         return total.to(self._dtype)
 
-    def summed(self, w: Tensor | Weights) -> Tensor:
+    def summed(self, w: Tensor | Weights, onto: Tensor | None = None) -> Tensor:
         """`weighted_sum`, for an optimizer: of a parameter in shards over all processes, each its own shard.
 
         Args:
             w: Weights ``[N]`` of the examples of this process, or `Weights` made of them.
+            onto: What it is added to, as it was returned by an earlier call.
 
         Returns:
             The sum, in at least float32; a ``DTensor`` where the parameter is one. Then all processes must ask.
         """
-        total = self.weighted_sum(w)
-        return summed_into_shards(total, self.param) if is_sharded(self.param) else total
+        if not is_sharded(self.param):
+            return self.weighted_sum(w, onto)
+        total = summed_into_shards(self.weighted_sum(w), self.param)
+        return total if onto is None else total + onto
 
     def _refuse_gone(self, what: str) -> None:
         if self._gone:

@@ -8,7 +8,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +29,7 @@ from .._conv import (
 from .._norms import gram_norms, norms_of
 from .._trust import TRUSTED, inner, unit_of_products
 from ..methods import ROOM, Choice, Method, choose
-from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, factors_and_biases, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering, rows_together
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -331,6 +331,10 @@ class ConvRule(Rule):
         geometry = Geometry(call.params["weight"].shape, module.stride, module.dilation, module.groups)
         return Windows(call.x, g, geometry, _padding(module), module.padding_mode)
 
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """Input and upstream gradient."""
+        return factors_and_biases(params, n, saved, outputs)
+
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """Windows for the weight, a sum over positions for the bias."""
         terms: dict[str, Term] = {}
@@ -353,6 +357,13 @@ class ConvTransposeRule(ConvRule):
     """The transpose of a convolution from output to input: the same correlation with x and g in exchanged roles."""
 
     names = "input weight bias stride padding output_padding groups dilation"
+
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """Input and upstream gradient, which is padded."""
+        batch, *lengths = outputs[0]
+        if len(lengths) > len(module.padding):
+            lengths[1:] = [length + 2 * p for length, p in zip(lengths[1:], module.padding, strict=True)]
+        return super().most_held(module, params, n, saved, [Size((batch, *lengths))])
 
     def windows(self, call: Call, g: Tensor) -> Term:
         """``g``, padded, is the input of the correlation and ``x`` the gradient; what no window reaches is cut off."""

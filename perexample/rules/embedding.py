@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,10 @@ class EmbeddingRule(_TableRule):
     def feature_axes(self, module: nn.Module) -> int:
         """Every axis of the ids is one of positions."""
         return 0
+
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """The upstream gradient."""
+        return sum(map(Size.numel, outputs))
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """The rows that were looked up."""

@@ -5,12 +5,13 @@ Those whose statistics come from the batch are refused; evaluation-mode BatchNor
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from .._private import norm_statistics
 from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
@@ -33,6 +34,10 @@ class _AffineRule(Rule):
     def summed(self, call: Call, values: Tensor) -> Tensor:
         """``[N, ...]`` summed over all positions that share the parameter, ``[N, *p.shape]``."""
         raise NotImplementedError
+
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """Gradients of the parameters."""
+        return n * sum(p.numel() for p in params.values())
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """Small tensors, formed at once."""

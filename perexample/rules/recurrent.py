@@ -11,12 +11,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
@@ -109,6 +109,11 @@ def _terms(call: Call, run: Unrolled, layout: Layout, suffix: str = "") -> dict[
     return terms
 
 
+def _most_held(params: Mapping[str, Tensor], n: int, steps: int) -> int:
+    """How many numbers the terms of a layer hold, given its steps for all examples."""
+    return sum(steps * sum(p.shape) if p.dim() == 2 else n * p.numel() for p in params.values())
+
+
 def _refuse_problem(call: Call) -> None:
     if problem := call.saved.get("problem"):
         raise UnsupportedModuleError(f"`{call.name}` ({type(call.module).__name__}) {problem}.")
@@ -139,6 +144,10 @@ class RecurrentCellRule(Rule):
         if x.dim() == 1:
             return {"problem": "was called with [I], which has no axis of examples; pass [N, I]"}
         return {"x": x, "hx": hx}
+
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """What weights are multiplied with, and the gradients of the gates."""
+        return _most_held(params, n, n)
 
     def terms(self, call: Call, g: Any) -> dict[str, Term]:
         """Outer products of one position each for weights, the gradients of the pre-activations for biases."""
@@ -223,6 +232,11 @@ class RecurrentRule(Rule):
         how = {"dropout": dropout, "dtype": out.dtype, "autocast": autocast_state(out.device.type)}
         passing = passing_of(out)
         return {"x": x, "packed": packed, "hx": hx, "passing": passing, "print": _print(out, passing), **how}
+
+    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+        """What weights are multiplied with, and the gradients of the gates."""
+        steps = outputs[0][:-1].numel()
+        return _most_held(params, n, steps if len(outputs[0]) == 3 else steps * n)  # a packed one is filled up
 
     def terms(self, call: Call, g: Any) -> dict[str, Term]:
         """Outer products over the steps for weights, sums over them for biases."""

@@ -43,8 +43,8 @@ MUTANTS = (
         Edit(
             f"{CLIPPED}.finish",
             (
-                "view.summed(weights)",
-                "view.summed(self._weights(view.batch_l2().sqrt(), finite, self._bound(group)))",
+                "view.summed(weights,",
+                "view.summed(self._weights(view.batch_l2().sqrt(), finite, self._bound(group)),",
             ),
         ),
         killers=[
@@ -67,7 +67,7 @@ MUTANTS = (
     mutant(
         "F4-second-pass",
         "fills sums that come in a second backward in without their factors",
-        Edit(f"{VIEW}.fulfil", ("self.weighted_sum(w)", "self.weighted_sum(torch.ones_like(w.values))")),
+        Edit(f"{VIEW}.fulfil", ("self.weighted_sum(late.w,", "self.weighted_sum(torch.ones_like(late.w.values),")),
         killers=[
             "test_methods.py::test_a_bound_on_memory_changes_no_result",
             "test_audit.py::test_correct_code_keeps_its_claim[second backward]",
@@ -76,7 +76,7 @@ MUTANTS = (
     mutant(
         "F4-doubtful",
         "adds gradients whose norm was computed in float64 without their factors",
-        Edit(f"{VIEW}.weighted_sum", ("values[doubtful].double()", "torch.ones_like(values[doubtful])")),
+        Edit(f"{VIEW}._sum", ("values[doubtful].double()", "torch.ones_like(values[doubtful])")),
         killers="test_faults.py::test_finding_1_clipped_rows_are_no_longer_than_the_bound[1.0-1.0-0.01]",
     ),
     mutant(
@@ -121,7 +121,7 @@ MUTANTS = (
     mutant(
         "F12-zero-times-nan",
         "gives a NaN the factor zero, and adds their product",
-        Edit(f"{VIEW}.weighted_sum", ("used = None if w.all else w.used.to(device)", "used = None")),
+        Edit(f"{VIEW}._sum", ("used = None if w.all else w.used.to(device)", "used = None")),
         killers=[
             "test_faults.py::test_finding_3_one_nan_example_contributes_exactly_nothing[mlp]",
             "test_faults.py::test_f12_extreme_examples[0.001-input-inf]",
@@ -131,7 +131,7 @@ MUTANTS = (
         "F12-made-zero-in-the-sum",
         "makes a sum that a NaN has reached zero, and with it what all others have added",
         UNCHECKED,
-        Edit(f"{CLIPPED}.finish", ("view.summed(weights)", "view.summed(weights).nan_to_num(0.0, 0.0, 0.0)")),
+        Edit(f"{CLIPPED}.finish", ("self._before(view.param))", "self._before(view.param)).nan_to_num(0.0, 0.0, 0.0)")),
         killers="test_faults.py::test_finding_3_one_nan_example_contributes_exactly_nothing[mlp]",
     ),
     mutant(
@@ -198,7 +198,7 @@ MUTANTS = (
     mutant(
         "F26-carried",
         "adds the sums of an earlier step to those of this one",
-        Edit(f"{CLIPPED}._accumulated", ("not entry.used and ", "")),
+        Edit(f"{CLIPPED}._before", ("not entry.used and ", "")),
         Edit(f"{CLIPPED}.start", ("if not entry.used and entry.alive()", "if entry.alive()")),
         killers=[
             "test_faults.py::test_f23_a_clipped_sum_serves_one_step",
@@ -208,7 +208,7 @@ MUTANTS = (
     mutant(
         "F26-lost",
         "keeps the last of several backwards only",
-        Edit(f"{CLIPPED}._accumulated", ("return value.add_(before) if view.late else value + before", "return value")),
+        Edit(f"{CLIPPED}.finish", ("self._before(view.param)", "None")),
         killers="test_optim.py::test_accumulation_over_backwards[2]",
     ),
     mutant(

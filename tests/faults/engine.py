@@ -72,7 +72,7 @@ MUTANTS = (
         "takes the input of the last forward, as a hook that writes on the module does",
         Edit(
             "perexample._engine.tap:Tap.call",
-            ("tensors = self._unpacked()", "tensors = getattr(self.module, '_last', self)._unpacked()"),
+            ("= self._unpacked()", "= getattr(self.module, '_last', self)._unpacked()"),
         ),
         Edit(
             "perexample._engine.tap:Tap.__init__",

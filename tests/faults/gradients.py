@@ -102,7 +102,7 @@ MUTANTS = (
     mutant(
         "F14-norms-only",
         "undoes the factor of the loss in the norms alone",
-        Edit(f"{VIEW}.weighted_sum", ("w.scaled(device, self._scale, dtype)", "w.scaled(device, 1.0, dtype)")),
+        Edit(f"{VIEW}._sum", ("w.scaled(device, self._scale, dtype)", "w.scaled(device, 1.0, dtype)")),
         killers="test_faults.py::test_f14_the_scale_of_the_loss_is_undone_before_clipping[65536.0-number]",
     ),
     mutant(
@@ -144,7 +144,7 @@ MUTANTS = (
     mutant(
         "F31-sum-in-float32",
         "adds what cancels in float32 after its norm was taken in float64",
-        Edit(f"{VIEW}.weighted_sum", ("doubtful = term.doubtful\n", "doubtful = None\n")),
+        Edit(f"{VIEW}._sum", ("doubtful = term.doubtful\n", "doubtful = None\n")),
         killers=[
             "test_faults.py::test_finding_1_clipped_rows_are_no_longer_than_the_bound[10000.0-1.0-1e-07]",
         ],

@@ -143,10 +143,10 @@ MUTANTS = (
         "F21-each-piece",
         "adds noise to each piece of a batch",
         Edit(
-            "perexample.extensions.clipped_grad:ClippedGrad._accumulated",
+            "perexample.extensions.clipped_grad:ClippedGrad.finish",
             (
-                "    p = view.param",
-                "    value = value + torch.randn(value.shape, dtype=value.dtype)\n    p = view.param",
+                "view.let_go()",
+                "value = value + torch.randn(value.shape); view.let_go()",
             ),
         ),
         killers=["test_privacy_faults.py::test_f21_one_noise_for_any_number_of_pieces", LABEL],
