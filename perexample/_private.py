@@ -298,6 +298,11 @@ def may_be_parametrized(module: nn.Module) -> bool:
     return "parametrizations" in module._modules
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module has no tensors of its own, be it with parts that have."""
+    return not module._parameters and not module._buffers
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Parameters owned directly, by name; unlike ``named_parameters`` it keeps one parameter under two names."""
     return module._parameters

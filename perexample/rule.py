@@ -382,6 +382,7 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
         for target in targets:
             (_REGISTRY if isinstance(target, type) else _FUNCTIONS)[target] = rule
         _REFUSING.clear()
+        _WITHOUT_RULE.clear()
         return rule_class
 
     return decorate
@@ -415,6 +416,16 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def without_rule(cls: type[nn.Module]) -> bool:
+    """Whether no rule is registered for a class or its bases."""
+    known = _WITHOUT_RULE.get(cls)
+    if known is None:
+        if len(_WITHOUT_RULE) >= _MOST_CLASSES:
+            _WITHOUT_RULE.clear()
+        known = _WITHOUT_RULE[cls] = not _rules_of(cls)
+    return known
+
+
 def can_refuse(module: nn.Module) -> bool:
     """Whether some rule would look at this module before it is used."""
     return bool(_refusing_rules(type(module)))
@@ -435,6 +446,7 @@ def _refusing_rules(cls: type[nn.Module]) -> list[Rule]:
 
 
 _REFUSING: dict[type[nn.Module], list[Rule]] = {}  # a weak dictionary takes four times as long
+_WITHOUT_RULE: dict[type[nn.Module], bool] = {}
 _MOST_CLASSES = 4096
 
 

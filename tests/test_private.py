@@ -62,6 +62,12 @@ def test_all_parameters_are_those_of_torch():
     assert all(found[name] is p for name, p in wanted.items())
 
 
+def test_bare_modules_have_no_tensors_of_their_own():
+    assert all(map(_private.is_bare, (nn.ReLU(), nn.Sequential(nn.Linear(1, 1)))))
+    norms = nn.BatchNorm1d(2, affine=False), nn.LayerNorm(2)
+    assert not any(map(_private.is_bare, (nn.Linear(2, 2), *norms)))
+
+
 def test_own_parameters_keeps_one_parameter_under_two_names():
     module = nn.Module()
     module.a = module.b = nn.Parameter(torch.ones(1))

@@ -18,6 +18,7 @@ from .._private import (
     global_forward_hooks,
     has_backward_hooks,
     inside_functorch,
+    is_bare,
     metadata,
     own_parameters,
     repeats_forward,
@@ -27,7 +28,7 @@ from .._private import (
 from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
-from ..rule import Rule, refusal, rule_for
+from ..rule import Rule, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded
 from .follow import Follow, forget_followers, lose, note_checkpoint, parted
 from .state import STATE, Frame
@@ -202,6 +203,11 @@ def may_be_opaque(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
+def owns_nothing(module: nn.Module) -> bool:
+    """Whether only the operations inside of a module matter: most activations, dropout, and containers."""
+    return is_bare(module) and without_rule(type(module)) and not has_backward_hooks(module)
+
+
 def unit_parameters(module: nn.Module, rule: Rule) -> dict[str, Tensor]:
     """The tensors a rule answers for that need a gradient, by their names in the module."""
     named = module.named_parameters() if isinstance(rule, GenericRule) else own_parameters(module).items()
@@ -218,6 +224,11 @@ class Enter:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what is called, and whether a tap is to be left; returns other arguments if some are to be tapped."""
         if STATE.quiet or torch.compiler.is_compiling():
+            return None
+        if STATE.frames and not self.root and owns_nothing(module):
+            frame = self._inner(module)
+            frame.named = True
+            STATE.frames.append(frame)
             return None
         with undispatched():
             return self._enter(module, args, kwargs)
@@ -347,7 +358,11 @@ class Exit:
         frames = STATE.frames
         if STATE.quiet or not frames:
             return None
-        if frames[-1].module is not module and not any(frame.module is module for frame in frames):
+        top = frames[-1]
+        if top.module is not module and not any(frame.module is module for frame in frames):
+            return None
+        if top.named and top.module is module and is_bare(module) and not (top.record and top.record.checkpointed):
+            frames.pop()
             return None
         with undispatched():
             return self._leave(module, args, kwargs, output)

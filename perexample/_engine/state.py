@@ -29,6 +29,7 @@ class Frame:
         name: Its path, with a number from the second call on.
         inside: Whether it is below a call that is tapped as a whole, or where hooks must stay silent.
         rule: The rule that will answer for the call.
+        named: Whether the call is there for its name only.
         opaque: Whether the call may be tapped as a whole if its parts cannot be followed.
         before: State before the call that the rule asked for.
         follow: What follows the operations, for the outermost call.
@@ -39,6 +40,7 @@ class Frame:
     name: str
     inside: bool
     rule: Rule | None = None
+    named: bool = False
     opaque: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     follow: Follow | None = None
