@@ -14,6 +14,7 @@ from perexample import (
     ExtensionError,
     LossError,
     MemoryBoundWarning,
+    ParameterView,
     Rule,
     _conv,
     _norms,
@@ -543,6 +544,29 @@ def test_a_rule_that_holds_more_than_it_says():
         perex(ClippedGrad(1.0), grad=False, max_memory=4),
     ):
         model(torch.randn(4, 3)).square().sum(1).mean().backward()
+
+
+def test_sums_that_free_most_come_first(monkeypatch):
+    """Else the peak of a step is between the sums: those of large weights beside the factors of all that follow."""
+    asked, summed = {}, ParameterView.summed
+
+    def noted(view, *args):
+        asked[view.name] = 4 * view.param.numel() - view.held()
+        return summed(view, *args)
+
+    monkeypatch.setattr(ParameterView, "summed", noted)
+    model = extend(nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 1, bias=False)))
+    with perex(ClippedGrad(1.0), grad=False):
+        model(torch.randn(8, 256)).sum(1).mean().backward()
+    assert list(asked) == ["1.weight", "0.weight"]
+    assert asked["1.weight"] < 0 < asked["0.weight"]
+    asked.clear()
+    model = extend(
+        nn.Sequential(nn.Linear(4, 100, bias=False), nn.Linear(100, 100, bias=False))
+    )  # the smaller one first
+    with perex(ClippedGrad(1.0), grad=False):
+        model(torch.randn(200, 4)).sum(1).mean().backward()
+    assert list(asked) == ["1.weight", "0.weight"]
 
 
 def test_a_second_pass_leaves_the_gradient_of_an_input_alone():

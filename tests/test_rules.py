@@ -259,15 +259,55 @@ def test_layer_norm_with_the_statistics_of_its_forward(mean):
     reference.assert_close_report(found[1].double(), g.double().sum(1), 1e-6, "bias")
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=ids)
-def test_no_more_is_held_than_was_told(case, monkeypatch):
+def assert_told(model, inputs, loss, batch_dim, monkeypatch):
     """What perex(max_memory=...) goes by; where more is held it warns, which is an error here."""
     told = []
     most = Backward._most_held
     monkeypatch.setattr(Backward, "_most_held", lambda self: told.append(most(self)) or told[-1])
+    extend(model, batch_dim=batch_dim)
     for bound in (lambda: 1e15, lambda: told[0]):
-        model, inputs = case.build()
-        extend(model, batch_dim=case.batch_dim)
         with perex(ClippedGrad(1.0), grad=False, max_memory=bound()):
-            case.loss(model, inputs, "mean").backward()
+            loss(model, inputs).backward()
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=ids)
+def test_no_more_is_held_than_was_told(case, monkeypatch):
+    model, inputs = case.build()
+    assert_told(model, inputs, lambda m, x: case.loss(m, x, "mean"), case.batch_dim, monkeypatch)
+
+
+class Chosen(nn.Module):
+    """A layer on the tokens of unlike numbers for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x):
+        kept = torch.arange(x.shape[1]) < torch.tensor([1, 5, 1, 2])[:, None]
+        return torch.zeros(*x.shape[:2], 6).masked_scatter(kept[:, :, None], self.layer(x[kept]).tanh())
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, batch_first=True)
+
+    def forward(self, x):
+        lengths = torch.tensor([1, 5, 1, 2])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda: nn.ConvTranspose2d(1, 8, 3, padding=2), (4, 1, 4, 4)),  # most of the gradient is padding
+        (Chosen, (4, 5, 4)),
+        (Packed, (4, 5, 4)),
+    ],
+)
+def test_no_more_is_held_than_was_told_where_much_is_filled_up(model, shape, monkeypatch):
+    torch.manual_seed(0)
+    assert_told(model(), torch.randn(shape), lambda m, x: m(x).square().flatten(1).sum(1).mean(), 0, monkeypatch)

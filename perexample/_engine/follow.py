@@ -88,17 +88,17 @@ class Follow(TorchFunctionMode):
         return self._run(func, types, args, kwargs)
 
     def _plainly(self, traits: Traits, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Run a function that is given nothing but tensors with the same rows, and writes nowhere.
+        """Run a function that is given no tensors but those that hold rows, and writes nowhere.
 
         Returns:
             What it gave; ``None`` if it is another function.
         """
         with undispatched():
-            tracked = _known_alike(args, kwargs)
+            tracked = _all_known(args, kwargs)
             if tracked is None:
                 return None
             out = func(*args, **kwargs)
-            if type(out) is Tensor and out is not args[0] and not inside_functorch(out):
+            if type(out) is Tensor and not inside_functorch(out):
                 place = simple_place(traits, args, kwargs, tracked, out)
                 if place is not None:
                     put(out, place)
@@ -120,7 +120,7 @@ class Follow(TorchFunctionMode):
             return func(*args, **kwargs)
         if STATE.silent():
             return self._silent(func, types, args, kwargs)
-        if traits.plain and self.alone and self.repeated is None:
+        if traits.plain and self.alone:
             out = self._plainly(traits, func, args, kwargs)
             if out is not None:
                 return out
@@ -167,14 +167,14 @@ def forget_followers() -> None:
             mode.ended = True
 
 
-def _known_alike(args: tuple, kwargs: dict) -> list[tuple[Tensor, Place]] | None:
-    """The tensors among arguments with their places, if all hold the same rows, and all else are numbers and names."""
+def _all_known(args: tuple, kwargs: dict) -> list[tuple[Tensor, Place]] | None:
+    """The tensors among arguments with their places, if all hold rows, and all else are numbers and names."""
     tracked: list[tuple[Tensor, Place]] = []
     for value in args:
         kind = type(value)
         if kind is Tensor:
             place = known_place(value)
-            if type(place) is not Place or (tracked and place.space is not tracked[0][1].space):
+            if type(place) is not Place:
                 return None
             tracked.append((value, place))
         elif kind not in PLAIN and not ((kind is tuple or kind is list) and PLAIN.issuperset(map(type, value))):

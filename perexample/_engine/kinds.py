@@ -60,7 +60,6 @@ _POINTWISE = names(
 _FILLS = names("full_like new_full new_tensor")
 _SIZED = names("arange zeros ones empty eye linspace rand randn")  # data says at most how large it is
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
-_STATISTICS = names("batch_norm instance_norm")  # may change running statistics
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
 
@@ -132,7 +131,7 @@ class Traits:
         if self.kind is Kind.IGNORED:
             self.plain = self.name != "backward"
         else:
-            self.plain = not self.in_place and self.kind not in special and self.name not in _STATISTICS
+            self.plain = not self.in_place and self.kind not in special
 
 
 TRAITS: dict[Any, Traits] = {}

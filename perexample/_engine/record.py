@@ -361,7 +361,7 @@ class Exit:
         top = frames[-1]
         if top.module is not module and not any(frame.module is module for frame in frames):
             return None
-        if top.named and top.module is module and is_bare(module) and not (top.record and top.record.checkpointed):
+        if top.named and top.module is module and is_bare(module):
             frames.pop()
             return None
         with undispatched():
