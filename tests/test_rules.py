@@ -282,11 +282,11 @@ class Chosen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(4, 6)
+        self.layer = nn.Linear(16, 24)
 
     def forward(self, x):
         kept = torch.arange(x.shape[1]) < torch.tensor([1, 5, 1, 2])[:, None]
-        return torch.zeros(*x.shape[:2], 6).masked_scatter(kept[:, :, None], self.layer(x[kept]).tanh())
+        return torch.zeros(*x.shape[:2], 24).masked_scatter(kept[:, :, None], self.layer(x[kept]).tanh())
 
 
 class Packed(nn.Module):
@@ -304,7 +304,7 @@ class Packed(nn.Module):
     ("model", "shape"),
     [
         (lambda: nn.ConvTranspose2d(1, 8, 3, padding=2), (4, 1, 4, 4)),  # most of the gradient is padding
-        (Chosen, (4, 5, 4)),
+        (Chosen, (4, 5, 16)),
         (Packed, (4, 5, 4)),
     ],
 )
