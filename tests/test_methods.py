@@ -474,6 +474,32 @@ def test_what_does_not_fit_is_freed_before_the_sums():
         assert (sum(seen) == 0) == (bound == 0)
 
 
+class Unused(nn.Module):
+    """A layer that the loss depends on, one that it does not, and one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.cut, self.idle = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.used(x)
+        self.cut(h)
+        return h
+
+
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_sums_of_a_second_pass_are_tensors_that_can_be_written_to(n, weight):
+    """Also where no gradient arrives: an optimizer adds noise to them."""
+    model, clipping = extend(Unused()), ClippedGrad(1.0)
+    with perex(clipping, grad=False, max_memory=0):
+        for _ in range(2):
+            (weight * model(torch.randn(n, 3)).square().sum()).backward()
+    for name, p in model.named_parameters():
+        assert p.clipped_sum.any() == bool(n and weight and name.startswith("used"))
+        p.clipped_sum.add_(1)
+
+
 def backwards_of(model, x, bound):
     """How many times a step goes back through the last module, and whether all inputs were held until the norms."""
     calls, held = [], []

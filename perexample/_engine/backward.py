@@ -135,6 +135,7 @@ class Backward:
                 backward(list(self.found.edges), retain)
                 for tap in list(self.arrived):
                     self._complete(tap)
+                assert not any(view.late for view in views)
             self._write()
             for extension in self.context.extensions:
                 extension.commit()

@@ -137,7 +137,10 @@ class ParameterView:
 
     def postpone(self) -> None:
         """Let go of all but the norms; sums that are asked for are filled in when the terms have come again."""
-        self._doubtful = None if self.term is None else self.term.doubtful
+        term = self.term
+        if term is None:
+            return  # zeros need no second pass
+        self._doubtful = term.doubtful
         self.drop()
         self._gone = _POSTPONED
 
