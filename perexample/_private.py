@@ -308,26 +308,6 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
-def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What ``named_parameters`` gives, each parameter under its first name, several times as fast."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        prefix, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                found[prefix + name] = p
-        if module._modules:
-            children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
-            stack.extend(reversed(children))
-    return found
-
-
 def reentrant_checkpoint(node_name: str) -> bool:
     """Whether a graph node is a reentrant activation checkpoint, whose inner graph cannot be seen."""
     return node_name == "CheckpointFunctionBackward"

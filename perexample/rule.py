@@ -462,13 +462,10 @@ def rule_for(module: nn.Module) -> Rule | None:
     if overridden_forward(module) or (may_be_parametrized(module) and parametrize.is_parametrized(module)):
         return None
     cls = type(module)
-    rule = _REGISTRY.get(cls)
-    if rule is not None:
-        return rule if rule.covers(module) else None
     for base in cls.__mro__:
         rule = _REGISTRY.get(base)
         if rule is not None:
-            return rule if _same_forward(cls, base) and rule.covers(module) else None
+            return rule if (cls is base or _same_forward(cls, base)) and rule.covers(module) else None
     return None
 
 
@@ -493,10 +490,7 @@ def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[
 
 def only_parameters(module: nn.Module, *names: str) -> bool:
     """Whether the module owns no parameters but these; old-style ``weight_norm`` for one adds others."""
-    for name, p in own_parameters(module).items():  # noqa: SIM110 - a generator takes twice as long
-        if p is not None and name not in names:
-            return False
-    return True
+    return {name for name, p in own_parameters(module).items() if p is not None} <= set(names)
 
 
 def at_least_float32(tensor: Any) -> Any:

@@ -638,6 +638,24 @@ def test_extensions_that_work_on_sums_are_refused_under_a_bound():
         perex(Total(), max_memory=0)
 
 
+def test_what_is_computed_from_a_sum_that_is_not_there_yet_is_an_error():
+    class Doubled(Extension):
+        field, joint, late_sums = "doubled", True, True
+
+        def finish(self, views):
+            return {view.name: 2 * view.weighted_sum(torch.ones(view.n)) for view in views}
+
+    model = extend(nn.Linear(4, 2))
+    for bound in (1e9, 0):
+        with perex(Doubled(), max_memory=bound):
+            loss = model(torch.randn(3, 4)).square().sum(1).mean()
+            if bound:
+                loss.backward()
+                continue
+            with pytest.raises(ExtensionError, match=r"Doubled\.finish returned for `weight`.*onto"):
+                loss.backward()
+
+
 def test_gradients_that_are_gone_are_an_error():
     class Greedy(Extension):
         field, joint, late_sums = "greedy", True, True

@@ -48,20 +48,6 @@ def test_version_counts_writes():
     assert _private.version(x) == before + 1
 
 
-def test_all_parameters_are_those_of_torch():
-    shared = nn.Linear(2, 2)
-    model = nn.ModuleDict({
-        "first": nn.Sequential(nn.Linear(2, 3), shared, nn.Identity()), "lstm": nn.LSTM(2, 2, 2), "again": shared,
-        "norm": nn.LayerNorm(2), "free": nn.ParameterList([torch.ones(2), torch.ones(3)]),
-    })  # fmt: skip
-    model.tied, model.bare = nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(1))
-    model.tied.weight = shared.weight
-    model.none = None
-    found, wanted = _private.all_parameters(model), dict(model.named_parameters())
-    assert list(found) == list(wanted)
-    assert all(found[name] is p for name, p in wanted.items())
-
-
 def test_bare_modules_have_no_tensors_of_their_own():
     assert all(map(_private.is_bare, (nn.ReLU(), nn.Sequential(nn.Linear(1, 1)))))
     norms = nn.BatchNorm1d(2, affine=False), nn.LayerNorm(2)

@@ -17,6 +17,7 @@ from .._vjp import pulled_back
 from ..errors import (
     BatchAxisError,
     ConfigurationError,
+    ExtensionError,
     MemoryBoundWarning,
     UncoveredParameterError,
     UnsupportedModuleError,
@@ -280,7 +281,9 @@ class Backward:
                 self._whole(key)
             self._check_held(views)
             for extension in self.context.extensions:
+                asked = {view.name: len(view.late) for view in views}
                 for name, result in extension.finish(views).items():
+                    _check_late(extension, by_name[name], asked[name], result)
                     self.results[extension.field][id(by_name[name].param)] = result
 
     def _check_held(self, views: list[ParameterView]) -> None:
@@ -308,6 +311,17 @@ class Backward:
                     setattr(p, field, results[id(p)])
                 elif hasattr(p, field):
                     delattr(p, field)
+
+
+def _check_late(extension: Extension, view: ParameterView, before: int, result: Tensor) -> None:
+    """A field that was computed from a sum that is not there yet would be computed from zeros."""
+    late = view.late[before:]
+    if late and not any(one.out is result for one in late):
+        raise ExtensionError(
+            f"{type(extension).__name__}.finish returned for `{view.name}` something else than `weighted_sum` gave, which "
+            f"perex(max_memory=...) fills in later; pass what is to be added as weighted_sum(w, onto=...), or set "
+            f"late_sums = False."
+        )
 
 
 def _upstream(tap: Tap, gradients: dict[int, Tensor]) -> Any:

@@ -221,8 +221,9 @@ def _underived(out: Any, traits: Traits, args: tuple, targets: list[Tensor]) -> 
     """An operation without data; remember what only repeats a tensor, so that a gradient need not be spread."""
     if targets and isinstance(out, Tensor) and out.requires_grad:
         source = args[0] if args else None
-        repeats = traits.kind is Kind.EXPAND or (traits.name == "repeat" and isinstance(source, Tensor))
-        if isinstance(source, Tensor) and repeats and (traits.kind is Kind.EXPAND or _only_ones(source, out)):
+        if isinstance(source, Tensor) and (
+            traits.kind is Kind.EXPAND or (traits.name == "repeat" and _only_ones(source, out))
+        ):
             put_origin(out, origin_of(source))
     return out
 
@@ -411,11 +412,10 @@ class _Operation:
         if space.rows <= 1 and not self._fills():
             place = Place(space, None)
             return [place] * len(outputs)
-        simple = None
         if len(outputs) == 1:
             simple = simple_place(self.traits, self.args, self.kwargs, self.tracked, outputs[0])
-        if simple is not None:
-            return [simple]
+            if simple is not None:
+                return [simple]
         if self._moves_by_data():
             return self._moved(self.args, outputs)
         return self._tried(outputs, space.rows)

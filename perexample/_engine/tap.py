@@ -256,8 +256,6 @@ def _edge(tensor: Tensor) -> GradientEdge:
 
 def _own_base(output: Tensor, inputs: list[Tensor]) -> Tensor:
     """The tensor of which an output is a view, if the call made it, or wrote into it."""
-    if output._base is None:
-        return output
     base = whole_base(output)
     if base is output or any(output is t for t in inputs):
         return base
