@@ -23,7 +23,7 @@ from .extension import Extension, ParameterView
 from .model import extend, unextend
 from .optim import DP_SGD, privatize
 from .plan import Plan, plan
-from .rule import Bound, Call, Rule, register_rule, registered_functions, registered_rules
+from .rule import Bound, Call, Rule, Sizes, register_rule, registered_functions, registered_rules
 from .rules import GenericRule
 
 __version__ = "0.1.0"
@@ -49,6 +49,7 @@ __all__ = [
     "PrivacyBudgetError",
     "Rule",
     "RuleContractError",
+    "Sizes",
     "StaleGradientError",
     "UncoveredParameterError",
     "UnsupportedModuleError",

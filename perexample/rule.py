@@ -66,6 +66,47 @@ class Call:
         return self.saved["x"]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a call before its gradient arrives, see `Rule.most_held`.
+
+    Attributes:
+        module: What was called.
+        params: The parameters that need a gradient, by name.
+        n: Number of rows.
+        saved: How many numbers were captured.
+        outputs: Shapes of the outputs.
+        shared: Names of the parameters that have other calls too, with which their terms will be put together.
+    """
+
+    module: Any
+    params: Mapping[str, Tensor]
+    n: int
+    saved: int
+    outputs: Sequence[Size]
+    shared: Collection[str] = ()
+
+    @property
+    def upstream(self) -> int:
+        """Numbers in the gradients of the outputs."""
+        return sum(map(Size.numel, self.outputs))
+
+    @property
+    def factors(self) -> int:
+        """Numbers that were captured, and those in the gradients of the outputs."""
+        return self.saved + self.upstream
+
+    @property
+    def gradients(self) -> int:
+        """Numbers in the parameters' gradients of all rows."""
+        return self.n * sum(p.numel() for p in self.params.values())
+
+    @property
+    def biases(self) -> int:
+        """The same of parameters with one axis."""
+        return self.n * sum(p.numel() for p in self.params.values() if p.dim() < 2)
+
+
 class Rule:
     """Per-example gradients of the parameters of one kind of module.
 
@@ -178,20 +219,16 @@ class Rule:
         """What the backward will need; called right after the module's forward. Default: the first argument."""
         return {"x": args[0] if args else next(iter(kwargs.values()))}
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """At most how many numbers the terms of a call hold for the weighted sum, for ``perex(max_memory=...)``.
 
         Args:
-            module: What was called.
-            params: The parameters that need a gradient.
-            n: Number of rows.
-            saved: How many numbers were captured.
-            outputs: Shapes of the outputs.
+            sizes: What is known of the call before its gradient arrives.
 
         Returns:
             By default all that was captured, the gradients of the outputs, and those of the parameters for each row.
         """
-        return saved + sum(map(Size.numel, outputs)) + n * sum(p.numel() for p in params.values())
+        return sizes.factors + sizes.gradients
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """The gradients in unevaluated form, by parameter name. Default: through the methods below."""
@@ -476,11 +513,6 @@ def _same_forward(cls: type, base: type) -> bool:
     """Whether a subclass leaves all functions of its base alone that could take part in its forward."""
     names = {name for name, value in vars(base).items() if callable(value)} - _HARMLESS
     return all(getattr(cls, name) is getattr(base, name) for name in names | {"forward", "__getattr__"})
-
-
-def factors_and_biases(params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
-    """`Rule.most_held` where gradients are formed of biases only."""
-    return saved + sum(map(Size.numel, outputs)) + n * sum(p.numel() for p in params.values() if p.dim() < 2)
 
 
 def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

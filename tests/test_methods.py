@@ -561,7 +561,7 @@ def test_a_rule_that_holds_more_than_it_says():
             product = (g * call.x)[:, None, None]
             return {"gain": Outer(product, call.x.new_ones(4, 1, 1, 1), call.params["gain"].shape)}
 
-        def most_held(self, module, params, n, saved, outputs):
+        def most_held(self, sizes):
             return 1
 
     model = extend(nn.Sequential(Scale()))

@@ -318,9 +318,9 @@ def _check_late(extension: Extension, view: ParameterView, before: int, result: 
     late = view.late[before:]
     if late and not any(one.out is result for one in late):
         raise ExtensionError(
-            f"{type(extension).__name__}.finish returned for `{view.name}` something else than `weighted_sum` gave, which "
-            f"perex(max_memory=...) fills in later; pass what is to be added as weighted_sum(w, onto=...), or set "
-            f"late_sums = False."
+            f"{type(extension).__name__}.finish returned for `{view.name}` something else than what `weighted_sum` "
+            f"gave, which perex(max_memory=...) fills in later; pass what is to be added as weighted_sum(w, onto=...), "
+            f"or set late_sums = False."
         )
 
 

@@ -15,7 +15,7 @@ from .._private import gradient_hooks, memory_order, metadata, saves_otherwise, 
 from .._tree import map_tensors
 from ..errors import StaleGradientError
 from ..place import Place, reshaped
-from ..rule import Call, Rule, at_least_float32
+from ..rule import Call, Rule, Sizes, at_least_float32
 from .table import put
 
 if TYPE_CHECKING:
@@ -182,20 +182,18 @@ class Tap:
 
         Args:
             n: Number of examples.
-            shared: Which parameters have other calls too; inputs of convolutions are then unfolded, to be put together.
+            shared: Which parameters have other calls too.
 
         Returns:
             The bytes.
         """
-        sizes: list[int] = []
-        map_tensors(lambda slot: sizes.append(slot.shape.numel()), self._plan, _Slot)
-        shapes = [shape for shape, _, _ in self.outputs]
-        rows = max(n, self.place.space.rows)
-        most = self.rule.most_held(self.module, self.params, rows, sum(sizes), shapes)
-        kernels = [p[0].numel() for p in self.params.values() if id(p) in shared and p.dim() > 2]
-        most += sum(kernels) * sum(map(torch.Size.numel, shapes))
+        saved: list[int] = []
+        map_tensors(lambda slot: saved.append(slot.shape.numel()), self._plan, _Slot)
+        shapes, dtypes, _ = zip(*self.outputs, strict=True)
+        names = {name for name, p in self.params.items() if id(p) in shared}
+        sizes = Sizes(self.module, self.params, max(n, self.place.space.rows), sum(saved), shapes, names)
         several = 1 if self.owner is None else 4  # rows that are put beside each other may be filled up
-        return most * several * max(4, *(dtype.itemsize for _, dtype, _ in self.outputs))
+        return self.rule.most_held(sizes) * several * max(4, *(dtype.itemsize for dtype in dtypes))
 
     def to_rows(self, t: Tensor) -> Tensor:
         """A tensor with the rows on axis 0, for a rule that wants them there."""

@@ -8,7 +8,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ from .._conv import (
 from .._norms import gram_norms, norms_of
 from .._trust import TRUSTED, inner, unit_of_products
 from ..methods import ROOM, Choice, Method, choose
-from ..rule import Bound, Call, Rule, factors_and_biases, named_arguments, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering, rows_together
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -331,9 +332,10 @@ class ConvRule(Rule):
         geometry = Geometry(call.params["weight"].shape, module.stride, module.dilation, module.groups)
         return Windows(call.x, g, geometry, _padding(module), module.padding_mode)
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
-        """Input and upstream gradient."""
-        return factors_and_biases(params, n, saved, outputs)
+    def most_held(self, sizes: Sizes) -> int:
+        """Input and upstream gradient; windows, where they are put together with those of other calls."""
+        windows = sizes.params["weight"][0].numel() * sizes.upstream if "weight" in sizes.shared else 0
+        return sizes.factors + windows + sizes.biases
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """Windows for the weight, a sum over positions for the bias."""
@@ -358,12 +360,11 @@ class ConvTransposeRule(ConvRule):
 
     names = "input weight bias stride padding output_padding groups dilation"
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """Input and upstream gradient, which is padded."""
-        batch, *lengths = outputs[0]
-        if len(lengths) > len(module.padding):
-            lengths[1:] = [length + 2 * p for length, p in zip(lengths[1:], module.padding, strict=True)]
-        return super().most_held(module, params, n, saved, [Size((batch, *lengths))])
+        [out], padding = sizes.outputs, sizes.module.padding
+        spatial = [length + 2 * p for length, p in zip(out[2:], padding, strict=True)]
+        return super().most_held(replace(sizes, outputs=[Size((*out[:2], *spatial))]))
 
     def windows(self, call: Call, g: Tensor) -> Term:
         """``g``, padded, is the input of the correlation and ``x`` the gradient; what no window reaches is cut off."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Size, Tensor, nn
 
 from .._norms import squared_norms
 from ..methods import Method
-from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Rows, Term
 
 _MAXIMUM = 2  # how torch.embedding_bag names the mode
@@ -76,9 +75,9 @@ class EmbeddingRule(_TableRule):
         """Every axis of the ids is one of positions."""
         return 0
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """The upstream gradient."""
-        return sum(map(Size.numel, outputs))
+        return sizes.upstream
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """The rows that were looked up."""

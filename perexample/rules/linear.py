@@ -6,15 +6,14 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from ..rule import Bound, Call, Rule, factors_and_biases, named_arguments, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Outer, Term, positions
 
 
@@ -48,9 +47,9 @@ class LinearRule(Rule):
         x = super().capture(module, args, kwargs, output)["x"]
         return {"x": x if module.weight.requires_grad else x.new_empty(*x.shape[:-1], 0)}
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """Input and upstream gradient."""
-        return factors_and_biases(params, n, saved, outputs)
+        return sizes.factors + sizes.biases
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """An outer product per position for the weight, a sum for the bias."""
@@ -87,9 +86,9 @@ class MatmulRule(Rule):
             return None
         return Bound(SimpleNamespace(), (x,), {"weight": weight, "bias": bias})
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """Input and upstream gradient."""
-        return factors_and_biases(params, n, saved, outputs)
+        return sizes.factors + sizes.biases
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """An outer product per position for the weight, a sum for the bias."""

@@ -5,16 +5,15 @@ Those whose statistics come from the batch are refused; evaluation-mode BatchNor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from .._private import norm_statistics
-from ..rule import Bound, Call, Rule, named_arguments, only_parameters, register_rule
+from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Term
 
 
@@ -35,9 +34,9 @@ class _AffineRule(Rule):
         """``[N, ...]`` summed over all positions that share the parameter, ``[N, *p.shape]``."""
         raise NotImplementedError
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """Gradients of the parameters."""
-        return n * sum(p.numel() for p in params.values())
+        return sizes.gradients
 
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """Small tensors, formed at once."""

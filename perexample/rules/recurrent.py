@@ -11,12 +11,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
@@ -25,7 +25,7 @@ from .._private import kept_state, own_parameters, repeats_forward, without_forw
 from .._tree import map_tensors, tensors_in
 from ..errors import UnsupportedModuleError
 from ..place import Place, Space
-from ..rule import Call, Rule, at_least_float32, only_parameters, register_rule
+from ..rule import Call, Rule, Sizes, at_least_float32, only_parameters, register_rule
 from ..terms import Dense, Outer, Term, inner, remembering
 from .generic import autocast_state, random_state, restored
 from .recurrent_forward import FUNCTIONS, Passing, computed, gradients, passing_of
@@ -109,9 +109,9 @@ def _terms(call: Call, run: Unrolled, layout: Layout, suffix: str = "") -> dict[
     return terms
 
 
-def _most_held(params: Mapping[str, Tensor], n: int, steps: int) -> int:
-    """How many numbers the terms of a layer hold, given its steps for all examples."""
-    return sum(steps * sum(p.shape) if p.dim() == 2 else n * p.numel() for p in params.values())
+def _most_held(sizes: Sizes, steps: int) -> int:
+    """How many numbers the terms of all weights and biases hold, given the steps of all examples together."""
+    return sum(steps * sum(p.shape) for p in sizes.params.values() if p.dim() == 2) + sizes.biases
 
 
 def _refuse_problem(call: Call) -> None:
@@ -145,9 +145,9 @@ class RecurrentCellRule(Rule):
             return {"problem": "was called with [I], which has no axis of examples; pass [N, I]"}
         return {"x": x, "hx": hx}
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """What weights are multiplied with, and the gradients of the gates."""
-        return _most_held(params, n, n)
+        return _most_held(sizes, sizes.n)
 
     def terms(self, call: Call, g: Any) -> dict[str, Term]:
         """Outer products of one position each for weights, the gradients of the pre-activations for biases."""
@@ -233,10 +233,11 @@ class RecurrentRule(Rule):
         passing = passing_of(out)
         return {"x": x, "packed": packed, "hx": hx, "passing": passing, "print": _print(out, passing), **how}
 
-    def most_held(self, module: Any, params: Mapping[str, Tensor], n: int, saved: int, outputs: Sequence[Size]) -> int:
+    def most_held(self, sizes: Sizes) -> int:
         """What weights are multiplied with, and the gradients of the gates."""
-        steps = outputs[0][:-1].numel()
-        return _most_held(params, n, steps if len(outputs[0]) == 3 else steps * n)  # a packed one is filled up
+        out = sizes.outputs[0]
+        steps = out[:-1].numel()
+        return _most_held(sizes, steps if len(out) == 3 else steps * sizes.n)  # a packed one is filled up
 
     def terms(self, call: Call, g: Any) -> dict[str, Term]:
         """Outer products over the steps for weights, sums over them for biases."""
