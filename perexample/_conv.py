@@ -163,7 +163,7 @@ def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
     """Inner products of the positions, from the Gram matrix of the pixels.
 
     ``<window_t, window_s> = sum over offsets o of <x[t stride + o], x[s stride + o]>``: a sum of shifted blocks of one
-    Gram matrix, which costs less by the size of the kernel than that of the windows.
+    Gram matrix, which costs less by the size of the kernel than that of the windows. They are added axis by axis.
 
     Returns:
         What `perexample._norms.gram_norms` returns of the windows.
@@ -176,13 +176,26 @@ def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
 def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
     sizes, length = x.shape[2:], g.shape[2:]
     flat = x.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
-    pixels = (flat.mT @ flat).view(-1, *sizes, *sizes)
-    total: Tensor | None = None
-    for offset in geometry.offsets():
-        reach = [slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offset, geometry.stride, length, strict=True)]
-        block = pixels[tuple([slice(None), *reach, *reach])]  # noqa: C409 - a star in an index is no Python 3.10
-        total = block.clone() if total is None else total.add_(block)
-    assert total is not None
+    total = (flat.mT @ flat).view(-1, *sizes, *sizes)
+    for axis, positions in enumerate(length):
+        total = _added_along(total, axis, positions, geometry)
     factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
     shape = (len(x), geometry.groups, length.numel(), length.numel())
-    return of_grams(total.view(shape), (factor.mT @ factor).view(shape))
+    return of_grams(total.reshape(shape), (factor.mT @ factor).view(shape))
+
+
+def _added_along(total: Tensor, axis: int, positions: int, geometry: Geometry) -> Tensor:
+    """The sum over the offsets of one axis: axis by axis fewer numbers are added than for all offsets at once."""
+    step, blocks = geometry.stride[axis], []
+    for k in range(geometry.kernel[axis]):
+        start = k * geometry.dilation[axis]
+        reach = slice(start, start + step * (positions - 1) + 1, step)
+        index = [slice(None)] * total.dim()
+        index[1 + axis] = index[1 + axis + len(geometry.kernel)] = reach
+        blocks.append(total[tuple(index)])
+    if len(blocks) == 1:
+        return blocks[0]
+    added = torch.add(blocks[0], blocks[1])
+    for block in blocks[2:]:
+        added.add_(block)
+    return added

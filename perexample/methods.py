@@ -142,24 +142,44 @@ def _measured(term: Term, methods: list[Method], choice: Choice) -> str:
     if len(likely) == 1:
         return likely[0].name
     w = torch.ones(term.n, dtype=term.dtype, device=term.device)
-    seconds = [_seconds(method, w, sums=choice.sums) for method in likely]
+    times = [_timed(method, term, w, sums=choice.sums) for method in likely]
+    # Methods that hold the same factors form the same sum: only their norms are to be compared.
+    of_factors = min((time.sum for time in times if time.of_factors), default=0.0)
+    seconds = [time.norms + (of_factors if time.of_factors else time.sum) for time in times]
     return likely[seconds.index(min(seconds))].name
 
 
-def _seconds(method: Method, w: Tensor, *, sums: bool) -> float:
-    """How long a method takes, with the sum that follows, if one does; infinity if there is no memory for it."""
-    least = float("inf")
+@dataclass(slots=True)
+class Timed:
+    """Least seconds that a method took; infinity if there is no memory for it.
+
+    Attributes:
+        norms: For the norms.
+        sum: For the sum that follows, 0 if none does.
+        of_factors: Whether that is formed of the factors, as they were.
+    """
+
+    norms: float = float("inf")
+    sum: float = float("inf")
+    of_factors: bool = False
+
+
+def _timed(method: Method, term: Term, w: Tensor, *, sums: bool) -> Timed:
+    """How long a method takes, with the sum that follows, if one does."""
+    least = Timed()
     for _ in range(3):
         found: Any = None  # what the run before has formed goes first
         start = _now(w.device)
         try:
             found = method.run()
+            between = _now(w.device)
             if sums:
                 found[1].weighted_sum(w)
         except torch.OutOfMemoryError:
-            return float("inf")
-        least = min(least, _now(w.device) - start)
-        if least > _LONG:
+            return Timed()
+        norms, total, of_factors = between - start, _now(w.device) - start, found[1] is term
+        least = Timed(min(least.norms, norms), min(least.sum, total - norms) if sums else 0.0, of_factors)
+        if total > _LONG:
             break
     return least
 

@@ -229,7 +229,7 @@ def pretend(fastest: int) -> None:
     from perexample import methods
 
     times = iter(range(10**6, 0, -1) if fastest < 0 else range(10**6))
-    methods._seconds = lambda *args, **kwargs: next(times)
+    methods._timed = lambda *args, **kwargs: methods.Timed(next(times), 0.0, False)
 
 
 def forked(job: dict[str, Any]) -> None:

@@ -232,11 +232,14 @@ class Timed:
         pass
 
 
+def pretend(monkeypatch, seconds):
+    """Let methods take these seconds, by their names."""
+    monkeypatch.setattr(choosing, "_timed", lambda method, *_, **__: choosing.Timed(seconds(method.name), 0.0, False))
+
+
 def test_what_was_measured_to_be_fastest_is_taken_and_remembered(monkeypatch):
     term = Timed((2.0, 1.0))
-    monkeypatch.setattr(
-        choosing, "_seconds", lambda method, w, sums: dict(zip("ab", term.seconds, strict=True))[method.name]
-    )
+    pretend(monkeypatch, lambda name: dict(zip("ab", term.seconds, strict=True))[name])
     assert choose(term, Choice()).name == "b"
     term.seconds = (1.0, 2.0)
     assert choose(term, Choice()).name == "b"
@@ -284,7 +287,7 @@ def test_room_that_a_context_gives(arguments, room, monkeypatch):
 
 
 def test_plan_shows_what_is_taken_with_room(monkeypatch):
-    monkeypatch.setattr(choosing, "_seconds", lambda method, w, sums: 0.0 if "kept" in method.name else 1.0)
+    pretend(monkeypatch, lambda name: 0.0 if "kept" in name else 1.0)
     monkeypatch.setattr(choosing, "_SHORT", 0.0)
     layer, x = nn.Linear(80, 70, bias=False), torch.randn(4, 9, 80)
     norms = [plan(layer, x, room=room)[0].norm for room in (1, 1e6)]
@@ -295,7 +298,7 @@ def test_plan_shows_what_is_taken_with_room(monkeypatch):
 
 def test_gradients_are_kept_where_there_is_room_and_it_is_faster(monkeypatch):
     """With room for them the sum comes from the gradients that gave the norms, and is the same."""
-    monkeypatch.setattr(choosing, "_seconds", lambda method, w, sums: 0.0 if "kept" in method.name else 1.0)
+    pretend(monkeypatch, lambda name: 0.0 if "kept" in name else 1.0)
     monkeypatch.setattr(choosing, "_SHORT", 0.0)
     torch.manual_seed(0)
     model, x, found = extend(nn.Linear(80, 70)), torch.randn(4, 9, 80), []
@@ -316,7 +319,31 @@ def test_a_method_for_which_there_is_no_memory_is_not_taken():
     def fails():
         raise torch.OutOfMemoryError("too much")
 
-    assert choosing._seconds(Method("none", fails), torch.ones(2), sums=True) == float("inf")
+    found = choosing._timed(Method("none", fails), Timed(None), torch.ones(2), sums=True)
+    assert found.norms == found.sum == float("inf")
+
+
+def test_methods_that_form_the_same_sum_are_compared_by_their_norms(monkeypatch):
+    """The time of the sum is the same, and its noise would hide the difference."""
+    found = {"a": (1.0, 10.0, True), "b": (2.0, 8.0, True), "c": (9.5, 0.0, False)}
+    monkeypatch.setattr(choosing, "_timed", lambda method, *_, **__: choosing.Timed(*found[method.name]))
+    methods = [Method(name, lambda: None, 1e9) for name in found]
+    assert choosing._measured(Timed(None), methods, Choice(sums=True)) == "a"
+    found["c"] = 8.5, 0.0, False
+    assert choosing._measured(Timed(None), methods, Choice(sums=True)) == "c"
+
+
+def test_what_is_timed_is_told_apart(monkeypatch):
+    """Norms, the sum after them, and whether that is the sum of what was there before."""
+    clock = iter([0.0, 1.0, 3.0, 10.0, 10.5, 14.0, 20.0, 22.0, 23.0])
+    monkeypatch.setattr(choosing, "_now", lambda device: next(clock))
+    monkeypatch.setattr(choosing, "_LONG", 100.0)
+    term, other = Timed(None), Timed(None)
+    found = choosing._timed(Method("", lambda: (None, term)), term, torch.ones(2), sums=True)
+    assert (found.norms, found.sum, found.of_factors) == (0.5, 1.0, True)
+    clock = iter([0.0, 1.0, 3.0] * 3)
+    found = choosing._timed(Method("", lambda: (None, other)), term, torch.ones(2), sums=False)
+    assert (found.norms, found.sum, found.of_factors) == (1.0, 0.0, False)
 
 
 @pytest.mark.parametrize("strategy", ["fastest", "", None])
@@ -767,6 +794,6 @@ def test_a_choice_among_other_methods_is_made_anew(monkeypatch):
         def methods(self):
             return [Method(name, lambda: (None, self), 1e9, held=self.held["abc".index(name)]) for name in "abc"]
 
-    monkeypatch.setattr(choosing, "_seconds", lambda method, w, sums: "abc".index(method.name))
+    pretend(monkeypatch, "abc".index)
     assert choose(Three(None, held=(1, 1, 1)), Choice(sums=True)).name == "a"
     assert choose(Three(None, held=(10, 1, 1)), Choice(sums=True)).name == "b"

@@ -135,10 +135,10 @@ class Windows(Term):
         if length * self.unit() < TRUSTED:
             by_pixels = n * groups * pixels * pixels * self.shape[1] + of_g + of_sum
             by_windows = rows * length * entries + of_g + of_sum
-            taps = self.geometry.kernel.numel()
+            kernel = self.geometry.kernel
             found += [
                 Method("Gram matrices of the pixels", self._by_pixels, by_pixels,
-                       rows * length * (2 * taps + 3) + n * groups * pixels**2, taps + 8, held),
+                       n * groups * (self._added() + 3 * length**2 + pixels**2), sum(kernel) + 8, held),
                 Method("Gram matrices of the windows", self._by_windows, by_windows,
                        rows * (3 * length + 3 * entries), 10, held),
             ]  # fmt: skip
@@ -150,6 +150,14 @@ class Windows(Term):
 
     def _pixels(self) -> int:
         return math.prod(size + a + b for size, (a, b) in zip(self.x.shape[2:], self.sides, strict=True))
+
+    def _added(self) -> int:
+        """Numbers that are read to add up the shifted blocks of one example's Gram matrix, axis by axis."""
+        sizes, read = [size + a + b for size, (a, b) in zip(self.x.shape[2:], self.sides, strict=True)], 0
+        for axis, (k, positions) in enumerate(zip(self.geometry.kernel, self.g.shape[2:], strict=True)):
+            sizes[axis] = positions
+            read += 2 * k * math.prod(sizes) ** 2
+        return read
 
     def unit(self) -> float:
         """By the lengths of the products."""
