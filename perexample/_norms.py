@@ -83,9 +83,20 @@ class Inner:
     products: int
 
 
-def gram_norms(g: Tensor, x: Tensor) -> Inner:
-    """Inner products of the positions of ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in the factors' dtype."""
+def gram_norms(g: Tensor, x: Tensor, of_x: Tensor | None = None) -> Inner:
+    """Inner products of the positions of ``[N, groups, T, O]`` and ``[N, groups, T, I]``, in the factors' dtype.
+
+    Args:
+        g: The one factor.
+        x: The other one.
+        of_x: Its Gram matrices, where they are known.
+
+    Returns:
+        What they tell.
+    """
     block = gram_block(g, g.shape[1:3].numel() * g.shape[2])
+    if of_x is not None:
+        return joined([of_grams(b, a @ a.mT) for a, b in zip(g.split(block), of_x.split(block), strict=True)], g)
     return joined([of_grams(a @ a.mT, b @ b.mT) for a, b in zip(g.split(block), x.split(block), strict=True)], g)
 
 

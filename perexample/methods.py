@@ -142,7 +142,9 @@ def _measured(term: Term, methods: list[Method], choice: Choice) -> str:
     if len(likely) == 1:
         return likely[0].name
     w = torch.ones(term.n, dtype=term.dtype, device=term.device)
+    grams, term.grams = term.grams, None  # what others have formed already would come for nothing
     times = [_timed(method, term, w, sums=choice.sums) for method in likely]
+    term.grams = grams
     # Methods that hold the same factors form the same sum: only their norms are to be compared.
     of_factors = min((time.sum for time in times if time.of_factors), default=0.0)
     seconds = [time.norms + (of_factors if time.of_factors else time.sum) for time in times]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from ._grams import Grams
 from ._norms import BLOCK, Inner, gram_norms, norms_of, squared_norms, summed_products
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
 from .methods import Choice, Method, choose, likeness
@@ -41,6 +42,7 @@ class Term:
     n: int
     shape: Size
     doubtful: Tensor | None = None  # examples whose norm was recomputed; their sum must be computed so too
+    grams: Grams | None = None  # of inputs that other terms have too
 
     def dense(self) -> Tensor:
         """The gradients themselves, ``[N, *shape]``."""
@@ -440,7 +442,8 @@ class Outer(Term):
         return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2)), self
 
     def _by_gram(self) -> tuple[Tensor, Term]:
-        return remembering(self, inner(self, gram_norms(self.g, self.x)))
+        of_x = None if self.grams is None else self.grams.of(self.x)
+        return remembering(self, inner(self, gram_norms(self.g, self.x, of_x)))
 
     def _kept(self) -> tuple[Tensor, Term]:
         value = summed_products(self.g, self.x).reshape(1, self.n, -1)

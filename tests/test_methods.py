@@ -214,7 +214,7 @@ def test_the_methods_are_those_that_the_documentation_names():
 class Timed:
     """A term whose methods take as long as they say."""
 
-    n, dtype, device = 2, torch.float64, torch.device("cpu")
+    n, dtype, device, grams = 2, torch.float64, torch.device("cpu"), None
 
     def __init__(self, seconds, held=(1, 1), estimated=(1e9, 1e9)):
         self.seconds, self.held, self.estimated, self.runs = seconds, held, estimated, []

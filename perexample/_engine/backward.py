@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._grams import Grams
 from .._placed import merged
 from .._private import version
 from .._shards import freed, is_sharded
@@ -98,6 +99,7 @@ class Backward:
                 "(FSDP2) all processes would have to do alike; leave max_memory out."
             )
         self.twice = self.joint and context.max_memory is not None and self._most_held() > context.max_memory
+        self.grams = Grams({tap: tap.kept() for tap in found.taps})
         self.devices = {view.param.device.type for view in self.views.values()}
 
     def _most_held(self) -> int:
@@ -197,6 +199,7 @@ class Backward:
             del call, gradients  # so that norms are taken with as little as can be alive
             for key in self._count({id(p) for p in tap.params.values()}, -1):
                 self._whole(key)
+            self.grams.done(tap)
 
     def _whole(self, key: int) -> None:
         """Nothing is missing of a tensor any more: hand its gradients on, or compute with them."""
@@ -253,6 +256,8 @@ class Backward:
         if STATE.listener is not None:
             STATE.listener(tap, tap.rule, terms)
         for name, term in terms.items():
+            if self.grams:
+                term.grams = self.grams
             key = id(tap.params[name])
             if self.again and key not in self.again:
                 continue

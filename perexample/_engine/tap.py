@@ -42,18 +42,18 @@ class _Saved(torch.autograd.Function):
 class _Kept:
     """Saved tensors with their versions, as autograd keeps them where no hooks ask for more."""
 
-    __slots__ = ("_tensors", "_versions")
+    __slots__ = ("_versions", "at_hand")
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tuple(t.detach() for t in tensors)
-        self._versions = [version(t) for t in self._tensors]
+        self.at_hand = tuple(t.detach() for t in tensors)
+        self._versions = [version(t) for t in self.at_hand]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
         """The tensors, if nobody has written into them since."""
-        if any(version(t) != count for t, count in zip(self._tensors, self._versions, strict=True)):
+        if any(version(t) != count for t, count in zip(self.at_hand, self._versions, strict=True)):
             raise RuntimeError("a saved tensor has been modified by an inplace operation")
-        return self._tensors
+        return self.at_hand
 
 
 def _save(tensors: list[Tensor]) -> Any:
@@ -163,6 +163,10 @@ class Tap:
     def release(self) -> None:
         """Let go of the saved tensors."""
         self._node = None
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """The saved tensors, where they are at hand as they are."""
+        return self._node.at_hand if isinstance(self._node, _Kept) else ()
 
     def call(self) -> Call:
         """The call as the rule sees it: saved tensors back, in at least float32."""
