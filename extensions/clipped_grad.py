@@ -206,10 +206,10 @@ class ClippedGrad(Extension):
         for view in views:
             members.setdefault(self._group(view.name), []).append(view)
         squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
-        total = torch.stack(list(squares.values())).sum(0)
-        finite = torch.isfinite(total)
+        total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else squares[self._group(views[0].name)]
+        finite = None if math.isfinite(total.sum().item()) else torch.isfinite(total)  # a sum of squares hides nothing
         staged = self._staged
-        staged.norms, staged.nonfinite = total.sqrt(), int((~finite).sum())
+        staged.norms, staged.nonfinite = total.sqrt(), 0 if finite is None else int((~finite).sum())
         staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         results = {}
         for group, vs in members.items():
@@ -238,8 +238,10 @@ class ClippedGrad(Extension):
         self._staged = _Staged({})
         self._warn()
 
-    def _weights(self, norms: Tensor, finite: Tensor, bound: float) -> Tensor:
-        """Clip factors; exactly 0 for an example that is not finite, whatever the clip function says."""
+    def _weights(self, norms: Tensor, finite: Tensor | None, bound: float) -> Tensor:
+        """Clip factors; exactly 0 for an example that is not ``finite``, whatever the clip function says."""
+        if finite is None:
+            return bounded(self.clip, norms, bound)
         factors = bounded(self.clip, torch.where(finite, norms, torch.ones_like(norms)), bound)
         return torch.where(finite, factors, torch.zeros_like(factors))
 

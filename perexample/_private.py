@@ -322,15 +322,17 @@ def loss_reduction_of(node: object) -> str | None:
     return _REDUCTION.get(getattr(node, "_saved_reduction", -1))
 
 
-def mean_is_over(node: object, reduction: str = "mean") -> tuple[float, Tensor, Tensor] | None:
-    """What a mean cross-entropy divided by (a sum: would have), its targets, those ignored, where it is known."""
+def mean_is_over(node: object, reduction: str = "mean") -> tuple[float, Tensor, int] | None:
+    """What a mean cross-entropy divided by (a sum: would have), its targets, and the one ignored, where it is known."""
+    if loss_reduction_of(node) != reduction:
+        return None
     try:
         total, target = getattr(node, "_saved_total_weight", None), getattr(node, "_saved_target", None)
     except RuntimeError:  # the graph is freed
         return None
-    if loss_reduction_of(node) != reduction or total is None or target is None:
+    if total is None or target is None:
         return None
-    return float(total), target, target == getattr(node, "_saved_ignore_index", -100)
+    return float(total), target, getattr(node, "_saved_ignore_index", -100)
 
 
 _HOOK_TABLES = (

@@ -11,8 +11,19 @@ from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
 from scipy import stats
 from torch import nn
 
-from perexample import DP_SGD, ConfigurationError, NonFiniteExampleWarning, StaleGradientError, extend, perex, privatize
+from perexample import (
+    DP_SGD,
+    ConfigurationError,
+    Extension,
+    NonFiniteExampleWarning,
+    StaleGradientError,
+    extend,
+    perex,
+    privatize,
+)
+from perexample.extension import Weights
 from perexample.extensions import Automatic, BatchGrad, Clip, ClippedGrad, Flat, Global
+from perexample.extensions.clip import bounded
 
 NORMS = torch.tensor([0.0, 1e-300, 1e-30, 0.3, 1.0, 1.7, 1e4, 1e30, 1e300], dtype=torch.float64)
 
@@ -546,6 +557,38 @@ def test_zero_gradients(clip):
     with perex(clipping, grad=False):
         (model(randn(4, 5)) * 0).mean().backward()
     assert clipping.norms.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_factors_that_are_not_finite_become_zero(value):
+    """As far as they are not held to the bound anyway."""
+    norms = torch.tensor([0.0, 2.0]).double()
+    found = bounded(lambda norms, bound: torch.full_like(norms, value), norms, 1.0)
+    assert found.tolist() == [0.0, 0.5 if value == math.inf else 0.0]
+
+
+@pytest.mark.parametrize(
+    "values", [[-2.0, 1.0, 0.5], [-1e-40, 1.0, 0.5], [0.0, 1.0, 0.5], [1e-40, 1.0, 0.5], [0, 0, 0]]
+)
+def test_weights_of_any_size_and_sign(values):
+    """Most are looked at once; those with zeros, tiny or negative numbers among them again."""
+    model, w = extend(nn.Linear(4, 3)), torch.tensor(values, dtype=torch.float64)
+
+    class Summed(Extension):
+        field, joint = "summed", True
+
+        def finish(self, views):
+            return {view.name: view.weighted_sum(Weights(w)) for view in views}
+
+    x = randn(3, 4).float()
+    with perex(Summed(), BatchGrad(), grad=False):
+        model(x).square().sum(1).mean().backward()
+    for name, p in model.named_parameters():
+        wanted = torch.tensordot(w, p.grad_batch.double(), dims=1)
+        assert (p.summed - wanted).norm() <= 1e-6 * wanted.norm(), name
+    assert Weights(w).all == bool((w != 0).all())
+    assert Weights(w).none == bool((w == 0).all())
+    assert (Weights(w).tiny is not None) == bool(((w != 0) & (w.abs() < 1e-30)).any())
 
 
 # ---------------------------------------------------------------------------------------------------- extreme examples

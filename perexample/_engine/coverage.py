@@ -202,9 +202,9 @@ def check_sums(loss: Tensor, found: Walk, n: int, factor: float) -> None:
             )
 
 
-def _as_many_each(total: float, targets: Tensor, ignored: Tensor, n: int) -> bool:
+def _as_many_each(total: float, targets: Tensor, ignored: int, n: int) -> bool:
     """Whether each example has the same number of targets that count, and they all count alike."""
-    counted = ~ignored
+    counted = targets != ignored
     if targets.numel() % n or total != int(counted.sum()):
         return False
     place = place_of(targets)

@@ -32,7 +32,6 @@ class Weights:
 
     Attributes:
         values: The weights.
-        used: Which are not zero.
         all: Whether all are used.
         none: Whether none is.
         tiny: Which are too small for float32, ``None`` if none is.
@@ -40,11 +39,20 @@ class Weights:
 
     def __init__(self, values: Tensor) -> None:
         """Look at the weights."""
-        self.values, self.used = values, values != 0
+        self.values, self.all, self.none = values, True, not len(values)
+        self.tiny: Tensor | None = None
         self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
-        self.all, self.none = bool(self.used.all()), not bool(self.used.any())
-        tiny = self.used & (values.abs() < _TINY)
+        if self.none or bool(values.min() >= _TINY):  # mostly so, and found out in one look
+            return
+        used = self.used
+        self.all, self.none = bool(used.all()), not bool(used.any())
+        tiny = used & (values.abs() < _TINY)
         self.tiny = tiny if bool(tiny.any()) else None
+
+    @property
+    def used(self) -> Tensor:
+        """Which are not zero."""
+        return self.values != 0
 
     def scaled(self, device: torch.device, scale: float, dtype: torch.dtype) -> Tensor:
         """The weights times a factor, the same for many parameters."""
