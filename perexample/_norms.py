@@ -12,6 +12,7 @@ _SHORT = 1024  # float32 squares added up at once: long sums drift
 _FEW = 2**16  # elements whose squares are added up in float64 at once
 BLOCK = 2**24  # elements formed at once where a norm alone is wanted
 _CACHED = 2**20  # the same of Gram matrices on a CPU
+_UNFOLDED = 2**21  # and of unfolded images
 
 
 def norms_of(flat: Tensor) -> Tensor:
@@ -63,9 +64,19 @@ def short_sums(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor
     return total
 
 
-def summed_products(g: Tensor, x: Tensor) -> Tensor:
-    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, as ``[N, groups, O, I]``."""
-    return short_sums(g.transpose(2, 3).flatten(0, 1), x.flatten(0, 1)).unflatten(0, g.shape[:2])
+def summed_products(g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``sum_t g_t x_t^T`` for ``[N, groups, T, O]`` and ``[N, groups, T, I]``, as ``[N, groups, O, I]``.
+
+    Args:
+        g: The left factors.
+        x: The right factors.
+        out: Where to write them, with as many elements in this order.
+
+    Returns:
+        The products.
+    """
+    flat = None if out is None else out.view(-1, g.shape[3], x.shape[3])
+    return short_sums(g.transpose(2, 3).flatten(0, 1), x.flatten(0, 1), flat).unflatten(0, g.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,14 @@ def gram_norms(g: Tensor, x: Tensor, of_x: Tensor | None = None) -> Inner:
 def gram_block(like: Tensor, entries: int) -> int:
     """Of how many examples Gram matrices are formed at once: on a CPU of so many as stay in its cache."""
     return max(1, (_CACHED if like.device.type == "cpu" else BLOCK) // max(1, entries))
+
+
+def unfold_block(like: Tensor, entries: int) -> int:
+    """The same of images that are unfolded; as many for each thread, between which they are shared out."""
+    if like.device.type != "cpu":
+        return max(1, BLOCK // max(1, entries))
+    threads = torch.get_num_threads()
+    return threads * max(1, -(-_UNFOLDED // max(1, entries * threads)))
 
 
 def of_grams(left: Tensor, right: Tensor) -> Inner:

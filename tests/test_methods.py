@@ -78,7 +78,9 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_every_method_of_a_convolution_agrees_with_the_unfolded_product(name):
+@pytest.mark.parametrize("unfolded", [1, 2**21])
+def test_every_method_of_a_convolution_agrees_with_the_unfolded_product(name, unfolded, monkeypatch):
+    monkeypatch.setattr(_norms, "_UNFOLDED", unfolded)
     term = windows(**CONVOLUTIONS[name])
     wanted = term.unfolded().dense()
     norms, w = wanted.flatten(1).square().sum(1), torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
@@ -124,6 +126,27 @@ def test_gram_matrices_of_a_few_examples_at_once(make, cached, monkeypatch):
             reference.assert_close_report(method.run()[0], wanted, 1e-12, method.name)
     nobody = torch.zeros(3, dtype=torch.bool)
     assert all(method.run()[0].shape == (0,) for method in term.select(nobody).methods() if "Gram" in method.name)
+
+
+@pytest.mark.parametrize(("threads", "several"), [(1, 21), (2, 22), (4, 24), (64, 64)])
+def test_images_that_are_unfolded_at_once_are_shared_out_evenly(threads, several, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert _norms.unfold_block(torch.zeros(1), 10**5) == several
+    assert _norms.unfold_block(torch.zeros(1), 0) % threads == 0
+    assert _norms.unfold_block(torch.zeros(1, device="meta"), 10**6) == 16
+
+
+@pytest.mark.parametrize("name", ["unfolded", "windows"])
+def test_few_images_are_unfolded_at_once(name, monkeypatch):
+    """The windows of all images take the size of the kernel times their room."""
+    monkeypatch.setattr(_norms, "_UNFOLDED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    term, seen, unfolded = windows(), [], Windows.unfolded
+    monkeypatch.setattr(Windows, "unfolded", lambda self: seen.append(self.n) or unfolded(self))
+    for method in term.methods():
+        if method.name.endswith(name):
+            method.run()
+    assert seen == [1, 1, 1]
 
 
 @pytest.mark.parametrize("power", [0, -6, -9, -10, -10.5, -11, -12, -15, -18, -19, -20, -22, -30, 12])

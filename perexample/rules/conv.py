@@ -27,7 +27,7 @@ from .._conv import (
     pixel_gram,
     windows,
 )
-from .._norms import gram_norms, norms_of
+from .._norms import gram_norms, joined, norms_of, summed_products, unfold_block
 from .._trust import TRUSTED, inner, unit_of_products
 from ..methods import ROOM, Choice, Method, choose
 from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
@@ -191,8 +191,19 @@ class Windows(Term):
         value = value.view(len(value), self.n, -1)
         return Formed(value, self.shape, lambda v: from_offsets(v, geometry).view(v.shape[1], *shape))
 
+    def _blocks(self) -> list[Windows]:
+        """The same by a few examples each, so many as can be unfolded at once."""
+        entries = self.g.shape[2:].numel() * self.geometry.groups * self.geometry.shape[1:].numel()
+        several = unfold_block(self.x, entries)
+        return [self._like(x, g) for x, g in zip(self.x.split(several), self.g.split(several), strict=True)]
+
     def _by_unfolding(self) -> Formed:
-        return Formed(self.unfolded().dense()[None].flatten(2), self.shape)
+        value, done = self.g.new_empty(self.n, *self.shape), 0
+        for block in self._blocks():
+            unfolded, out = block.unfolded(), value[done : done + block.n]
+            done += block.n
+            summed_products(unfolded.g, unfolded.x, out)
+        return Formed(value[None].flatten(2), self.shape)
 
     def _one_by_one(self) -> Formed:
         x, padding = self._for_native()
@@ -206,8 +217,8 @@ class Windows(Term):
         return remembering(self, inner(self, pixel_gram(self.padded(), self.g, self.geometry)))
 
     def _by_windows(self) -> tuple[Tensor, Term]:
-        unfolded = self.unfolded()
-        return remembering(self, inner(self, gram_norms(unfolded.g, unfolded.x)))
+        found = [gram_norms(unfolded.g, unfolded.x) for unfolded in (block.unfolded() for block in self._blocks())]
+        return remembering(self, inner(self, joined(found, self.g)))
 
     def _dropped(self) -> tuple[Tensor, Term]:
         way = self._likeliest()
