@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "gallery" / "benchmarks"
@@ -139,7 +140,22 @@ def test_bounded(tmp_path):
         assert len(entries["times"]) == 2
 
 
-@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead", "bounded"])
+def test_tried(tmp_path):
+    script("tried", "--repeats", 1, "--out", tmp_path)
+    data = json.loads((tmp_path / "tried.json").read_text())
+    for found in data["layers"].values():
+        assert found["float32"]["error"] < 1e-6
+        assert found["bfloat16, two parts"]["error"] <= found["bfloat16"]["error"] + 1e-6
+
+
+def test_half_of_a_symmetric_matrix_is_all_of_it():
+    tried = importlib.import_module("tried")
+    x, g = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
+    parts = (tried.halves(x) * tried.halves(g)).unflatten(1, (3, -1)).sum(2)
+    assert torch.allclose(parts @ torch.tensor([1.0, 1, 2]).double(), tried.norms(x @ x.mT, g @ g.mT).square())
+
+
+@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead", "bounded", "tried"])
 def test_tables_are_those_of_the_numbers(name, tmp_path):
     module, report = importlib.import_module(name), importlib.import_module("report")
     data = report.load(FOLDER / f"{name}.json")
