@@ -332,7 +332,8 @@ def mean_is_over(node: object, reduction: str = "mean") -> tuple[float, Tensor, 
         return None
     if total is None or target is None:
         return None
-    return float(total), target, getattr(node, "_saved_ignore_index", -100)
+    ignored = getattr(node, "_saved_ignore_index", -100)  # without its sign
+    return float(total), target, ignored - 2**64 if ignored >= 2**63 else ignored
 
 
 _HOOK_TABLES = (

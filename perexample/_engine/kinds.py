@@ -145,23 +145,6 @@ def traits_of(func: Any) -> Traits:
     return traits
 
 
-def permuted_axis(name: str, args: tuple, kwargs: dict, axis: int) -> int:
-    """Where an axis of the first argument goes when axes change places."""
-    t, rest = args[0], args[1:]
-    if name == "permute":
-        order = kwargs.get("dims") or (rest[0] if isinstance(rest[0], (tuple, list)) else rest)
-        return [a % t.dim() for a in order].index(axis)
-    if name in (".mT", "adjoint"):
-        pair: Any = (-2, -1)
-    elif name in ("t", ".T"):
-        return t.dim() - 1 - axis if name == ".T" or t.dim() == 2 else axis
-    else:
-        names = (("dim0", "axis0"), ("dim1", "axis1"))
-        pair = [rest[i] if i < len(rest) else next(kwargs[n] for n in names[i] if n in kwargs) for i in (0, 1)]
-    first, second = (a % t.dim() for a in pair)
-    return {first: second, second: first}.get(axis, axis)
-
-
 def _writes_in_place(func: Any) -> bool:
     """Whether the function writes into its first argument, by torch's naming."""
     name = getattr(func, "__name__", "")

@@ -30,7 +30,8 @@ from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded
-from .follow import Follow, forget_followers, lose, note_checkpoint, parted
+from .follow import Follow, forget_followers, note_checkpoint
+from .operation import lose, parted
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
 from .tap import LOST, Tap
