@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -17,11 +18,19 @@ class Grams:
 
     def __init__(self, kept: Mapping[Hashable, Iterable[Tensor]]) -> None:
         """Find out which tensors are kept more than once, by where they lie in memory."""
-        places = {call: {t.data_ptr() for t in tensors if t.numel()} for call, tensors in kept.items()}
-        counts = Counter(place for own in places.values() for place in own)
-        self._users = {place: count for place, count in counts.items() if count > 1}
-        self._calls = {call: shared for call, own in places.items() if (shared := own & self._users.keys())}
+        self._users: dict[int, int] = {}
+        self._calls: dict[Hashable, set[int]] = {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        places = [(t.data_ptr(), call) for call, tensors in kept.items() for t in tensors if _lies_somewhere(t)]
+        if len({place for place, _ in places}) < len(places):  # mostly not so
+            self._count(set(places))
+
+    def _count(self, places: set[tuple[int, Hashable]]) -> None:
+        counts = Counter(place for place, _ in places)
+        self._users = {place: count for place, count in counts.items() if count > 1}
+        for place, call in places:
+            if place in self._users:
+                self._calls.setdefault(call, set()).add(place)
 
     def __bool__(self) -> bool:
         """Whether anything is shared."""
@@ -47,3 +56,8 @@ class Grams:
             if not self._users[place]:
                 del self._users[place]
                 self._found.pop(place, None)
+
+
+def _lies_somewhere(t: Tensor) -> bool:
+    """Whether a tensor has a place in memory, as sparse ones and those of other classes do not."""
+    return type(t) is Tensor and t.layout is torch.strided and t.numel() > 0

@@ -123,6 +123,27 @@ def test_nothing_is_shared_by_nothing():
     assert not Grams({"a": [torch.zeros(0, 3)], "b": [torch.zeros(0, 3)], "c": [], "d": [torch.randn(2, 3)]})
 
 
+def test_sparse_inputs_have_no_place_in_memory():
+    """An error of torch's, if it were asked for one."""
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.sparse.mm(x, self.weight)
+
+    torch.manual_seed(0)
+    model, x = extend(Graph()), torch.randn(4, 5, dtype=torch.float64)
+    assert not Grams({"a": [x.to_sparse()], "b": [x.to_sparse()]})
+    with perex(BatchL2Grad(), grad=False):
+        model(x.to_sparse()).square().sum(1).mean().backward()
+    rows = [torch.autograd.grad((row[None] @ model.weight).square().sum(), model.weight)[0] for row in x]
+    wanted = torch.stack([row.square().sum() for row in rows])
+    reference.assert_close_report(model.weight.batch_l2, wanted, 1e-12, "norms")
+
+
 def test_writing_into_a_shared_input_while_it_is_shared_is_noticed(formed):
     """The matrix that was formed before is not that of what is there now."""
     model, x = extend(Projections()), torch.randn(3, 7, 24, requires_grad=True)

@@ -2,8 +2,9 @@
 
 The machinery is following the forward, taps, the walk of the graph, hooks, and what rules form at once (gradients of
 biases and norm layers), without norms, gradients of weights or sums. It is measured with an extension that asks for
-nothing, as a ratio to the plain step, with ``p.grad`` computed in both. The least that per-example gradients can cost
-is taken to be a forward, the gradients of the layers' outputs, and one batched product for each layer, written by hand
+nothing, as a ratio to the plain step, with ``p.grad`` computed in both. Beside it stands what hooks and a function
+mode cost that do nothing, without which Python cannot see a forward. The least that per-example gradients can cost is
+taken to be a forward, the gradients of the layers' outputs, and one batched product for each layer, written by hand
 for networks of linear layers and convolutions.
 
 The least that a clipped sum can cost by the methods that are known here is taken to be a step without gradients of
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from models import SUITE
 from systems import OursClipped, OursRows, Problem, System
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from perexample import Extension, ParameterView, extend, perex
@@ -58,6 +60,33 @@ class Machinery(System):
         self.zero()
         with perex(Nothing()):
             self.losses().mean().backward()
+
+
+class Through(TorchFunctionMode):
+    """Lets everything pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """The function itself."""
+        return func(*args, **(kwargs or {}))
+
+
+class EmptyHooks(System):
+    """The plain step with hooks on modules and outputs, and a function mode, that do nothing."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        for module in self.model.modules():
+            module.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+            module.register_forward_hook(_hooked, with_kwargs=True)
+
+    def losses(self) -> Tensor:
+        with Through():
+            return super().losses()
+
+
+def _hooked(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    if module._parameters and isinstance(output, Tensor) and output.requires_grad:
+        output.register_hook(lambda g: None)
 
 
 class NoParameters(System):
@@ -166,8 +195,8 @@ def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 KINDS = {
-    "machinery": Machinery, "no parameters": NoParameters, "ClippedGrad": OursClipped, "by hand": OneProduct,
-    "BatchGrad": OursRows,
+    "empty hooks": EmptyHooks, "machinery": Machinery, "no parameters": NoParameters, "ClippedGrad": OursClipped,
+    "by hand": OneProduct, "BatchGrad": OursRows,
 }  # fmt: skip
 
 
@@ -176,7 +205,8 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
     found = {}
     for model in tqdm(options.models, desc="models", disable=None):
         problem = Problem.of(SUITE[model], options.n, "cpu")
-        names = ["machinery", "no parameters", "ClippedGrad", *(("by hand", "BatchGrad") if model in BY_HAND else ())]
+        names = ["empty hooks", "machinery", "no parameters", "ClippedGrad"]
+        names += ["by hand", "BatchGrad"] if model in BY_HAND else []
         found[model] = measure.timings(problem, names, options.repeats, options.seconds, kinds=KINDS)
         failed = {name: entry["failed"] for name, entry in found[model].items() if "failed" in entry}
         if failed:
@@ -206,8 +236,11 @@ def floors(found: dict) -> list[str]:
 def rst(data: dict) -> list[str]:
     """The tables."""
     models = {name: data["models"][name] for name in SUITE if name in data["models"]}
-    costs = [["model", "machinery / plain step"]]
-    costs += [[SUITE[name].name, spread(found["machinery"])] for name, found in models.items()]
+    costs = [["model", "empty hooks", "machinery"]]
+    costs += [
+        [SUITE[name].name, *(spread(found[kind]) for kind in ("empty hooks", "machinery"))]
+        for name, found in models.items()
+    ]
     rows = [["model", "BatchGrad / plain step", "by hand / plain step", "BatchGrad / by hand"]]
     rows += [
         [SUITE[name].name, *(spread(found[key]) for key in ("BatchGrad", "by hand", "BatchGrad / by hand"))]
@@ -222,8 +255,9 @@ def rst(data: dict) -> list[str]:
     ]
     written = report.sentence("overhead.py", data["system"]).replace("`", "``")
     return [
-        "Machinery: a plain step in a context that asks for nothing. Medians of ratios to the plain step beside, with",
-        "quartiles:", "", *report.rst_table(costs), "",
+        "A plain step with hooks and a function mode that do nothing, and the machinery, a plain step in a context",
+        "that asks for nothing, as ratios to the plain step beside (medians, with quartiles):", "",
+        *report.rst_table(costs), "",
         "The least that clipped sums can cost, as ratios to the plain step: a step without gradients of parameters;",
         "that and the fastest method for each parameter, of those that hold little memory or of all; and ClippedGrad:",
         "", *report.rst_table(least), "",

@@ -195,11 +195,16 @@ class Windows(Term):
         """The same by a few examples each, so many as can be unfolded at once."""
         entries = self.g.shape[2:].numel() * self.geometry.groups * self.geometry.shape[1:].numel()
         several = unfold_block(self.x, entries)
+        if self.n <= several:
+            return [self]
         return [self._like(x, g) for x, g in zip(self.x.split(several), self.g.split(several), strict=True)]
 
     def _by_unfolding(self) -> Formed:
+        blocks = self._blocks()
+        if len(blocks) == 1:
+            return Formed(self.unfolded().dense()[None].flatten(2), self.shape)
         value, done = self.g.new_empty(self.n, *self.shape), 0
-        for block in self._blocks():
+        for block in blocks:
             unfolded, out = block.unfolded(), value[done : done + block.n]
             done += block.n
             summed_products(unfolded.g, unfolded.x, out)
