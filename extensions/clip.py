@@ -109,7 +109,7 @@ def bounded(clip: Clip, norms: Tensor, bound: float) -> Tensor:
             f"ClippedGrad(clip=...): the function returned {got} for norms of shape {list(norms.shape)}; it must "
             f"return a tensor with one factor for each norm."
         )
-    return factors.to(norms).clamp(min=0.0).minimum(bound / norms).nan_to_num(0.0, 0.0)
+    return factors.to(norms).clamp(min=0.0).minimum(bound / norms).nan_to_num(0.0, 0.0, 0.0)
 
 
 _BY_NAME = {"flat": Flat, "automatic": Automatic, "global": Global}

@@ -96,7 +96,7 @@ def test_parts_of_one_memory_are_told_apart():
     """A chunk begins where its whole begins."""
     whole = torch.randn(2, 1, 3, 8)
     part = whole[..., :4]
-    grams = Grams({"a": [whole], "b": [part], "c": [whole]})
+    grams = Grams({"a": ("l", [whole]), "b": ("l", [part]), "c": ("l", [whole])})
     assert torch.equal(grams.of(whole), whole @ whole.mT)
     assert grams.of(part) is None
     assert torch.equal(grams.of(whole), whole @ whole.mT)
@@ -104,7 +104,7 @@ def test_parts_of_one_memory_are_told_apart():
 
 def test_only_what_is_wanted_again_is_kept():
     x, y = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 3, 8)
-    grams = Grams({"a": [x, x], "b": [x], "c": [y]})
+    grams = Grams({"a": ("l", [x, x]), "b": ("l", [x]), "c": ("l", [y])})
     assert grams
     assert grams.of(y) is None
     assert grams.of(x) is not None
@@ -114,13 +114,25 @@ def test_only_what_is_wanted_again_is_kept():
     grams.done("b")
     assert grams.of(x) is None
     assert not grams
-    last = Grams({"a": [x], "b": [x]})
+    last = Grams({"a": ("l", [x]), "b": ("l", [x])})
     last.done("a")
     assert last.of(x) is None  # nobody else will ask
 
 
 def test_nothing_is_shared_by_nothing():
-    assert not Grams({"a": [torch.zeros(0, 3)], "b": [torch.zeros(0, 3)], "c": [], "d": [torch.randn(2, 3)]})
+    empty = torch.zeros(0, 3)
+    assert not Grams({"a": ("l", [empty]), "b": ("l", [empty]), "c": ("l", []), "d": ("l", [torch.randn(2, 3)])})
+
+
+def test_calls_of_another_kind_do_not_count():
+    """A norm layer that has the input of a linear layer asks for no Gram matrix."""
+    x = torch.randn(2, 1, 3, 8)
+    assert not Grams({"a": ("linear", [x]), "b": ("norm", [x])})
+    grams = Grams({"a": ("linear", [x]), "b": ("norm", [x]), "c": ("linear", [x])})
+    assert grams.of(x) is not None
+    for call in "ac":
+        grams.done(call)
+    assert not grams
 
 
 def test_sparse_inputs_have_no_place_in_memory():
@@ -136,7 +148,7 @@ def test_sparse_inputs_have_no_place_in_memory():
 
     torch.manual_seed(0)
     model, x = extend(Graph()), torch.randn(4, 5, dtype=torch.float64)
-    assert not Grams({"a": [x.to_sparse()], "b": [x.to_sparse()]})
+    assert not Grams({"a": ("l", [x.to_sparse()]), "b": ("l", [x.to_sparse()])})
     with perex(BatchL2Grad(), grad=False):
         model(x.to_sparse()).square().sum(1).mean().backward()
     rows = [torch.autograd.grad((row[None] @ model.weight).square().sum(), model.weight)[0] for row in x]
@@ -181,7 +193,7 @@ def test_sharing_changes_nothing(options, monkeypatch, formed):
 def test_what_others_have_formed_does_not_count_when_methods_are_compared():
     """A matrix that is there already would make its method seem faster than it is for the one that forms it."""
     term = Outer(torch.randn(2, 1, 3, 8), torch.randn(2, 1, 3, 8), torch.Size((8, 8)))
-    term.grams, seen = Grams({"a": [term.x], "b": [term.x]}), []
+    term.grams, seen = Grams({"a": ("l", [term.x]), "b": ("l", [term.x])}), []
     forget_choices()
     methods = [Method(name, lambda: (seen.append(term.grams), term), 1e9) for name in "ab"]
     choose(term, Choice(), methods)

@@ -565,14 +565,16 @@ def test_factors_that_are_not_finite_become_zero(value):
     norms = torch.tensor([0.0, 2.0]).double()
     found = bounded(lambda norms, bound: torch.full_like(norms, value), norms, 1.0)
     assert found.tolist() == [0.0, 0.5 if value == math.inf else 0.0]
+    assert bounded(lambda norms, bound: torch.ones_like(norms), -norms[:1], 1.0).tolist() == [0.0]  # of -0.0
 
 
 @pytest.mark.parametrize(
     "values", [[-2.0, 1.0, 0.5], [-1e-40, 1.0, 0.5], [0.0, 1.0, 0.5], [1e-40, 1.0, 0.5], [0, 0, 0]]
 )
-def test_weights_of_any_size_and_sign(values):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_any_size_and_sign(values, dtype):
     """Most are looked at once; those with zeros, tiny or negative numbers among them again."""
-    model, w = extend(nn.Linear(4, 3)), torch.tensor(values, dtype=torch.float64)
+    model, w = extend(nn.Linear(4, 3)), torch.tensor(values, dtype=dtype)
 
     class Summed(Extension):
         field, joint = "summed", True
@@ -584,11 +586,11 @@ def test_weights_of_any_size_and_sign(values):
     with perex(Summed(), BatchGrad(), grad=False):
         model(x).square().sum(1).mean().backward()
     for name, p in model.named_parameters():
-        wanted = torch.tensordot(w, p.grad_batch.double(), dims=1)
+        wanted = torch.tensordot(w.double(), p.grad_batch.double(), dims=1)
         assert (p.summed - wanted).norm() <= 1e-6 * wanted.norm(), name
     assert Weights(w).all == bool((w != 0).all())
     assert Weights(w).none == bool((w == 0).all())
-    assert (Weights(w).tiny is not None) == bool(((w != 0) & (w.abs() < 1e-30)).any())
+    assert (Weights(w).tiny is not None) == bool(((w != 0) & (w.double().abs() < 1e-30)).any())
 
 
 # ---------------------------------------------------------------------------------------------------- extreme examples

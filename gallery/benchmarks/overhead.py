@@ -85,8 +85,9 @@ class EmptyHooks(System):
 
 
 def _hooked(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    if module._parameters and isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(lambda g: None)
+    for t in output if isinstance(output, tuple) else (output,):
+        if module._parameters and isinstance(t, Tensor) and t.requires_grad:
+            t.register_hook(lambda g: None)
 
 
 class NoParameters(System):

@@ -99,7 +99,7 @@ class Backward:
                 "(FSDP2) all processes would have to do alike; leave max_memory out."
             )
         self.twice = self.joint and context.max_memory is not None and self._most_held() > context.max_memory
-        self.grams = Grams({tap: tap.kept() for tap in found.taps})
+        self.grams = Grams({tap: (tap.rule, tap.kept()) for tap in found.taps})
         self.devices = {view.param.device.type for view in self.views.values()}
 
     def _most_held(self) -> int:

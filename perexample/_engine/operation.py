@@ -239,8 +239,6 @@ class Operation:
 
     def meet(self, targets: list[Tensor]) -> None:
         """Prepare the tap of a call in which parameters meet data; before it runs, as it may write in place."""
-        if self.lost is not None:
-            return
         self.inputs = [t for t, _ in self.tracked]
         edges = Tap.edges_of(self.inputs)
         view = self._part_written() if self.in_place else None

@@ -42,7 +42,7 @@ class Weights:
         self.values, self.all, self.none = values, True, not len(values)
         self.tiny: Tensor | None = None
         self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
-        if self.none or bool(values.min() >= _TINY):  # mostly so, and found out in one look
+        if self.none or values.min().item() >= _TINY:  # mostly so, and found out in one look; in float16 it would be 0
             return
         used = self.used
         self.all, self.none = bool(used.all()), not bool(used.any())

@@ -239,7 +239,7 @@ MUTANTS = (
     mutant(
         "F41-zero-norm",
         "divides by a norm of zero",
-        Edit(f"{CLIP}:bounded", (".nan_to_num(0.0, 0.0)", "")),
+        Edit(f"{CLIP}:bounded", (".nan_to_num(0.0, 0.0, 0.0)", "")),
         killers=["test_faults.py::test_f41_norm_zero_needs_no_epsilon", "test_optim.py::test_zero_gradients"],
     ),
     mutant(
