@@ -206,7 +206,7 @@ class ClippedGrad(Extension):
         for view in views:
             members.setdefault(self._group(view.name), []).append(view)
         squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
-        total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else squares[self._group(views[0].name)]
+        total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else next(iter(squares.values()))
         finite = None if math.isfinite(total.sum().item()) else torch.isfinite(total)  # a sum of squares hides nothing
         staged = self._staged
         staged.norms, staged.nonfinite = total.sqrt(), 0 if finite is None else int((~finite).sum())

@@ -155,7 +155,7 @@ def test_half_of_a_symmetric_matrix_is_all_of_it():
     assert torch.allclose(parts @ torch.tensor([1.0, 1, 2]).double(), tried.norms(x @ x.mT, g @ g.mT).square())
 
 
-@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead", "bounded", "tried"])
+@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead", "bounded", "methods", "tried"])
 def test_tables_are_those_of_the_numbers(name, tmp_path):
     module, report = importlib.import_module(name), importlib.import_module("report")
     data = report.load(FOLDER / f"{name}.json")

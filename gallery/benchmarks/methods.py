@@ -12,7 +12,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import report
 import torch
@@ -119,26 +118,15 @@ def cell(value: float | None, best: bool) -> str:
     return f"**{value:.1f}**" if best else f"{value:.1f}"
 
 
-def main() -> None:
-    """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="calls of each method (default: 7)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--tables", action="store_true", help="only write the table again")
-    parser.add_argument("--out", type=Path, help="write to this folder instead")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    path = (options.out or report.HERE) / "methods.json"
-    data = report.load(path)
-    if not options.tables:
-        torch.manual_seed(0)
-        system = report.system_info("cpu", options.threads)
-        system = {key: value for key, value in system.items() if key not in ("opacus", "backpack-for-pytorch")}
-        found = {name: measured(*make(), options.repeats) for name, make in tqdm(cases().items())}
-        data = {"milliseconds": found, "system": system}
-        report.save(path, data)
-    report.put(report.PAGE, "methods", rst(report.rounded(data)), options.out)
+def everything(repeats: int) -> dict:
+    """All layers."""
+    return {"milliseconds": {name: measured(*make(), repeats) for name, make in tqdm(cases().items())}}
+
+
+def tables(data: dict, options: argparse.Namespace) -> None:
+    """Both tables, for the documentation."""
+    report.put(report.PAGE, "methods", rst(data), options.out)
 
 
 if __name__ == "__main__":
-    main()
+    report.time_products("methods", __doc__, 7, everything, tables)

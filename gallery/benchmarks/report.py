@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,14 @@ COLOURS = {
     "loop": "#a08b6a",
 }
 OURS = "ClippedGrad"
+PEERS = ("opacus", "backpack-for-pytorch")  # packages
 MARKERS = dict(zip(COLOURS, "ospDPv^<>Xd", strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:
     """Versions and the kind of machine."""
     versions = {}
-    for package in ("opacus", "backpack-for-pytorch"):
+    for package in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
@@ -181,3 +183,37 @@ def figures(axis: plt.Axes, which: str) -> None:
     target.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     target.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     target.set_minor_formatter(NullFormatter())
+
+
+def time_products(
+    name: str,
+    text: str | None,
+    repeats: int,
+    measured: Callable[[int], dict],
+    tables: Callable[[dict, argparse.Namespace], None],
+) -> None:
+    """What a script does that times products by themselves: options, numbers, tables.
+
+    Args:
+        name: Of the script and of its file of numbers.
+        text: Its help.
+        repeats: How often it calls each product, unless asked otherwise.
+        measured: Measures, given that number.
+        tables: Writes the tables.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"calls of each product (default: {repeats})")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--tables", action="store_true", help="only write the tables again")
+    parser.add_argument("--out", type=Path, help="write to this folder instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    path = (options.out or HERE) / f"{name}.json"
+    data = load(path)
+    if not options.tables:
+        torch.manual_seed(0)
+        system = system_info("cpu", options.threads)
+        data = measured(options.repeats)
+        data["system"] = {key: value for key, value in system.items() if key not in PEERS}
+        save(path, data)
+    tables(rounded(data), options)

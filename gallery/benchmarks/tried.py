@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import report
 import torch
@@ -137,25 +136,5 @@ def tables(data: dict, options: argparse.Namespace) -> None:
     report.put(report.PAGE, "tried", rst(data), options.out)
 
 
-def main() -> None:
-    """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="calls of each product (default: 15)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--tables", action="store_true", help="only write the tables again")
-    parser.add_argument("--out", type=Path, help="write to this folder instead")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    path = (options.out or report.HERE) / "tried.json"
-    data = report.load(path)
-    if not options.tables:
-        torch.manual_seed(0)
-        system = report.system_info("cpu", options.threads)
-        system = {key: value for key, value in system.items() if key not in ("opacus", "backpack-for-pytorch")}
-        data = {**measured(options.repeats), "system": system}
-        report.save(path, data)
-    tables(report.rounded(data), options)
-
-
 if __name__ == "__main__":
-    main()
+    report.time_products("tried", __doc__, 15, measured, tables)

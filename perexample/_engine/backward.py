@@ -255,9 +255,9 @@ class Backward:
             terms = {name: term.regrouped(owner, self.n) for name, term in terms.items()}
         if STATE.listener is not None:
             STATE.listener(tap, tap.rule, terms)
+        grams = self.grams or None
         for name, term in terms.items():
-            if self.grams:
-                term.grams = self.grams
+            term.grams = grams
             key = id(tap.params[name])
             if self.again and key not in self.again:
                 continue
@@ -286,9 +286,10 @@ class Backward:
                 self._whole(key)
             self._check_held(views)
             for extension in self.context.extensions:
-                asked = {view.name: len(view.late) for view in views}
+                asked = {view.name: len(view.late) for view in views} if self.twice else {}
                 for name, result in extension.finish(views).items():
-                    _check_late(extension, by_name[name], asked[name], result)
+                    if self.twice:
+                        _check_late(extension, by_name[name], asked[name], result)
                     self.results[extension.field][id(by_name[name].param)] = result
 
     def _check_held(self, views: list[ParameterView]) -> None:

@@ -200,13 +200,9 @@ class Windows(Term):
         return [self._like(x, g) for x, g in zip(self.x.split(several), self.g.split(several), strict=True)]
 
     def _by_unfolding(self) -> Formed:
-        blocks = self._blocks()
-        if len(blocks) == 1:
-            return Formed(self.unfolded().dense()[None].flatten(2), self.shape)
-        value, done = self.g.new_empty(self.n, *self.shape), 0
-        for block in blocks:
-            unfolded, out = block.unfolded(), value[done : done + block.n]
-            done += block.n
+        blocks, value = self._blocks(), self.g.new_empty(self.n, *self.shape)
+        for block, out in zip(blocks, value.split([block.n for block in blocks]), strict=True):
+            unfolded = block.unfolded()
             summed_products(unfolded.g, unfolded.x, out)
         return Formed(value[None].flatten(2), self.shape)
 
