@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
 
@@ -113,6 +113,16 @@ def run_first(module: nn.Module, kind: type) -> None:
     if hooks and not isinstance(next(iter(hooks.values())), kind):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
             hooks.move_to_end(key, last=False)
+
+
+def runs_last(module: nn.Module, kind: type) -> bool:
+    """Whether no forward pre-hook comes after that of this kind; if one does, that is changed for the next call."""
+    hooks = cast("OrderedDict[int, Any]", module._forward_pre_hooks)
+    if not hooks or isinstance(hooks[next(reversed(hooks))], kind):
+        return True
+    for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        hooks.move_to_end(key)
+    return False
 
 
 def global_forward_hooks() -> bool:
@@ -313,6 +323,33 @@ def reentrant_checkpoint(node_name: str) -> bool:
     return node_name == "CheckpointFunctionBackward"
 
 
+def output_shapes(node: Node) -> list[torch.Size]:
+    """Shapes of what a graph node gave; empty where it does not tell."""
+    return [torch.Size(known.shape) for known in getattr(node, "_input_metadata", ())]
+
+
+def ones_for(edge: GradientEdge) -> Tensor:
+    """Ones in the form of what a graph node gave."""
+    known = edge.node._input_metadata[edge.output_nr]
+    return torch.ones(torch.Size(known.shape), dtype=known.dtype, device=known.device)
+
+
+def saved(node: Node, name: str) -> Any:
+    """What a graph node has saved under a name; ``None`` where it has nothing, or the graph is freed."""
+    try:
+        return getattr(node, f"_saved_{name}", None)
+    except RuntimeError:
+        return None
+
+
+def is_python_number(scalar: Tensor) -> bool:
+    """Whether a tensor without axes stands for a number that was given as such: it yields to all other types."""
+    other = torch.int8 if scalar.dtype != torch.int8 else torch.uint8
+    if scalar.is_floating_point() or scalar.is_complex():
+        other = torch.float16 if scalar.dtype != torch.float16 else torch.bfloat16
+    return scalar.dim() == 0 and torch.result_type(torch.zeros((), dtype=other, device=scalar.device), scalar) == other
+
+
 # Losses whose graph node keeps the reduction it was called with; 1 is "mean" and 2 is "sum" in ATen.
 _REDUCTION = {1: "mean", 2: "sum"}
 
@@ -320,6 +357,12 @@ _REDUCTION = {1: "mean", 2: "sum"}
 def loss_reduction_of(node: object) -> str | None:
     """The reduction that a loss node was called with, where the node remembers it."""
     return _REDUCTION.get(getattr(node, "_saved_reduction", -1))
+
+
+def sums_losses(node: Node) -> bool:
+    """Whether a node is the plain sum of losses that were not reduced."""
+    before = node.next_functions[0][0] if node.name() == "SumBackward0" else None
+    return before is not None and getattr(before, "_saved_reduction", -1) == 0
 
 
 def mean_is_over(node: object, reduction: str = "mean") -> tuple[float, Tensor, int] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,14 +60,17 @@ def map_tensors(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) 
     if type(tree) in PLAIN:
         return tree
     if isinstance(tree, Mapping):
-        return type(tree)({key: map_tensors(function, value, kind) for key, value in tree.items()})  # type: ignore[call-arg]
+        mapped = {key: map_tensors(function, value, kind) for key, value in tree.items()}
+        if isinstance(tree, defaultdict):
+            return type(tree)(tree.default_factory, mapped)
+        return type(tree)(mapped)  # type: ignore[call-arg]
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, value, kind) for value in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(map_tensors(function, value, kind) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        changes = {
-            f.name: map_tensors(function, getattr(tree, f.name), kind) for f in dataclasses.fields(tree) if f.init
-        }
-        return dataclasses.replace(tree, **changes)
+        changed = copy.copy(tree)  # as it is now, whatever its constructor takes
+        for field in dataclasses.fields(tree):
+            object.__setattr__(changed, field.name, map_tensors(function, getattr(tree, field.name), kind))
+        return changed
     return tree

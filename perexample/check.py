@@ -30,7 +30,8 @@ class CheckRow:
         shape: Its shape.
         gradient: Worst relative error of its per-example gradients.
         norm: Worst relative error of their squared norms.
-        weighted_sum: Relative error of a weighted sum of them.
+        weighted_sum: Relative error of a weighted sum of them, asked for by itself and after the norms.
+        batch_dot: Relative error of their inner products.
         independence: How much an example's gradient moved, relatively, when another example was exchanged.
     """
 
@@ -39,12 +40,13 @@ class CheckRow:
     gradient: float
     norm: float
     weighted_sum: float
+    batch_dot: float
     independence: float
 
     @property
     def error(self) -> float:
         """The worst error against the reference."""
-        return max(self.gradient, self.norm, self.weighted_sum)
+        return max(self.gradient, self.norm, self.weighted_sum, self.batch_dot)
 
 
 @dataclass(repr=False)
@@ -78,11 +80,11 @@ class CheckReport:
 
     def __str__(self) -> str:
         """The rows as a table, and the verdict."""
-        header = ("parameter", "shape", "grad_batch", "batch_l2", "weighted sum", "independence", "")
+        header = ("parameter", "shape", "grad_batch", "batch_l2", "weighted sum", "batch_dot", "independence", "")
         rows = [
             (
                 row.parameter, str(list(row.shape)), f"{row.gradient:.0e}", f"{row.norm:.0e}",
-                f"{row.weighted_sum:.0e}", f"{row.independence:.0e}",
+                f"{row.weighted_sum:.0e}", f"{row.batch_dot:.0e}", f"{row.independence:.0e}",
                 "FAIL" if row in self.wrong or row in self.mixed else "ok",
             )
             for row in self.rows
@@ -93,17 +95,29 @@ class CheckReport:
     __repr__ = __str__
 
 
-class _Quantities(Extension):
-    """All ways in which a view can be asked."""
+class _Asked(Extension):
+    """One way in which a view can be asked; what is asked for by itself may be computed in another way."""
 
     field = "check_quantities"
 
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    def __init__(self, ask: Callable[[ParameterView], Tensor]) -> None:
+        self.ask, self.found = ask, dict[str, Tensor]()
 
     def compute(self, view: ParameterView) -> None:
-        norms, weighted = view.batch_l2(), view.weighted_sum(_weights(view.n))
-        self.found[view.name] = (view.grad_batch(), norms, weighted)
+        self.found[view.name] = self.ask(view)
+
+
+def _sum_after_norms(view: ParameterView) -> Tensor:
+    view.batch_l2()
+    return view.weighted_sum(_weights(view.n))
+
+
+_WAYS: dict[str, Callable[[ParameterView], Tensor]] = {
+    "batch_l2": lambda view: view.batch_l2(),
+    "weighted_sum": lambda view: view.weighted_sum(_weights(view.n)),
+    "sum after norms": _sum_after_norms,
+    "batch_dot": lambda view: view.batch_dot(),
+}
 
 
 def _weights(n: int) -> Tensor:
@@ -148,20 +162,26 @@ def check(
         >>> report.ok
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"check takes a torch.nn.Module, not {type(model).__name__}.")
     model, notes = _prepared(model)
     by_name = {key: map_tensors(_double, part) for key, part in (named or {}).items()}
     batch = (by_name, *(map_tensors(_double, part) for part in batch))
     n = _size(batch)
     _refuse_random(model, loss_fn, batch)
     found = _measured(model, loss_fn, batch, loss_reduction)
+    others = {way: _measured(model, loss_fn, batch, loss_reduction, ask) for way, ask in _WAYS.items()}
     moved = _moved(model, loss_fn, batch, n, loss_reduction, found)
     try:
         wanted = _reference(model, loss_fn, batch, n)
     except CrossExampleError:
         if max(moved.values()) <= tolerance:
             raise
-        wanted = {name: torch.full_like(gradients, torch.nan) for name, (gradients, _, _) in found.items()}
-    rows = [_compare(name, wanted[name], found[name], moved[name]) for name in wanted]
+        wanted = {name: torch.full_like(gradients, torch.nan) for name, gradients in found.items()}
+    rows = [
+        _compare(name, wanted[name], found[name], {way: of[name] for way, of in others.items()}, moved[name])
+        for name in wanted
+    ]
     report = CheckReport(rows, tolerance, notes)
     if raises and report.mixed:
         names = ", ".join(f"`{row.parameter}`" for row in report.mixed)
@@ -222,11 +242,17 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             buffer.copy_(kept[name])
 
 
-def _measured(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, reduction: str) -> dict[str, Any]:
-    quantities = _Quantities()
-    with perex(quantities, loss_reduction=reduction, grad=False), _kept_buffers(model):
+def _measured(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    batch: tuple,
+    reduction: str,
+    ask: Callable[[ParameterView], Tensor] = ParameterView.grad_batch,
+) -> dict[str, Tensor]:
+    asked = _Asked(ask)
+    with perex(asked, loss_reduction=reduction, grad=False), _kept_buffers(model):
         _loss(model, loss_fn, batch).backward()
-    return quantities.found
+    return asked.found
 
 
 def _reference(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int) -> dict[str, Tensor]:
@@ -259,9 +285,9 @@ def _moved(
     moved = dict.fromkeys(found, 0.0)
     for j in range(0, n, max(1, n // 8)):
         other = tuple(map_tensors(partial(_exchanged, j=j), part) for part in batch)
-        for name, (gradients, _, _) in _measured(model, loss_fn, other, reduction).items():
+        for name, gradients in _measured(model, loss_fn, other, reduction).items():
             rest = torch.arange(n) != j
-            moved[name] = max(moved[name], _relative(gradients[rest], found[name][0][rest]))
+            moved[name] = max(moved[name], _relative(gradients[rest], found[name][rest]))
     return moved
 
 
@@ -271,14 +297,15 @@ def _exchanged(t: Tensor, j: int) -> Tensor:
     return t
 
 
-def _compare(name: str, wanted: Tensor, found: tuple[Tensor, Tensor, Tensor], moved: float) -> CheckRow:
-    gradients, norms, weighted = found
+def _compare(name: str, wanted: Tensor, gradients: Tensor, others: Mapping[str, Tensor], moved: float) -> CheckRow:
+    total, rows = torch.tensordot(_weights(len(wanted)), wanted, dims=1), wanted.flatten(1)
     return CheckRow(
         parameter=name,
         shape=tuple(wanted.shape[1:]),
         gradient=_relative(gradients, wanted),
-        norm=_relative(norms, wanted.flatten(1).square().sum(1)),
-        weighted_sum=_relative(weighted, torch.tensordot(_weights(len(wanted)), wanted, dims=1)),
+        norm=_relative(others["batch_l2"], rows.square().sum(1)),
+        weighted_sum=max(_relative(others[way], total) for way in ("weighted_sum", "sum after norms")),
+        batch_dot=_relative(others["batch_dot"], rows @ rows.T),
         independence=moved,
     )
 

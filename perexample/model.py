@@ -68,7 +68,16 @@ def unextend(model: M) -> M:
 
     Returns:
         The model.
+
+    Raises:
+        ConfigurationError: If ``model`` is no module.
+
+    Example:
+        >>> from perexample import extend, unextend
+        >>> model = unextend(extend(nn.Linear(4, 2)))
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"unextend takes a torch.nn.Module, not {type(model).__name__}.")
     for module in model.modules():
         remove_hooks(module, (Enter, Exit))
     for p in model.parameters():

@@ -86,9 +86,11 @@ def plan(
         Rows with path, class, rule and parameters; ``print`` shows them as a table.
 
     Raises:
+        ConfigurationError: If ``model`` is no module, or another argument has no meaning.
         PerExampleError: With inputs, what a backward would raise; the message names the place.
 
     Example:
+        >>> from perexample import plan
         >>> print(plan(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.PReLU())))
         module | class  | rule       | trainable               | note
         -------+--------+------------+-------------------------+-----
@@ -99,6 +101,8 @@ def plan(
         -------+--------+------------+---------------+----------+----------------------------
         Linear | Linear | LinearRule | weight [3, 4] | axis 0   | per-example gradients, kept
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"plan takes a torch.nn.Module, not {type(model).__name__}.")
     choice = Choice(strategy, sums=True, room=room)
     return _taps(model, inputs, named, batch_dim, choice) if inputs or named else _modules(model)
 

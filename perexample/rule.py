@@ -11,6 +11,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -203,6 +204,10 @@ class Rule:
         """Arguments beside the first that hold a row for each of its rows, and on which axis, as initial states do."""
         return []
 
+    def orders(self, args: tuple) -> Sequence[Tensor]:
+        """Arguments that say in which order the rows stand, and no more; that may depend on all examples."""
+        return ()
+
     def before(self, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the module's forward that `capture` cannot know any more; becomes part of what is saved."""
         return {}
@@ -340,6 +345,10 @@ def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tu
             f"{_where(rule, call, kind)} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
             f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
         )
+    if not (value.is_floating_point() or value.is_complex()):
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned {value.dtype} for `{name}`; gradients are floating-point numbers."
+        )
     return value
 
 
@@ -383,6 +392,7 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
         RuleContractError: If the rule defines no gradient.
 
     Example:
+        >>> from perexample import Rule, register_rule
         >>> class Gain(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -400,10 +410,13 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
         if not (isinstance(target, type) and issubclass(target, nn.Module)) and not _is_torch_function(target):
             raise ConfigurationError(
                 f"register_rule takes classes of torch.nn.Module, or torch functions; {target!r} is neither: "
-                f"@register_rule(MyModule)."
+                f"@register_rule(MyModule). A function of your own cannot be seen as a whole, and needs no rule: what "
+                f"it calls is followed. Put a torch.autograd.Function into a module, and register a rule for that."
             )
 
     def decorate(rule_class: R) -> R:
+        if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
+            raise RuleContractError(f"{rule_class!r} is no class of rules; derive it from perexample.Rule.")
         if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
             raise RuleContractError(
                 f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
@@ -426,8 +439,13 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
 
 
 def _is_torch_function(target: Any) -> bool:
-    """Whether calls of it can be seen: a function, or a method of tensors."""
-    return callable(target) and not isinstance(target, type) and hasattr(target, "__name__")
+    """Whether calls of it can be seen: a function of torch, a method of tensors, or one that dispatches as these do."""
+    if not callable(target) or isinstance(target, type) or not hasattr(target, "__name__"):
+        return False
+    if isinstance(getattr(target, "__self__", None), type):  # torch.autograd.Function.apply
+        return False
+    code = getattr(inspect.unwrap(target), "__code__", None)
+    return code is None or target.__module__.split(".")[0] == "torch" or "handle_torch_function" in code.co_names
 
 
 def function_rule(function: Any) -> Rule | None:

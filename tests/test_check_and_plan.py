@@ -10,6 +10,7 @@ from perexample import (
     CrossExampleError,
     GenericRule,
     Rule,
+    RuleContractError,
     check,
     extend,
     plan,
@@ -92,6 +93,36 @@ def test_a_wrong_fast_path_fails(registry, quantity):
     (row,) = report.rows
     assert row.norm > 0.1 or quantity != "batch_l2"
     assert row.weighted_sum > 0.1 or quantity != "weighted_sum"
+
+
+@pytest.mark.parametrize("quantity", ["weighted_sum", "batch_dot"])
+def test_a_single_wrong_fast_path_fails(registry, quantity):
+    """What is not asked for first may come from the gradients that are there already."""
+
+    def right(self, call, g):
+        return {"gain": g * call.x}
+
+    def wrong(self, call, g, w=None):
+        return {"gain": (g * call.x).sum(0) if quantity == "weighted_sum" else torch.zeros(call.n, call.n)}
+
+    register_rule(Gain)(type("Wrong", (Rule,), {"grad_batch": right, quantity: wrong}))
+    report = check(Gain(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3), raises=False)
+    (row,) = report.rows
+    assert row.gradient < 1e-12
+    assert row.norm < 1e-12
+    assert getattr(row, quantity) > 0.1
+    assert not report.ok
+    assert "FAIL" in str(report)
+
+
+def test_gradients_of_whole_numbers_are_refused(registry):
+    @register_rule(Gain)
+    class Whole(Rule):
+        def grad_batch(self, call, g):
+            return {"gain": (g * call.x).long()}
+
+    with pytest.raises(RuleContractError, match=r"torch\.int64 for `gain`; gradients are floating-point numbers"):
+        check(Gain(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("raises", [True, False])

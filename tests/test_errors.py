@@ -33,8 +33,10 @@ from perexample import (
     check,
     extend,
     perex,
+    plan,
     privatize,
     register_rule,
+    unextend,
 )
 from perexample.extensions import BatchGrad, BatchL2Grad, Clip, ClippedGrad, Flat, Variance
 from perexample.privacy import Ledger, Release
@@ -240,7 +242,85 @@ def test_fields_that_are_no_free_attribute(name):
 
 @case(ExtensionError, r"\.field is None")
 def bad_no_field():
-    perex(type("Mine", (Extension,), {})())
+    perex(type("Mine", (Extension,), {"compute": lambda self, view: None})())
+
+
+@case(ExtensionError, r"Mine has neither compute\(self, view\) nor finish\(self, views\).*override one")
+def bad_extension_that_computes_nothing():
+    perex(type("Mine", (Extension,), {"field": "mine", "Compute": lambda self, view: view.grad_batch()})())
+
+
+def backward_with(**methods):
+    extension = type("Mine", (Extension,), {"field": "mine", "joint": "finish" in methods, **methods})()
+    model = extend(nn.Linear(3, 2))
+    with perex(extension, BatchGrad()):
+        model(torch.ones(4, 3)).square().mean().backward()
+
+
+RETURNED = {
+    "a number": ({"compute": lambda self, view: 1.0}, r"Mine\.compute returned float for `weight`.*None leaves it out"),
+    "a list": ({"finish": lambda self, views: []}, r"Mine\.finish returned list; it must return a dictionary"),
+    "nothing": ({"finish": lambda self, views: None}, r"Mine\.finish returned NoneType; it must return a dictionary"),
+    "a name": ({"finish": lambda self, views: {"w": torch.ones(1)}}, r"a field for 'w', which no view is named"),
+    "a text": (
+        {"finish": lambda self, views: {view.name: "x" for view in views}},
+        r"Mine\.finish returned str for `weight`",
+    ),
+    "norms in place": (
+        {"compute": lambda self, view: view.batch_l2().sqrt_()},
+        r"Mine\.compute wrote into what `batch_l2\(\)` of `(weight|bias)` returned.*`\.sqrt\(\)`",
+    ),
+    "gradients in place": (
+        {"compute": lambda self, view: view.grad_batch().abs_().sum(0)},
+        r"Mine\.compute wrote into what `grad_batch\(\)` of `(weight|bias)`",
+    ),
+    "in place at the end": (
+        {"finish": lambda self, views: {view.name: view.grad_batch().mul_(2) for view in views}},
+        r"Mine\.finish wrote into what `grad_batch\(\)`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("methods", "message"), RETURNED.values(), ids=RETURNED)
+def test_what_an_extension_returns_and_writes_to(methods, message):
+    with pytest.raises(ExtensionError, match=message):
+        backward_with(**methods)
+
+
+@case(ConfigurationError, "unextend takes a torch.nn.Module, not int")
+def bad_unextend():
+    unextend(1)
+
+
+@case(ConfigurationError, "plan takes a torch.nn.Module, not int")
+def bad_plan():
+    plan(1)
+
+
+@case(ConfigurationError, "check takes a torch.nn.Module, not int")
+def bad_check():
+    check(1, nn.MSELoss(), torch.ones(2, 3), torch.ones(2, 2))
+
+
+def own_function(x):
+    return x * 2
+
+
+class OwnFunction(torch.autograd.Function):
+    pass
+
+
+@pytest.mark.parametrize("target", [own_function, OwnFunction.apply])
+def test_rules_for_functions_that_cannot_be_seen(target):
+    with pytest.raises(
+        ConfigurationError, match=r"A function of your own cannot be seen as a whole, and needs no rule"
+    ):
+        register_rule(target)
+
+
+def test_a_rule_is_a_class_of_rules():
+    with pytest.raises(RuleContractError, match=r"NoRule.* is no class of rules; derive it from perexample\.Rule"):
+        register_rule(nn.Softplus)(type("NoRule", (), {"grad_batch": lambda self, call, g: {}}))
 
 
 @case(ExtensionError, r"open already in this thread; contexts do not nest.*perex\(BatchGrad\(\), ClippedGrad")

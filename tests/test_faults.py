@@ -424,11 +424,17 @@ def _hardest(z, y):
     return (z - y).square().mean(1).max()
 
 
-@pytest.mark.parametrize("loss", [_contrastive, _normalised, _batch_norm, _weighted, _hardest])
+@pytest.mark.parametrize("loss", [_contrastive, _normalised, _batch_norm, _weighted])
 def test_f10_losses_that_are_not_separable(loss):
     """Contrastive, batch-normalised and batch-weighted losses have no per-example gradients."""
     with pytest.raises(CrossExampleError, match="Exchanging one example"):
         check(naive.mlp(), loss, *naive.batch())
+
+
+def test_f10_the_largest_loss_of_the_batch():
+    """Seen in the graph, by every backward."""
+    with pytest.raises(LossError, match=r"not linear \(MaxBackward1\), where \d+ examples are joined"):
+        check(naive.mlp(), _hardest, *naive.batch())
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,88 @@ def test_a_sum_over_tokens_may_be_divided_by_a_constant():
     equal = torch.tensor([[0, -100], [2, -100], [-100, 1], [3, -100], [-100, 0]])
     each = run_tokens(lambda total: total, equal, loss_reduction="sum")
     torch.testing.assert_close(run_tokens(lambda total: total / 10, equal), each / 2)
+
+
+# -- what is done to a number in which several examples are joined already -------------------------------------------
+
+N, MASK = 5, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+CLASSES, AIMS = torch.tensor([0, 3, 1, 2, 3]), torch.linspace(-1, 1, 20).view(5, 4)
+
+
+def each(out):
+    return F.cross_entropy(out, CLASSES, reduction="none")
+
+
+COUPLED = {
+    "sum over a mask, by its size": lambda out: (each(out) * MASK).sum() / MASK.sum(),
+    "mean over a mask": lambda out: each(out)[MASK > 0].mean(),
+    "mean over a selection": lambda out: each(out).masked_select(MASK > 0).mean(),
+    "squared error over a mask": lambda out: F.mse_loss(out[MASK > 0], AIMS[MASK > 0]),
+    "the largest two": lambda out: each(out).topk(2).values.mean(),
+    "root of a mean": lambda out: F.mse_loss(out, AIMS).sqrt(),
+    "norm": lambda out: torch.linalg.norm(out - AIMS),
+    "distance": lambda out: torch.dist(out, AIMS),
+    "deviation": lambda out: each(out).std(),
+    "log of a sum of exponentials": lambda out: each(out).logsumexp(0),
+    "maximum": lambda out: each(out).max(),
+    "median": lambda out: each(out).median(),
+    "flooding": lambda out: (each(out).mean() - 0.1).abs() + 0.1,
+    "square": lambda out: each(out).mean() ** 2,
+    "inverse": lambda out: 1 / each(out).mean(),
+    "hinge": lambda out: F.relu(each(out).mean() - 100),
+    "ratio": lambda out: each(out).mean() / out.mean(),
+    "by its own size": lambda out: each(out).mean() / each(out).mean().detach(),
+    "product": lambda out: each(out).mean() * out.mean(),
+    "one of two": lambda out: torch.stack([F.mse_loss(out, AIMS).sqrt(), each(out).mean()]).sum(),
+}
+LINEAR = {
+    "two": lambda out: 0.3 * each(out).mean() + 2 * F.mse_loss(out, AIMS) - 1,
+    "a mean of two": lambda out: torch.stack([F.mse_loss(out, AIMS), each(out).mean()]).mean(),
+    "by their number": lambda out: each(out).sum() / torch.tensor(N),
+    "by a number": lambda out: each(out).mean() / 2.5,
+    "by a tensor": lambda out: each(out).mean() * torch.tensor(3.0),
+    "axis by axis": lambda out: (out - AIMS).square().mean(0).mean(),
+    "weights": lambda out: torch.dot(each(out), torch.full((N,), 1 / N)),
+    "power of one": lambda out: each(out).mean() ** 1,
+    "other types": lambda out: each(out).mean().double().float().view(1).squeeze(),
+    "norms of each": lambda out: (out - AIMS).norm(dim=1).mean(),
+    "one of each": lambda out: out[torch.arange(N), CLASSES].mean(),
+    "roots one by one": lambda out: sum(F.mse_loss(out[i], AIMS[i]).sqrt() for i in range(N)) / N,
+    "norms one by one": lambda out: torch.stack([torch.linalg.norm(out[i] - AIMS[i]) for i in range(N)]).mean(),
+    "masks one by one": lambda out: sum((out[i] * MASK[:4]).sum() / MASK[:4].sum() for i in range(N)) / N,
+    "choices one by one": lambda out: sum(out[i][MASK[:4] > 0].mean() for i in range(N)) / N,
+}
+
+
+def joined(loss_fn, **options):
+    torch.manual_seed(0)
+    model, x = extend(nn.Linear(3, 4)), torch.randn(N, 3)
+    with perex(BatchGrad(), **options):
+        loss_fn(model(x)).backward()
+    return model.weight.grad_batch, model.weight.grad
+
+
+@pytest.mark.parametrize("loss", COUPLED.values(), ids=COUPLED)
+def test_once_they_are_joined_examples_do_not_change_how_others_count(loss):
+    with pytest.raises(LossError, match=r"where [235] examples are joined already.*each example's own loss"):
+        joined(loss)
+
+
+@pytest.mark.parametrize("loss", LINEAR.values(), ids=LINEAR)
+def test_sums_of_the_examples_own_losses_are_no_cause_for_doubt(loss):
+    rows, grad = joined(loss)
+    torch.testing.assert_close(rows.mean(0), grad)
+
+
+def test_a_single_example_is_joined_with_none():
+    model = extend(nn.Linear(3, 4))
+    with perex(BatchGrad()):
+        F.mse_loss(model(torch.randn(1, 3)), torch.zeros(1, 4)).sqrt().backward()
+    torch.testing.assert_close(model.weight.grad_batch[0], model.weight.grad)
+
+
+def test_a_plain_sum_of_losses_declared_as_mean_is_refused():
+    with pytest.raises(LossError, match="loss_reduction='sum'"):
+        joined(lambda out: each(out).sum())
+    assert joined(lambda out: each(out).sum(), loss_reduction="sum")[0].any()
+    assert joined(lambda out: (each(out) / N).sum())[0].any()

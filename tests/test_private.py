@@ -674,3 +674,56 @@ def test_parameters_laid_out_in_one_are_recognised(process_group):
     (p,) = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")).parameters()
     assert _private.laid_out_in_one(p)
     assert not _private.laid_out_in_one(nn.Parameter(torch.ones(2)))
+
+
+def test_what_graph_nodes_tell_of_what_they_gave():
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    parts = z.split(2)
+    assert _private.output_shapes(parts[0].grad_fn) == [torch.Size([2, 3])] * 2
+    ones = _private.ones_for(torch.autograd.graph.GradientEdge(parts[1].grad_fn, 1))
+    assert (ones.shape, ones.dtype) == (torch.Size([2, 3]), torch.float64)
+    assert _private.output_shapes(z.square().mean().grad_fn) == [torch.Size([])]
+    assert _private.saved((z.mean() ** 3).grad_fn, "exponent") == 3
+    assert _private.saved(z.mean().grad_fn, "exponent") is None
+    loss = (z / z.detach()).sum()
+    divided = loss.grad_fn.next_functions[0][0]
+    assert torch.equal(_private.saved(divided, "other"), z.detach())
+    loss.backward()
+    assert _private.saved(divided, "other") is None
+
+
+@pytest.mark.parametrize("number", [4, 4.5, -7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_numbers_of_python_and_tensors_of_one_entry_are_told_apart(number, dtype):
+    loss = torch.ones((), dtype=dtype, requires_grad=True)
+    assert _private.is_python_number(_private.saved((loss / number).grad_fn, "other"))
+    for tensor in (torch.tensor(number), torch.tensor(float(number)), torch.tensor(float(number), dtype=dtype)):
+        assert not _private.is_python_number(_private.saved((loss / tensor).grad_fn, "other"))
+    assert not _private.is_python_number(torch.ones(1))
+
+
+def test_plain_sums_of_losses_are_told_from_weighted_ones():
+    z, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    losses = F.cross_entropy(z, y, reduction="none")
+    assert _private.sums_losses(losses.sum().grad_fn)
+    assert _private.sums_losses(F.mse_loss(z, torch.zeros(4, 3), reduction="none").sum().grad_fn)
+    assert not _private.sums_losses((losses / 4).sum().grad_fn)
+    assert not _private.sums_losses(losses.mean().grad_fn)
+    assert not _private.sums_losses(z.sum().grad_fn)
+
+
+def test_a_hook_is_brought_behind_all_others():
+    class Hook:
+        def __call__(self, module, args):
+            order.append("ours")
+
+    order = []
+    module = nn.Linear(1, 1)
+    assert _private.runs_last(module, Hook)
+    module.register_forward_pre_hook(Hook())
+    assert _private.runs_last(module, Hook)
+    module.register_forward_pre_hook(lambda module, args: order.append("theirs"))
+    assert not _private.runs_last(module, Hook)
+    assert _private.runs_last(module, Hook)
+    module(torch.ones(1, 1))
+    assert order == ["theirs", "ours"]

@@ -1,6 +1,8 @@
 """Models and uses in which per-example gradients came out silently wrong once, or failed for no good reason."""
 
+import collections
 import copy
+import dataclasses
 
 import naive
 import pytest
@@ -381,3 +383,301 @@ def test_the_forward_after_an_interrupt(inside):
     loss.backward()
     context.__exit__(None, None, None)
     assert model.linear.weight.grad_batch.shape == (5, 3, 4)
+
+
+class Calls(nn.Module):
+    """A function of the data and some parameters."""
+
+    def __init__(self, function, **parameters):
+        super().__init__()
+        self.function = function
+        for name, p in parameters.items():
+            setattr(self, name, nn.Parameter(p))
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def turned(m):
+    return torch.polar(m.r.exp(), m.t)
+
+
+COMPLEX = {
+    "matmul": (lambda m, x: (torch.fft.fft(x) @ torch.view_as_complex(m.a)).abs(), {"a": (6, 3, 2)}),
+    "linear": (lambda m, x: F.linear(torch.fft.fft(x), torch.view_as_complex(m.a)).abs(), {"a": (3, 6, 2)}),
+    "addmm": (
+        lambda m, x: torch.addmm(torch.view_as_complex(m.b), torch.fft.fft(x), torch.view_as_complex(m.a)).abs(),
+        {"a": (6, 3, 2), "b": (3, 2)},
+    ),
+    "polar": (lambda m, x: (x.to(torch.cdouble) @ turned(m)).real, {"r": (6, 3), "t": (6, 3)}),
+    "conv": (
+        lambda m, x: F.conv1d(torch.fft.fft(x)[:, None], torch.view_as_complex(m.a)).abs(),
+        {"a": (2, 1, 3, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "shapes"), COMPLEX.values(), ids=COMPLEX)
+def test_complex_weights_that_are_made_of_real_parameters(function, shapes):
+    exact(Calls(function, **{name: rand(*shape) for name, shape in shapes.items()}), square, rand(5, 6))
+
+
+PUT = {
+    "index_put": lambda h, i: torch.zeros_like(h).index_put((i,), h, accumulate=True),
+    "index_put_": lambda h, i: torch.zeros_like(h).index_put_((i,), h, accumulate=True),
+    "into its own": lambda h, i: h.index_put((i,), 2 * h, accumulate=True),
+    "put": lambda h, i: torch.zeros_like(h).put(torch.arange(h.numel()).view_as(h), h, accumulate=True),
+    "mask": lambda h, i: torch.zeros_like(h).index_put((i >= 0,), h, accumulate=True),
+}
+
+
+@pytest.mark.parametrize("put", PUT.values(), ids=PUT)
+@pytest.mark.parametrize("weights", [[1.0, 1, 1, 1, 1], [0.0, 1, 2, 1, 0]])
+def test_adding_into_rows_of_their_own(put, weights):
+    net = Calls(lambda m, x, w: m.last(put(m.first(x), torch.arange(len(x)))) * w[:, None])
+    net.first, net.last = nn.Linear(6, 4), nn.Linear(4, 2)
+    exact(net, square, rand(5, 6), torch.tensor(weights, **DOUBLE))
+
+
+@pytest.mark.parametrize("rest", [slice(None), slice(1, None)])
+def test_adding_two_examples_into_one_row_is_refused(rest):
+    net = Calls(lambda m, x: m.last(torch.zeros_like(x).index_put((torch.ones(len(x)).long(),), x, accumulate=True)))
+    net.last = nn.Linear(6, 2)
+    model = extend(net.double())
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match="index_put"):
+        model(rand(4, 6))[rest].square().sum().div(4).backward()
+
+
+NAMED = {
+    "flatten": lambda x: torch.flatten(input=x, start_dim=1),
+    "reshape": lambda x: torch.reshape(input=x, shape=(-1, 24)),
+    "transpose": lambda x: torch.transpose(input=x, dim0=1, dim1=2),
+    "permute": lambda x: torch.permute(input=x, dims=(0, 2, 1)),
+    "unsqueeze": lambda x: torch.unsqueeze(input=x, dim=1),
+    "squeeze": lambda x: torch.squeeze(input=x),
+    "clone": lambda x: torch.clone(input=x),
+    "nan_to_num": lambda x: torch.nan_to_num(input=x),
+    "broadcast_to": lambda x: torch.broadcast_to(input=x, size=(2, *x.shape)).movedim(0, 1),
+    "index_add": lambda x: torch.index_add(
+        input=torch.zeros_like(x), dim=1, index=torch.tensor([0, 1, 1, 2]), source=x
+    ),
+    "scatter": lambda x: torch.scatter(
+        input=torch.zeros_like(x), dim=1, index=torch.arange(4).view(1, 4, 1).expand(len(x), 4, 6), src=x
+    ),
+    "gather": lambda x: torch.gather(input=x, dim=1, index=torch.zeros(len(x), 1, 6, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("function", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("before", [False, True])
+def test_the_first_argument_by_its_name(function, before):
+    net = Calls(lambda m, x: (function(x * m.v if before else x) * m.w).sin(), w=rand(1), v=rand(6))
+    net.v.requires_grad_(before)
+    model = extend(net.double())
+    x = rand(5, 4, 6)
+    with perex(BatchGrad()):
+        square(model, x).backward()
+    for i in range(5):
+        torch.testing.assert_close(model.w.grad_batch[i], torch.autograd.grad(square(model, x[i : i + 1]), model.w)[0])
+
+
+def test_a_mean_over_the_batch_of_what_was_given_by_name_is_refused():
+    def centred(m, x):
+        h = torch.flatten(input=x, start_dim=1)
+        return F.linear(h - h.mean(0), m.w)
+
+    model = extend(Calls(centred, w=rand(2, 24)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mean"):
+        square(model, rand(5, 4, 6)).backward()
+
+
+SHARED_FIRST = {
+    "prototypes": (lambda m, p, x: m.layer(x) @ p.t(), (3, 6)),
+    "temperature": (lambda m, t, x: m.layer(x) / t, (1,)),
+}
+
+
+@pytest.mark.parametrize(("function", "shape"), SHARED_FIRST.values(), ids=SHARED_FIRST)
+def test_a_first_input_that_all_examples_share_leaves_a_doubt(function, shape):
+    net = Calls(function)
+    net.layer = nn.Linear(6, 6)
+    model = extend(net.double())
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match="the data first"):
+        square(model, rand(*shape), rand(5, 6)).backward()
+
+
+def test_hooks_that_change_the_input_and_were_registered_after_ours():
+    def net(hook):
+        model = extend(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)).double())
+        model[1].register_forward_pre_hook(hook)
+        return model
+
+    for calls in range(2):  # the order is mended for the second call
+        centred = net(lambda module, args: (args[0] - args[0].mean(0),))
+        for _ in range(calls):
+            centred(rand(5, 6))
+        with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mean"):
+            square(centred, rand(5, 6)).backward()
+    scaled = net(lambda module, args: (args[0] * 3,))
+    moved = net(lambda module, args: (args[0].transpose(0, 1),))
+    moved[1].register_forward_hook(lambda module, args, out: out.transpose(0, 1))
+    for _ in range(2):
+        exact(scaled, square, rand(5, 6))
+        exact(moved, square, rand(5, 5, 6))
+        scaled.zero_grad()
+        moved.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.InstanceNorm1d, (4, 6)),
+        (nn.InstanceNorm1d, (4, 4)),
+        (nn.InstanceNorm2d, (4, 4, 5)),
+        (nn.InstanceNorm2d, (4, 6, 5)),
+        (nn.InstanceNorm3d, (4, 4, 3, 2)),
+    ],
+)
+def test_instance_norms_of_one_image_at_a_time(norm, shape):
+    net = Calls(lambda m, x: torch.stack([m.norm(one).sin() for one in x]))
+    net.norm = norm(4, affine=True)
+    nn.init.normal_(net.norm.weight)
+    exact(net, square, rand(3, *shape))
+
+
+class Packs(nn.Module):
+    """The usual classifier of sequences of different lengths."""
+
+    def __init__(self, learned):
+        super().__init__()
+        self.layer, self.head = nn.GRU(6, 3, batch_first=True), nn.Linear(3, 2)
+        self.start = nn.Parameter(torch.randn(1, 1, 3)) if learned else None
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        start = None if self.start is None else self.start.expand(-1, len(x), -1).contiguous()
+        return self.head(self.layer(packed, start)[1][-1])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 7, 2, 5, 1], [7, 5, 4, 2, 1], [4, 4, 4, 4, 4]])
+def test_lengths_may_be_an_input_of_the_model(learned, lengths):
+    exact(Packs(learned), square, rand(5, 7, 6), torch.tensor(lengths))
+
+
+def test_a_lookup_of_ranks_among_the_examples_is_refused():
+    """An order may come from all examples, but what is computed with it may not."""
+    net = Calls(lambda m, x: m.table(x[:, 0].argsort()) + m.layer(x))
+    net.table, net.layer = nn.Embedding(5, 2), nn.Linear(6, 2)
+    model = extend(net.double())
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="argsort"):
+        square(model, rand(5, 6)).backward()
+
+
+def test_gradients_of_different_parameters_can_be_written_to():
+    net = Calls(lambda m, x: (m.a(x) + m.skip(x)).sin())
+    net.a, net.skip = nn.Linear(6, 3), nn.Linear(6, 3)
+    model = extend(net.double())
+    with perex(BatchGrad(), grad=False):
+        square(model, rand(5, 6)).backward()
+    before = model.skip.bias.grad_batch.clone()
+    model.a.bias.grad_batch.mul_(2)
+    torch.testing.assert_close(model.skip.bias.grad_batch, before)
+    with perex(BatchGrad(), loss_reduction="sum"):
+        model.a(rand(5, 6)).sum().backward()
+    model.a.bias.grad_batch.mul_(2)
+    torch.testing.assert_close(model.a.bias.grad_batch, torch.full((5, 3), 2.0, **DOUBLE))
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+
+@dataclasses.dataclass
+class Two:
+    a: torch.Tensor
+    b: torch.Tensor | None = dataclasses.field(init=False, default=None)
+
+
+def test_containers_that_cannot_be_made_from_their_parts():
+    def from_default(m, x):
+        given = collections.defaultdict(list)
+        given["x"] = x
+        return m.leaf(given)
+
+    class Leaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(rand(6))
+
+        def forward(self, given):
+            if isinstance(given, dict):
+                return Product.apply(given["x"], self.w)
+            out = Two(Product.apply(given, self.w))
+            out.b = Product.apply(given.sin(), self.w)
+            return out
+
+    for function in (from_default, lambda m, x: m.leaf(x).a + m.leaf(x).b):
+        net = Calls(function)
+        net.leaf = Leaf()
+        exact(net, square, rand(5, 6))
+
+
+MADE = {
+    "zeros_like": lambda h: torch.zeros_like(h).requires_grad_(),
+    "by keyword": lambda h: torch.zeros_like(h, requires_grad=True),
+    "zeros": lambda h: torch.zeros(4, **DOUBLE, requires_grad=True),
+    "tensor": lambda h: torch.tensor([0.0] * 4, **DOUBLE, requires_grad=True),
+    "computed": lambda h: torch.zeros(4, **DOUBLE, requires_grad=True) * 2,
+    "set": lambda h: switched_on(torch.zeros(4, **DOUBLE)),
+}
+
+
+def switched_on(t):
+    t.requires_grad = True
+    return t
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("grad", [False, True])
+def test_leaves_that_a_forward_makes_have_no_part_in_the_norm(make, grad):
+    net = Calls(lambda m, x: m.last((m.first(x) + make(x[:, :1].expand(-1, 4))).tanh()))
+    net.first, net.last = nn.Linear(3, 4), nn.Linear(4, 2)
+    model, clipping = extend(net.double()), ClippedGrad(0.5)
+    with perex(BatchGrad(), clipping, grad=grad):
+        square(model, rand(5, 3)).backward()
+    rows = torch.cat([p.grad_batch.flatten(1) for p in model.parameters()], 1)
+    torch.testing.assert_close(clipping.norms, rows.norm(dim=1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_loss_that_depends_on_such_a_leaf_only(used):
+    net = Calls(lambda m, x: m.layer(x).detach() + torch.zeros(2, **DOUBLE, requires_grad=True), unused=rand(2))
+    net.layer = nn.Linear(3, 2)
+    net.layer.requires_grad_(used)
+    model = extend(net.double())
+    with perex(BatchGrad()), pytest.raises(LossError, match="does not depend on the batch through any extended"):
+        square(model, rand(5, 3)).backward()
+
+
+@pytest.mark.filterwarnings("ignore:The reduce argument")
+def test_scatter_with_a_reduction_of_data():
+    """Two examples that meet in a row are refused, each into its own row is exact."""
+    index = torch.zeros(5, 6, dtype=torch.long)
+    for rows in (torch.arange(5)[:, None] + index, index):
+        net = Calls(lambda m, x, rows=rows: m.layer(torch.zeros_like(x).scatter(0, rows[: len(x)], x, reduce="add")))
+        net.layer = nn.Linear(6, 2)
+        if rows.any():
+            exact(net, square, rand(5, 6))
+            continue
+        model = extend(net.double())
+        with perex(BatchGrad()), pytest.raises((BatchAxisError, CrossExampleError), match="scatter"):
+            square(model, rand(5, 6)).backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
+from .joins import check_joins
 from .shortcuts import shortcut
 from .state import STATE, plain
 from .tap import Tap
@@ -67,6 +68,7 @@ class Backward:
             check_sums(loss, found, self.n, context.loss_scale / n)
         if self.n and mean:
             check_divisors(found, self.n)
+        check_joins(loss, found, self.n)
         # A mean is seeded with N where no p.grad nor other gradient is wanted: what is divided by N and rounded, as by
         # autocast, would change with the size of the batch.
         seeded = not context.grad and not found.leaves and loss.dtype in (torch.float32, torch.float64)
@@ -210,7 +212,7 @@ class Backward:
                 self._compute(self.views[key])
             return
         source, terms = self.computed[key], self.parts[key]
-        if self.n and terms:
+        if self.n and terms and source.leaves:
             self._pull_back(source, terms)
         self.parts[key] = []
         for leaf in self._count({id(p) for p in source.leaves}, -1):
@@ -263,14 +265,15 @@ class Backward:
                 continue
             if key in self.parts:
                 self.parts[key].append(term)
-            else:
+            elif key in self.views:  # and not a leaf that was made in the forward
                 self.views[key].add(term)
 
     def _compute(self, view: ParameterView) -> None:
         for extension in self.context.extensions:
             result = extension.compute(view)
+            _check_written(extension, view, "compute")
             if result is not None:
-                self.results[extension.field][id(view.param)] = result
+                self.results[extension.field][id(view.param)] = _checked(extension, view, result, "compute")
         if not self.joint:
             view.drop()
         elif self.twice:
@@ -287,10 +290,15 @@ class Backward:
             self._check_held(views)
             for extension in self.context.extensions:
                 asked = {view.name: len(view.late) for view in views} if self.twice else {}
-                for name, result in extension.finish(views).items():
+                results = extension.finish(views)
+                _check_names(extension, results, by_name)
+                for view in views if type(extension).finish is not Extension.finish else ():
+                    _check_written(extension, view, "finish")
+                for name, result in results.items():
                     if self.twice:
                         _check_late(extension, by_name[name], asked[name], result)
-                    self.results[extension.field][id(by_name[name].param)] = result
+                    view = by_name[name]
+                    self.results[extension.field][id(view.param)] = _checked(extension, view, result, "finish")
 
     def _check_held(self, views: list[ParameterView]) -> None:
         """A rule may hold more than it has said."""
@@ -312,11 +320,53 @@ class Backward:
     def _write(self) -> None:
         FIELDS.update(self.results)
         for field, results in self.results.items():
+            shown: set[int] = set()
             for p, _ in self.names.values():
                 if id(p) in results:
-                    setattr(p, field, results[id(p)])
+                    setattr(p, field, _of_its_own(results[id(p)], p, shown))
                 elif hasattr(p, field):
                     delattr(p, field)
+
+
+def _of_its_own(result: Any, p: Tensor, shown: set[int]) -> Any:
+    """A field that may be written to: the gradients of two biases can be one tensor, or that of one repeat an entry."""
+    if type(result) is not Tensor or result.dim() <= p.dim():
+        return result
+    memory = result.untyped_storage().data_ptr()
+    repeats = any(step == 0 and size > 1 for size, step in zip(result.shape, result.stride(), strict=True))
+    own = result.clone(memory_format=torch.contiguous_format) if repeats or memory in shown else result
+    shown.add(memory)
+    return own
+
+
+def _check_written(extension: Extension, view: ParameterView, method: str) -> None:
+    """What a view returns is shared by all extensions."""
+    if what := view.written():
+        raise ExtensionError(
+            f"{type(extension).__name__}.{method} wrote into what `{what}()` of `{view.name}` returned, which all "
+            f"extensions share; compute a new tensor instead (`.sqrt()` for `.sqrt_()`), or write into a `.clone()`."
+        )
+
+
+def _check_names(extension: Extension, results: Any, views: Mapping[str, ParameterView]) -> None:
+    """Fields come by the names of the parameters."""
+    unknown = [name for name in results if name not in views] if isinstance(results, Mapping) else None
+    if unknown or unknown is None:
+        got = f"a field for {unknown[0]!r}, which no view is named" if unknown else type(results).__name__
+        raise ExtensionError(
+            f"{type(extension).__name__}.finish returned {got}; it must return a dictionary of tensors by the names of "
+            f"the views ({{view.name: ...}}), empty if there is nothing."
+        )
+
+
+def _checked(extension: Extension, view: ParameterView, result: Any, method: str) -> Tensor:
+    """A field is a tensor."""
+    if isinstance(result, Tensor):
+        return result
+    raise ExtensionError(
+        f"{type(extension).__name__}.{method} returned {type(result).__name__} for `{view.name}`; a field must be a "
+        f"tensor, None leaves it out."
+    )
 
 
 def _check_late(extension: Extension, view: ParameterView, before: int, result: Tensor) -> None:

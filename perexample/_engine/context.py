@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._arguments import positive, real
-from .._private import loss_reduction_of, undispatched
+from .._private import loss_reduction_of, sums_losses, undispatched
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import ROOM, Choice
@@ -161,6 +161,11 @@ def _check_extensions(extensions: Sequence[Any]) -> None:
             )
         if not isinstance(extension, Extension):
             raise ExtensionError(f"perex got {extension!r}, which is not an instance of perexample.Extension.")
+        if type(extension).compute is Extension.compute and type(extension).finish is Extension.finish:
+            raise ExtensionError(
+                f"{type(extension).__name__} has neither compute(self, view) nor finish(self, views), so nothing would "
+                f"be computed; override one of them."
+            )
         name = getattr(extension, "field", None)
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.Parameter, name):
             raise ExtensionError(
@@ -209,8 +214,8 @@ def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> Non
             "The loss has no graph: it does not depend on the batch through any trainable parameter. "
             "Was the forward run under torch.no_grad(), or is everything frozen?"
         )
-    actual = loss_reduction_of(loss.grad_fn)
-    if actual == "sum" and reduction == "mean":
+    summed = loss_reduction_of(loss.grad_fn) == "sum" or sums_losses(loss.grad_fn)
+    if summed and reduction == "mean":
         raise LossError(
             f"The loss ({loss.grad_fn.name()}) sums over its elements, but perex was told loss_reduction='mean'; "
             f"pass loss_reduction='sum', or use a mean."

@@ -119,9 +119,9 @@ def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
             )
     refuse_lost(found)
     if found.uncovered:
-        p = next(iter(found.uncovered.values()))
-        raise _uncovered(p, found)
-    if not found.taps:
+        uncovered = list(found.uncovered.values())
+        raise _uncovered(next(filter(is_sharded, uncovered), uncovered[0]), found)
+    if not any(source.leaves for source in found.sources.values()):
         raise LossError(
             "The loss does not depend on the batch through any extended model: no call of a module with trainable "
             "parameters lies between. Call extend(model) before the forward."
@@ -144,6 +144,8 @@ def _uncovered(p: nn.Parameter, found: Walk) -> PerExampleError:
 def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerExampleError:
     where = f"Parameter `{path}.{name}`" if path else f"Parameter `{name}`"
     kind = type(module).__name__
+    if is_sharded(module._parameters.get(name)):
+        return UnsupportedModuleError(f"{where} {COMPUTES_WITH_PARTS}.")
     if found.compiled:
         return UncoveredParameterError(
             f"{where} ({kind}) is used inside a compiled region, where no tap can lie; "
@@ -156,9 +158,11 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
         )
     if not found.taps:
         return UncoveredParameterError(
-            f"{where} ({kind}) reaches the loss, but no call of an extended module does: the forward ran before "
-            f"extend() or under torch.compile, or the loss (a penalty on weights?) does not depend on the batch. Run "
-            f"the forward again."
+            f"{where} ({kind}) reaches the loss, but no call of an extended module does that could be followed: the "
+            f"forward ran before extend() or under torch.compile, the loss (a penalty on weights?) does not depend on "
+            f"the batch, or the parameter is used by a torch.autograd.Function in a module with children. Run the "
+            f"forward again; put such a function into a module without children, or register a rule for the module "
+            f"that uses it (register_rule(ThatClass)(GenericRule))."
         )
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, or through an operation that "

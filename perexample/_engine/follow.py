@@ -31,9 +31,10 @@ from .arithmetic import simple_place
 from .kinds import TRAITS, Kind, Traits, traits_of
 from .operation import Operation
 from .state import STATE, resumed
-from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_on_edge, put_origin
+from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin
 
 _OF_THE_FIRST = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND, Kind.PERMUTE)  # other tensors only say to what shape or type
+_BY_THE_FIRST = (*_OF_THE_FIRST, Kind.MOVE)  # the first argument is looked at by its position
 
 
 class Follow(TorchFunctionMode):
@@ -102,10 +103,18 @@ class Follow(TorchFunctionMode):
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
         kwargs = kwargs or {}
         traits = TRAITS.get(func) or traits_of(func)
-        if traits.kind is Kind.IGNORED and traits.plain:
+        if not args and "input" in kwargs and traits.kind in _BY_THE_FIRST:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
+        if traits.kind is Kind.IGNORED and traits.plain and not kwargs.get("requires_grad"):
             return self._run(func, types, args, kwargs)
-        if self.ended or traits.kind is Kind.IGNORED or torch.compiler.is_compiling():
+        if self.ended or torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        if traits.kind is Kind.IGNORED:
+            out = func(*args, **kwargs)
+            with undispatched():
+                put_made(out if out is not None else args[0])
+            return out
         if STATE.silent():
             return self._silent(func, types, args, kwargs)
         if traits.plain and self.alone:
@@ -213,7 +222,9 @@ def _one_number(t: Tensor, place: Any) -> bool:
 
 def _underived(out: Any, traits: Traits, args: tuple, targets: list[Tensor]) -> Any:
     """An operation without data; remember what only repeats a tensor, so that a gradient need not be spread."""
-    if targets and isinstance(out, Tensor) and out.requires_grad:
+    if not targets:
+        put_made(out)
+    elif isinstance(out, Tensor) and out.requires_grad:
         source = args[0] if args else None
         if isinstance(source, Tensor) and (
             traits.kind is Kind.EXPAND or (traits.name == "repeat" and _only_ones(source, out))

@@ -129,7 +129,7 @@ class Traits:
         self.kind, self.name, self.in_place = _classify(func), base_name(func), _writes_in_place(func)
         special = (Kind.FILL, Kind.SET, Kind.MOVE, Kind.COMPOSITE)
         if self.kind is Kind.IGNORED:
-            self.plain = self.name != "backward"
+            self.plain = self.name not in ("backward", "requires_grad_", "__set__")
         else:
             self.plain = not self.in_place and self.kind not in special
 

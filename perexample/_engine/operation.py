@@ -42,7 +42,8 @@ class Operation:
         if self.kind is Kind.MOVE or (self.name == "__getitem__" and _has_index(args[1])):
             values = values_of(func, args, kwargs)  # what indices choose is looked at
             indices = [(t, place) for t, place in tracked if not any(t is v for v in values)]
-            if not any(_chooses_across(t, place, values) for t, place in indices):
+            counts = self.name == "_pack_padded_sequence"  # lengths, in order of size: whole numbers, as Python's are
+            if counts or not any(_chooses_across(t, place, values) for t, place in indices):
                 kept = [(t, place) for t, place in tracked if any(t is v for v in values)]
                 tracked = self.tracked = kept or tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
@@ -295,6 +296,8 @@ class Operation:
             return None, rule
         inputs = list(tensors_in(bound.args))
         if not any(place_of(t) is not None for t in inputs) or rule.refuse(bound.module):
+            return None, rule
+        if any(t.is_complex() for t in (*params, *inputs)):  # rules are written for real numbers
             return None, rule
         return bound, rule
 

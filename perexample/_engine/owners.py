@@ -29,6 +29,7 @@ _NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source
 _ADDING = names(
     "index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_reduce index_reduce_"
 )
+_ACCUMULATING = names("index_put index_put_ put put_")  # if they are asked to
 MOVERS = names(
     "__getitem__ cat concat concatenate stack hstack vstack dstack row_stack column_stack split split_with_sizes "
     "chunk tensor_split unbind select narrow movedim moveaxis transpose swapaxes swapdims permute tile repeat "
@@ -102,8 +103,10 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
                 if name in kwargs:
                     new_kwargs[name] = _replaced(kwargs[name], owner)
     name = base_name(func)
-    if name in _ADDING:
+    if name in _ADDING or (name in ("scatter", "scatter_") and _argument(new_args, new_kwargs, 4, "reduce")):
         return _added(new_args, new_kwargs, func)
+    if name in _ACCUMULATING and _argument(new_args, new_kwargs, 3, "accumulate"):
+        return _accumulated(new_args, new_kwargs, name)
     if name == "pad":
         new_args, new_kwargs = _padding_with_nobody(new_args, new_kwargs)
     if name == "as_strided":
@@ -125,18 +128,43 @@ def _replaced(value: Any, owner: Callable[[Tensor], Tensor]) -> Any:
     return map_tensors(owner, value)
 
 
+def _argument(args: list, kwargs: dict, position: int, *names: str) -> Any:
+    """An argument by its position, or one of its names; ``None`` if it was left out."""
+    if position < len(args):
+        return args[position]
+    return next((kwargs[name] for name in names if name in kwargs), None)
+
+
 def _added(args: list, kwargs: dict, func: Callable) -> list[Tensor]:
-    """Adding into a tensor: the largest owner that meets in an entry, if the smallest is the same."""
-    dim = args[1] if len(args) > 1 else kwargs["dim"]
-    index = args[2] if len(args) > 2 else kwargs["index"]
-    source: Tensor = args[3] if len(args) > 3 else kwargs["source" if "source" in kwargs else "src"]
+    """Adding into a tensor along an axis."""
+    target, dim, index = args[0], _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "index")
+    source = _argument(args, kwargs, 3, "source", "src", "value")
+    if not isinstance(source, Tensor):  # a constant
+        source = torch.full_like(index, -1)
     if "index_" in func.__name__:
         shape = [1] * source.dim()
         shape[dim] = -1
         index = index.view(shape).expand(source.shape)
-    top = args[0].clone().scatter_reduce(dim, index, source, "amax")
+    return _met(target, dim, index, source[tuple(map(slice, index.shape))])
+
+
+def _accumulated(args: list, kwargs: dict, name: str) -> list[Tensor]:
+    """Adding into entries that are chosen by indices of several axes, or by their number."""
+    target, chosen = args[0], _argument(args, kwargs, 1, "indices", "index")
+    values = _argument(args, kwargs, 2, "values", "source")
+    if name.startswith("index_put"):
+        numbers = torch.arange(target.numel(), device=target.device).view(target.shape)
+        chosen = numbers[tuple(slice(None) if index is None else index for index in chosen)]
+        values = values.expand(chosen.shape)
+    flat = _met(target.flatten(), 0, chosen.flatten() % max(1, target.numel()), values.flatten())
+    return [owner.view(target.shape) for owner in flat]
+
+
+def _met(target: Tensor, dim: int, index: Tensor, source: Tensor) -> list[Tensor]:
+    """The largest owner that meets in an entry, if the smallest is the same."""
+    top = target.scatter_reduce(dim, index, source, "amax")
     known = torch.where(source < 0, torch.iinfo(source.dtype).max, source)
-    before = torch.where(args[0] < 0, torch.iinfo(source.dtype).max, args[0])
+    before = torch.where(target < 0, torch.iinfo(source.dtype).max, target)
     bottom = before.scatter_reduce(dim, index, known, "amin")
     return [top] if bool(((top < 0) | (top == bottom)).all()) else []
 

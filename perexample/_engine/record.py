@@ -23,6 +23,7 @@ from .._private import (
     own_parameters,
     repeats_forward,
     run_first,
+    runs_last,
     undispatched,
 )
 from .._tree import map_tensors, tensors_in, tensors_of
@@ -83,6 +84,7 @@ class Record:
         tensors = list(tensors_in((args, kwargs)))
         self.input_sizes, self.output_sizes = self._sizes(tensors), list[int]()
         self.output_axes: set[int] = set()
+        self._other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
         flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point()
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
@@ -171,16 +173,30 @@ class Record:
             return self.input_sizes[0]
         if len(sizes) > 1 and self.space.rows != self.input_sizes[0] and not self.pending:
             return self.space.rows
-        if len(sizes) > 1 and not self.listed and self.input_sizes[0] in {*self.output_axes, 1}:
+        if len(sizes) > 1 and not self.listed and self._first_counts(sizes, outputs):
             return self.input_sizes[0]
         if len(sizes) > 1 and not self.listed and not self.pending and not self.output_axes:
             return self.input_sizes[0]
         raise BatchAxisError(
             f"The number of examples in the call of `{self.root_name}` cannot be told: its input tensors have the "
             f"sizes {self.input_sizes} along axis {self.batch_dim}, its outputs {self.output_sizes}. Pass the data as "
-            f"tensors with the examples on that axis, the data first, or name another axis with "
-            f"extend(model, batch_dim=...)."
+            f"tensors with the examples on that axis, the data first (what all examples share behind it, or as a "
+            f"buffer of the model), or name another axis with extend(model, batch_dim=...)."
         )
+
+    def _first_counts(self, sizes: set[int], outputs: set[int]) -> bool:
+        """Whether inputs of other sizes are shared by all examples of the first.
+
+        That is in doubt where the outputs have another's size in the place of the examples, as of data that comes
+        behind prototypes; if the first has an axis of this size too, they are positions, as in time-major outputs.
+
+        Returns:
+            Whether they are.
+        """
+        first = self.input_sizes[0]
+        if first in outputs:
+            return True
+        return first in {*self.output_axes, 1} and sizes & outputs <= self._other_axes
 
     def numbered(self, key: Any, name: str) -> str:
         """The name, with a number from its second use on."""
@@ -247,7 +263,8 @@ class Enter:
         if frame.inside:
             frames.append(frame)
             return None
-        rule = unit_rule(module)
+        # What a hook behind this one does to the arguments is followed, as the operations inside are then.
+        rule = unit_rule(module) if runs_last(module, Enter) else None
         tied = None if rule is None or _no_states(rule) else _with_tied_states(rule, module, args, kwargs)
         frames.append(frame)
         args, kwargs = tied or (args, kwargs)
@@ -306,13 +323,14 @@ def _with_tied_states(rule: Rule, module: nn.Module, args: tuple, kwargs: dict) 
     if not learned:
         return None
     x = next(tensors_in((args, kwargs)))
-    place, rows = place_of(x), x.shape[rule.input_axis(module)]
-    if not isinstance(place, Place):
+    located = rule.locate(module, args, kwargs, [x], place_of) if isinstance(place_of(x), Place) else ""
+    if isinstance(located, str):
         return None
+    place = located[0]
 
     def tied(t: Tensor) -> Tensor:
         axis = learned.get(id(t))
-        if axis is None or t.shape[axis] != rows:
+        if axis is None or t.shape[axis] != place.size:
             return t
         zeros = t.new_zeros(()).expand(t.shape).clone()
         put(zeros, place.at(axis))
@@ -437,6 +455,8 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
     for t in inputs:
         place = place_of(t)
         if isinstance(place, Lost):
+            if any(t is order for order in rule.orders(args)):
+                continue
             lose(results, place)
             return output
         if place is not None:
@@ -457,10 +477,10 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         _put_all(results, places)
         return output
     saved = rule.capture(module, args, kwargs, output)
-    if frame.before:
-        saved = saved | frame.before
     if isinstance(rule, GenericRule):
         saved = saved | rule.after(module, frame.before)
+    elif frame.before:
+        saved = saved | frame.before
     if len(outputs) > 1:
         output = parted(output)
         results = list(tensors_in(output))

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._private import handed_through, inside_functorch, metadata
@@ -33,11 +33,12 @@ class _Entry(weakref.ref):
 
 _PLACES: dict[int, _Entry] = {}
 _ORIGINS: dict[int, _Entry] = {}
+_MADE: dict[int, _Entry] = {}
 
 
 def _drop(entry: Any) -> None:
     key = entry.key
-    for table in (_PLACES, _ORIGINS):
+    for table in (_PLACES, _ORIGINS, _MADE):
         if table.get(key) is entry:
             table.pop(key, None)
 
@@ -172,6 +173,18 @@ def origin_of(tensor: Tensor) -> Tensor:
     """The tensor that this one only repeats, if it was expanded; else the tensor itself."""
     entry = _ORIGINS.get(id(tensor))
     return tensor if entry is None or entry() is not tensor else entry.known
+
+
+def put_made(tensor: Any) -> None:
+    """Note that a tensor was made in a forward and told to need a gradient, so that no optimizer can have it."""
+    if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf:
+        _MADE[id(tensor)] = _Entry(tensor, True)
+
+
+def made_inside(tensor: Tensor) -> bool:
+    """Whether a leaf of the graph was made in a forward; nobody asks for its gradient."""
+    entry = _MADE.get(id(tensor))
+    return entry is not None and entry() is tensor
 
 
 def forget_memory(tensor: Tensor) -> None:

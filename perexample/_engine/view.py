@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._private import version
 from .._shards import is_sharded, summed_into_shards
 from .._trust import blocks
 from ..errors import ExtensionError
@@ -129,6 +130,7 @@ class ParameterView:
         self._combined: Term | None = None
         self._grad_batch: Tensor | None = None
         self._l2: Tensor | None = None
+        self._counts: dict[str, int] = {}  # how often what is shared by all extensions was written to
 
     def add(self, term: Term) -> None:
         """Add the term of one more tap."""
@@ -189,6 +191,7 @@ class ParameterView:
                 self._grad_batch = self.zeros(self.n, *self.param.shape)
             else:
                 self._grad_batch = _times(term, self._scale, self._choice)
+            self._counts["grad_batch"] = version(self._grad_batch)
         return self._grad_batch
 
     def batch_l2(self) -> Tensor:
@@ -201,7 +204,15 @@ class ParameterView:
             else:
                 l2, self._combined = term.settled(self._choice)
                 self._terms, self._l2 = [self._combined], l2 if self._scale == 1.0 else l2 * self._scale**2
+            self._counts["batch_l2"] = version(self._l2)
         return self._l2
+
+    def written(self) -> str:
+        """Which of the tensors that all extensions share was written to, if one was."""
+        for what, t in (("grad_batch", self._grad_batch), ("batch_l2", self._l2)):
+            if t is not None and version(t) != self._counts[what]:
+                return what
+        return ""
 
     def weighted_sum(self, w: Tensor | Weights, onto: Tensor | None = None) -> Tensor:
         """``sum_n w_n g_n``, ``[*p.shape]``; an example of weight 0 contributes exactly 0, even if it is not finite.

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .._private import handed_through, metadata, reentrant_checkpoint
 from ..errors import BatchAxisError, CrossExampleError, LossError
 from ..place import Lost
-from .table import place_of
+from .table import made_inside, place_of
 from .tap import KEY, LOST, Tap
 
 
@@ -110,7 +110,8 @@ def source_of(tensor: Tensor) -> Source:
     """What a tensor was computed from."""
     source = Source(tensor)
     if tensor.grad_fn is None:
-        source.leaves.append(tensor)
+        if not made_inside(tensor):
+            source.leaves.append(tensor)
         return source
     stack: list[tuple[Node, int]] = [(tensor.grad_fn, tensor.output_nr)]
     seen: set[Node] = set()
@@ -133,7 +134,7 @@ def source_of(tensor: Tensor) -> Source:
 def _add_leaf(source: Source, leaf: Tensor) -> None:
     if place_of(leaf) is not None:
         source.problem = source.problem or "an input"
-    elif leaf.requires_grad:
+    elif leaf.requires_grad and not made_inside(leaf):
         source.leaves.append(leaf)
 
 

@@ -22,7 +22,7 @@ from .._vjp import pulled_back
 from ..place import Place
 from ..rule import Call, Rule, at_least_float32
 from ..terms import Dense, Term, combine
-from .generic import autocast_state, random_state, restored
+from .generic import autocast_state, random_state, restored, rows_instead, spoiled_rows, unspoiled
 
 JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _ADDS = frozenset(
@@ -168,8 +168,24 @@ class FunctionRule(Rule):
 
     def _masked(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
         """The whole batch once more, pulled back with the gradient of all rows but one set to zero."""
-        params = {name: at_least_float32(b.detach()).requires_grad_() for name, b in call.params.items()}
         tensors = list(tensors_in(call.saved["arguments"]))
+        outputs, found = self._one_at_a_time(call, upstream, tensors)
+        if all(bool(rows.isfinite().all()) for rows in found.values()):
+            return found
+        pairs = list(zip(call.saved["places"], tensors, strict=True))
+        pairs += zip(call.saved["out_places"] * 2, [*outputs, *upstream], strict=True)
+        spoiled = spoiled_rows([p.sliced(t) for p, t in pairs if isinstance(p, Place)])
+        if spoiled.all() or not spoiled.any():
+            return found
+        rows = rows_instead(spoiled)
+        mended = [_with_rows(t, p, rows) for p, t in zip(call.saved["places"], tensors, strict=True)]
+        return unspoiled(found, self._one_at_a_time(call, upstream, mended)[1], spoiled)
+
+    def _one_at_a_time(
+        self, call: Call, upstream: list[Tensor], tensors: list[Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What the call gives for these tensors, and each row's gradients."""
+        params = {name: at_least_float32(b.detach()).requires_grad_() for name, b in call.params.items()}
         rng = call.saved["rng"]
         with torch.enable_grad(), restored(rng, tensors) if rng else nullcontext():
             outputs = self._run(call, params, tensors)
@@ -182,7 +198,15 @@ class FunctionRule(Rule):
             grads = pulled_back(outputs, list(params.values()), some)
             for name, grad in zip(params, grads, strict=True):
                 parts[name].append(grad)
-        return {name: torch.cat(rows) for name, rows in parts.items()}
+        return [t.detach() for t in outputs], {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def _with_rows(t: Tensor, place: Any, rows: Tensor) -> Tensor:
+    """A tensor with these rows in the place of its own, as long as it holds any."""
+    if not isinstance(place, Place) or place.axis is None:
+        return t
+    entries = torch.arange(place.size, device=t.device).view(place.outer, -1, place.inner)
+    return t.index_select(place.axis, entries[:, rows.to(t.device)].flatten())
 
 
 def row_mask(place: Place, g: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class GenericRule(Rule):
         """All arguments, and a fingerprint of each output by which a repetition is recognised."""
         outputs = graded(output)
         axes = self.output_axes(module, outputs)
-        prints = [_fingerprint(t, axis) for t, axis in zip(outputs, axes, strict=True)]
+        prints = _prints(outputs, axes)
         chosen = [i for i, t in enumerate(tensors_in(output)) if t.requires_grad]
         kind = outputs[0].device.type
         autocast = autocast_state(kind)
@@ -179,19 +179,38 @@ class GenericRule(Rule):
     def _masked(self, call: Call, upstream: list[Tensor]) -> dict[str, Tensor]:
         """The whole batch again from the saved random state, pulled back with all but one example masked."""
         tensors = [*tensors_in(call.saved["args"]), *tensors_in(call.saved["kwargs"])]
+        outputs, found = self._one_at_a_time(call, upstream, tensors)
+        axes, out_axes = self.axes(call, tensors), self.output_axes(call.module, upstream)
+        if not _same(_prints(outputs, out_axes), call.saved["prints"], call.saved["dtypes"]):
+            raise UnsupportedModuleError(
+                f"`{call.name}` ({type(call.module).__name__}) draws random numbers that cannot be drawn again, so its "
+                f"forward cannot be repeated. Register a rule for it (@register_rule)."
+            )
+        if all(bool(rows.isfinite().all()) for rows in found.values()):
+            return found
+        held = [t.movedim(a, 0) for t, a in zip(tensors, axes, strict=True) if a is not None and _holds(t, a, call.n)]
+        held += [t.movedim(a, 0) for t, a in zip([*outputs, *upstream], out_axes * 2, strict=True)]
+        spoiled = spoiled_rows(held)
+        if spoiled.all() or not spoiled.any():
+            return found
+        rows = rows_instead(spoiled)
+        mended = [
+            t.index_select(a, rows.to(t.device)) if a is not None and _holds(t, a, call.n) else t
+            for t, a in zip(tensors, axes, strict=True)
+        ]
+        return unspoiled(found, self._one_at_a_time(call, upstream, mended)[1], spoiled)
+
+    def _one_at_a_time(
+        self, call: Call, upstream: list[Tensor], tensors: list[Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What the module gives for these tensors, and the gradients of each example."""
         inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
         params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
         with torch.enable_grad(), restored(call.saved["rng"], tensors):
             outputs = _Repeat(call)(params, inputs)
         out_axes = self.output_axes(call.module, upstream)
-        prints = [_fingerprint(o, a) for o, a in zip(outputs, out_axes, strict=True)]
-        if not _same(prints, call.saved["prints"], call.saved["dtypes"]):
-            raise UnsupportedModuleError(
-                f"`{call.name}` ({type(call.module).__name__}) draws random numbers that cannot be drawn again, so its "
-                f"forward cannot be repeated. Register a rule for it (@register_rule)."
-            )
         rows = [self._pulled(call, n, outputs, upstream, out_axes, params, inputs) for n in range(call.n)]
-        return {name: torch.stack([row[name] for row in rows]) for name in params}
+        return [t.detach() for t in outputs], {name: torch.stack([row[name] for row in rows]) for name in params}
 
     def _pulled(
         self,
@@ -212,7 +231,7 @@ class GenericRule(Rule):
         for grad, axis in zip(grads[len(params) :], in_axes, strict=True):
             if grad is None or axis is None or not _holds(grad, axis, call.n):
                 continue
-            if not torch.equal(grad, _only(grad, axis, n)):
+            if bool((((grad - _only(grad, axis, n)) != 0) & grad.isfinite()).any()):  # zero times infinity is no sign
                 raise CrossExampleError(
                     f"`{call.name}` ({type(call.module).__name__}) mixes examples: the output of one depends on the "
                     f"input of another. Remove the mixing, or register a rule for it (@register_rule)."
@@ -305,6 +324,38 @@ def _fingerprint(output: Tensor, axis: int) -> Tensor:
     flat = flat.reshape(flat.shape[0], -1) if flat.numel() else flat.new_zeros(flat.shape[0], 1)
     projection = torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype).add(1).cos()
     return torch.stack([flat @ projection, flat.abs().sum(1)], 1)
+
+
+def _prints(outputs: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    """A fingerprint of each output."""
+    return [_fingerprint(t, axis) for t, axis in zip(outputs, axes, strict=True)]
+
+
+def spoiled_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Which rows ``[M]`` have a value that is not finite in one of these tensors ``[M, ...]``.
+
+    A gradient of zero times what is not finite is not zero: where all rows are pulled back together, and all but one
+    with zeros, such a row would spoil those of all others.
+
+    Returns:
+        Them, as a mask.
+    """
+    finite = [t.detach().isfinite().flatten(1).all(1) if t.dim() > 1 else t.detach().isfinite() for t in tensors]
+    return ~torch.stack([t.to(finite[0].device) for t in finite]).all(0)
+
+
+def rows_instead(spoiled: Tensor) -> Tensor:
+    """Which rows to take ``[M]``: their own, and for those that are spoiled one that is not."""
+    rows = torch.arange(len(spoiled), device=spoiled.device)
+    return torch.where(spoiled, (~spoiled).to(torch.uint8).argmax(), rows)
+
+
+def unspoiled(found: dict[str, Tensor], mended: dict[str, Tensor], spoiled: Tensor) -> dict[str, Tensor]:
+    """Gradients of the rows that are spoiled as they were found, and of all others without these."""
+    return {
+        name: torch.where(spoiled.to(rows.device).view(-1, *[1] * (rows.dim() - 1)), rows, mended[name])
+        for name, rows in found.items()
+    }
 
 
 def _same(prints: Sequence[Tensor], originals: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:

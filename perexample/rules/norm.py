@@ -126,9 +126,17 @@ def _far_from_zero(call: Call) -> Tensor:
     return ~((call.saved["mean"].abs() * call.saved["rstd"]).amax(1) <= _MOST_MEAN)
 
 
-@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_BATCHED_DIMS: dict[type[nn.Module], int] = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+
+
+@register_rule(*_BATCHED_DIMS)
 class InstanceNormRule(_PerChannelRule):
     """Statistics over each channel of one example; with tracked statistics only in evaluation mode."""
+
+    def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
+        """Not a single image without an axis of examples."""
+        x = (*args, *kwargs.values())[0]
+        return x.dim() == next(dims for kind, dims in _BATCHED_DIMS.items() if isinstance(module, kind))
 
     def refuse(self, module: Any) -> str | None:
         """Tracked statistics would take data of all examples into the model without protection."""

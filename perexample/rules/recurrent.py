@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._norms import BLOCK, Inner, gram_norms, joined, norms_of, of_grams
 from .._private import kept_state, own_parameters, repeats_forward, without_forward_hooks
-from .._tree import map_tensors, tensors_in
+from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import UnsupportedModuleError
 from ..place import Place, Space
 from ..rule import Call, Rule, Sizes, at_least_float32, only_parameters, register_rule
@@ -191,6 +191,10 @@ class RecurrentRule(Rule):
     def states(self, module: Any, args: tuple, kwargs: dict) -> list[tuple[Tensor, int]]:
         """``[layers, N, H]``."""
         return [(t, 1) for t in tensors_in((*args, *kwargs.values(), None)[1]) if t.dim() == 3]
+
+    def orders(self, args: tuple) -> Sequence[Tensor]:
+        """Those of a packed sequence."""
+        return tensors_of(tuple(args[0][2:])) if isinstance(args[0], PackedSequence) else ()
 
     def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
         """Not a single sequence without an axis of examples."""

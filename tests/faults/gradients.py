@@ -75,7 +75,7 @@ MUTANTS = (
     mutant(
         "F9-sum-taken-for-a-mean",
         "does not look how a loss was reduced",
-        Edit("perexample._engine.context:_check_loss", ('if actual == "sum" and reduction == "mean":', "if False:")),
+        Edit("perexample._engine.context:_check_loss", ('if summed and reduction == "mean":', "if False:")),
         killers="test_faults.py::test_f09_a_sum_declared_as_mean_fails_loudly[cross_entropy]",
     ),
     mutant(
@@ -176,7 +176,7 @@ MUTANTS = (
         "F39-mask-of-another",
         "gives an example the gradient of another, whose sum over all is right",
         Edit(
-            "perexample.rules.generic:GenericRule._masked",
+            "perexample.rules.generic:GenericRule._one_at_a_time",
             ("torch.stack([row[name] for row in rows])", "torch.stack([row[name] for row in rows]).roll(1, 0)"),
         ),
         killers="test_faults.py::test_f39_random_masks_are_replayed",

@@ -1,0 +1,137 @@
+"""How the loss joins the examples: as a sum of their own losses, or in a way in which one changes how others count.
+
+Once they are joined in one number, that may be scaled by constants and added to others. Its root, its logarithm, or its
+ratio to another sum over the batch is no sum of losses that examples have of their own, and no clipping bounds what one
+example does to it. The graph shows this for what is done after the first sum; what comes before is for `check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from .._private import is_python_number, loss_reduction_of, metadata, ones_for, output_shapes, saved
+from ..errors import LossError
+from .kinds import names
+from .tap import KEY, Tap
+from .walk import Walk
+
+_BENT = names(
+    "Sqrt Rsqrt Log Log2 Log10 Log1P Exp Exp2 Expm1 Pow Reciprocal Sigmoid Tanh Softplus LogSigmoid Abs Relu Clamp "
+    "ClampMin ClampMax Maximum Minimum LeakyRelu Elu Gelu Silu Hardtanh Threshold Sin Cos Erf Logsumexp Norm "
+    "LinalgVectorNorm Dist Std Var Prod Max Min Amax Amin Median Nanmedian Kthvalue"
+)
+_CHOOSES = names("Index MaskedSelect Topk Take IndexSelect")
+
+
+def check_joins(loss: Tensor, found: Walk, n: int) -> None:
+    """Refuse losses in which the examples, once joined, count by what the others are.
+
+    Args:
+        loss: The loss.
+        found: The graph below it.
+        n: Number of examples; of fewer than two none is joined with another.
+
+    Raises:
+        LossError: If there is such an operation, and several examples meet in it.
+    """
+    if n < 2:
+        return
+    for node in _single_numbers(loss):
+        why = _doubt(node, n)
+        if not why:
+            continue
+        together = max(_examples(edge, found) for edge in _inputs(node))
+        if together > 1:
+            raise LossError(
+                f"The loss {why} ({node.name()}), where {together} examples are joined already: how much one of them "
+                f"counts depends on the others, so none has a loss of its own. Do this to each example's own loss, "
+                f"then take the mean; a constant divisor may be a Python number."
+            )
+
+
+def _kind(node: Node) -> str:
+    return node.name().partition("Backward")[0]
+
+
+def _single_numbers(loss: Tensor) -> Iterator[Node]:
+    """The nodes between the loss and the last tensors of more than one entry, not beyond taps."""
+    stack, seen = [(loss.grad_fn, loss.output_nr)], set()
+    while stack:
+        node, number = stack.pop()
+        if node is None or node in seen or number in metadata(node).get(KEY, {}):
+            continue
+        seen.add(node)
+        shapes = output_shapes(node)
+        one = number < len(shapes) and shapes[number].numel() == 1
+        if one:
+            yield node
+        if one or _kind(node) in ("Stack", "Cat"):
+            stack.extend(node.next_functions)
+
+
+def _inputs(node: Node) -> list[GradientEdge]:
+    return [GradientEdge(before, number) for before, number in node.next_functions if before is not None]
+
+
+def _doubt(node: Node, n: int) -> str:
+    """What may be wrong with an operation that gives one number, if several examples meet in it."""
+    kind, inputs = _kind(node), node.next_functions
+    if kind in _BENT:
+        return "" if kind == "Pow" and saved(node, "exponent") == 1 else "takes a function that is not linear"
+    if kind == "Mul" and len(inputs) == 2 and inputs[0][0] is not None and inputs[1][0] is not None:
+        return "multiplies two numbers that depend on the parameters"
+    if kind == "Div":
+        if len(inputs) == 2 and inputs[1][0] is not None:
+            return "divides by a number that depends on the parameters"
+        divisor = saved(node, "other")
+        if isinstance(divisor, Tensor) and divisor.numel() == 1 and not is_python_number(divisor):
+            value = float(divisor)
+            return "" if _multiple(value, n) else f"divides by a tensor, {value:g}"
+    if kind == "Mean" or loss_reduction_of(node) == "mean":
+        before, number = inputs[0]
+        if before is not None and _kind(before) in _CHOOSES and (shapes := output_shapes(before)):
+            entries = shapes[number].numel()
+            return "" if entries % n == 0 else f"takes the mean of {entries} entries that were chosen"
+    return ""
+
+
+def _multiple(value: float, n: int) -> bool:
+    """Whether a divisor can be the same for batches of n examples whatever they are: so many entries of each."""
+    return value >= n and abs(value / n - round(value / n)) < 1e-6
+
+
+def _examples(edge: GradientEdge, found: Walk) -> int:
+    """On how many examples a tensor depends, by its gradients at the nearest taps."""
+    taps = list(_nearest(edge))
+    if not taps:
+        return 0
+    edges = [at for at, _, _ in taps]
+    grads = torch.autograd.grad(edge, edges, ones_for(edge), retain_graph=True, allow_unused=True)
+    owners = set[int]()
+    for (_, tap, index), g in zip(taps, grads, strict=True):
+        if g is not None and index in found.taps.get(tap, ()):
+            place = tap.places[index]
+            rows = (place.rows_first(tap.in_shape(index, g)) != 0).flatten(1).any(1)
+            owners.update(place.space.owners(rows.device)[rows].tolist())
+    return len(owners - {-1})
+
+
+def _nearest(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Tap, int]]:
+    """The taps that are reached first."""
+    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
+    seen: set[tuple[Node, int]] = set()
+    while stack:
+        node, number = stack.pop()
+        if node is None or (node, number) in seen:
+            continue
+        seen.add((node, number))
+        tapped = metadata(node).get(KEY, {})
+        if number in tapped:
+            tap, index = tapped[number]
+            yield GradientEdge(node, number), tap, index
+        else:
+            stack.extend(node.next_functions)
