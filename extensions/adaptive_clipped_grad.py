@@ -62,6 +62,7 @@ class AdaptiveClippedGrad(ClippedGrad):
 
     Example:
         >>> from perexample import DP_SGD, extend, perex
+        >>> from perexample.extensions import AdaptiveClippedGrad
         >>> model = extend(nn.Linear(2, 1))
         >>> clipping = AdaptiveClippedGrad(1.0, expected_batch_size=100)
         >>> optimizer = DP_SGD(model.parameters(), lr=0.5, clipping=clipping, noise_multiplier=1.0,

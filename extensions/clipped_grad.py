@@ -82,6 +82,7 @@ class ClippedGrad(Extension):
 
     Example:
         >>> from perexample import extend, perex
+        >>> from perexample.extensions import ClippedGrad
         >>> model = extend(nn.Linear(1, 1, bias=False))
         >>> clipping = ClippedGrad(1.0)
         >>> with perex(clipping, grad=False):

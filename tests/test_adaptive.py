@@ -320,14 +320,14 @@ def test_the_optimizer_adds_the_noise_that_is_left():
     model = extend(nn.Linear(320, 320, bias=False).double())
     clipping = AdaptiveClippedGrad(3.0, expected_batch_size=10.0, count_noise=1.6)
     optimizer = DP_SGD(
-        model.parameters(), lr=0.0, clipping=clipping, noise_multiplier=1.0, expected_batch_size=1.0,
+        model.parameters(), lr=0.0, clipping=clipping, noise_multiplier=1.0, expected_batch_size=10.0,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     with perex(clipping, grad=False):
         model(randn(0, 320)).square().mean().backward()
     optimizer.step()
     left = (1 - 1 / 3.2**2) ** -0.5
-    assert model.weight.grad.std().item() / 3.0 == pytest.approx(left, rel=0.01)
+    assert 10 * model.weight.grad.std().item() / 3.0 == pytest.approx(left, rel=0.01)
     assert left > 1.05
     assert [release.noise_multiplier for release, _ in optimizer.ledger.runs] == [1.0]
     source = torch.Generator().manual_seed(0)

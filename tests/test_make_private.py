@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from perexample import DP_SGD, ConfigurationError, PrivacyBudgetError, StaleGradientError, extend, perex, privatize
-from perexample.extensions import ClippedGrad
+from perexample.extensions import AdaptiveClippedGrad, ClippedGrad
 from perexample.privacy import (
     EmptyBatches,
     Ledger,
@@ -200,10 +200,35 @@ def test_iteration_over_the_whole_plan(physical):
             F.cross_entropy(p.model(x), y).backward()
         p.step()
     assert p.steps == 10
-    assert list(p) == []
+    with pytest.warns(UserWarning, match="All 10 planned steps have been taken.*all epochs"):
+        assert list(p) == []
     with pytest.raises(PrivacyBudgetError):
         run(q, 3)
     assert_bitwise(parameters(p.model), parameters(q.model))
+
+
+def test_a_schedule_does_not_lower_the_noise_below_the_budget():
+    p = private(target_epsilon=3.0, noise_multiplier=None)
+    run(p, until=1)
+    group = p.optimizer.param_groups[0]
+    group["noise_multiplier"] *= 1.5  # more is no harm
+    run(p, until=1)
+    group["noise_multiplier"] *= 0.5
+    before = parameters(p.model)
+    with pytest.raises(PrivacyBudgetError, match=r"noise_multiplier=.* budget needs .* in each.*no target_epsilon"):
+        run(p, until=1)
+    assert_bitwise(parameters(p.model), before)
+    assert p.steps == 2
+    q = private(noise_multiplier=1.0)
+    q.optimizer.param_groups[0]["noise_multiplier"] = 0.5  # a schedule of one's own
+    run(q, until=1)
+    assert q.epsilon() > private(noise_multiplier=1.0).epsilon()
+
+
+def test_an_adaptive_clip_norm_counts_in_the_same_batches():
+    clipping = AdaptiveClippedGrad(1.0, expected_batch_size=200)
+    with pytest.raises(ConfigurationError, match=r"expected_batch_size=200, and the private optimizer divides by 10"):
+        private(clipping=clipping, max_norm=None)
 
 
 def test_iteration_without_steps_does_not_go_on_for_ever():

@@ -67,6 +67,7 @@ def replace_batchnorm(
 
     Example:
         >>> from perexample import extend
+        >>> from perexample.privacy import replace_batchnorm
         >>> model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.ReLU())
         >>> norm = extend(replace_batchnorm(model))[1]
         >>> type(norm).__name__, norm.num_groups, norm.num_channels

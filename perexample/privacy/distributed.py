@@ -32,6 +32,7 @@ class Processes:
         ConfigurationError: If it is no group, or this process is not in it.
 
     Example:
+        >>> from perexample.privacy import Processes
         >>> processes = Processes()
         >>> processes.rank, processes.size
         (0, 1)

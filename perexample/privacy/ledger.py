@@ -53,6 +53,9 @@ class Ledger:
         write: Whether this process adds to the file; of several processes one does, and all read it.
         limit: Number of steps that may be taken; the one after is an error. `make_private` sets it.
 
+    Attributes:
+        least_noise: Noise multiplier that each step must have, 0 unless `make_private` has calibrated it to a budget.
+
     Raises:
         ConfigurationError: If the file holds something else, or ``limit`` is no positive whole number.
 
@@ -66,6 +69,7 @@ class Ledger:
     """
 
     limit: int | None
+    least_noise: float = 0.0
 
     def __init__(
         self, path: str | os.PathLike[str] | None = None, limit: int | None = None, *, write: bool = True
@@ -103,6 +107,13 @@ class Ledger:
             raise PrivacyBudgetError(
                 f"The {self.limit} steps that were planned have been taken; another would cost more than the privacy "
                 f"budget that the noise was calibrated for. Stop here, or plan more steps (epochs) from the start."
+            )
+        if release.noise_multiplier < self.least_noise * (1 - 1e-9):
+            raise PrivacyBudgetError(
+                f"The step has noise_multiplier={release.noise_multiplier:g}, and the privacy budget needs "
+                f"{self.least_noise:g} in each: the noise was lowered in the optimizer's param_groups after it was "
+                f"calibrated. For a schedule of your own give make_private the noise_multiplier to begin with, and no "
+                f"target_epsilon, and see what epsilon() says."
             )
         if self._file is not None:
             _append(self._file, [release])

@@ -250,6 +250,7 @@ def privatize(
     ledger, source = _check_ledger(ledger), Noise(generator, noise)
     settings = {"noise_multiplier": noise_multiplier, "expected_batch_size": expected_batch_size}
     settings = {name: _check_setting(name, value) for name, value in settings.items()}
+    _check_divisor(clipping, settings["expected_batch_size"])
     clipping.noise_share(settings["noise_multiplier"])  # raises now, if it does so at all
     for name, value in settings.items():
         optimizer.defaults[name] = value
@@ -360,6 +361,16 @@ def _check_clipping(clipping: Any) -> None:
     parts = ("sensitivity", "consume", "zero_grad", "noise_share", "after_step")
     if isinstance(clipping, type) or not all(callable(getattr(clipping, name, None)) for name in parts):
         raise ConfigurationError(f"clipping must be an instance of ClippedGrad, not {clipping!r}.")
+
+
+def _check_divisor(clipping: Any, expected: float) -> None:
+    """An adaptive C counts in units of the batch too."""
+    divisor = getattr(clipping, "expected_batch_size", expected)
+    if divisor != expected:
+        raise ConfigurationError(
+            f"{type(clipping).__name__} was made for expected_batch_size={divisor:g}, and the private optimizer "
+            f"divides by {expected:g}; give both the same, the expected number of examples in a batch."
+        )
 
 
 def checked_processes(processes: Any) -> Processes:

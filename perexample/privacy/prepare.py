@@ -137,6 +137,8 @@ def make_private(
     loader = _loader(dataset, batches, collate, loader_options)
     extend(model, batch_dim=batch_dim)
     book = _book(ledger, planned, processes)
+    if target_epsilon is not None:
+        book.least_noise = float(noise_multiplier)
     privatize(
         optimizer,
         clipping=clipping,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,6 +92,12 @@ class Private:
         Raises:
             StaleGradientError: If an epoch went by without a step.
         """
+        if self.steps >= self.planned_steps:
+            warnings.warn(
+                f"All {self.planned_steps} planned steps have been taken, so this loop has no batch. One loop over a "
+                f"Private runs through all epochs; `private.loader` gives the batches of one.",
+                stacklevel=2,
+            )
         while self.steps < self.planned_steps:
             before = self.steps
             for batch in self.loader:
