@@ -28,6 +28,7 @@ class _Entry:
     name: str
     sum: weakref.ref[Tensor]
     used: bool = False
+    writes: int = -1
 
     def alive(self) -> bool:
         """Whether the parameter and its sum still exist."""
@@ -162,7 +163,9 @@ class ClippedGrad(Extension):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Continue from a state; sums under way are forgotten, as their examples may come again."""
+        if self.examples:
+            self.zero_grad()
 
     def zero_grad(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Forget the sums so far, of these parameters or of all."""
@@ -192,8 +195,9 @@ class ClippedGrad(Extension):
             name = under_way[key].name if key in under_way else names[key]
             raise StaleGradientError(
                 f"ClippedGrad is adding up over several backwards, and parameter `{name}` takes part in some of them "
-                f"only, so that the sensitivity is not known. Use one ClippedGrad for each model, and freeze or "
-                f"unfreeze after a step or zero_grad."
+                f"only, or some of the others have a sum that no step has used: the sensitivity is not known. Use one "
+                f"ClippedGrad for each model, freeze or unfreeze after a step or zero_grad, and give all trainable "
+                f"parameters of the model to the private optimizer, or freeze those that it does not have."
             )
 
     def compute(self, view: ParameterView) -> None:
@@ -225,6 +229,9 @@ class ClippedGrad(Extension):
     def commit(self) -> None:
         """Remember norms and sums."""
         staged = self._staged
+        for entry in staged.entries.values():
+            if (total := entry.sum()) is not None:
+                entry.writes = total._version
         self.norms, self.group_norms, self.nonfinite = staged.norms, staged.group_norms, staged.nonfinite
         self._bounds = staged.bounds
         if not staged.continued:
@@ -309,6 +316,11 @@ class ClippedGrad(Extension):
                 f"The optimizer's parameter {index} (shape {list(p.shape)}) has no clipped sum of this ClippedGrad: "
                 f"since the last zero_grad no backward ran in perex(clipping), or the parameter is not part of the "
                 f"extended model (was it replaced after the optimizer was made?)."
+            )
+        if value._version != entry.writes:
+            raise StaleGradientError(
+                f"The clipped sum of `{entry.name}` was written to after the backward, and what one example adds to it "
+                f"is no longer known. Scale by the learning rate, or change max_norm before the backward."
             )
         if entry.used:
             raise StaleGradientError(

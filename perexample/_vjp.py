@@ -10,6 +10,10 @@ from torch import Tensor
 
 def pulled_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of ``[M, ...]`` cotangents at once through a graph that stays; one by one where torch cannot."""
+    live = [index for index, output in enumerate(outputs) if output.requires_grad]
+    if not live:
+        return [p.new_zeros(len(cotangents[0]), *p.shape) for p in inputs]
+    outputs, cotangents = [outputs[index] for index in live], [cotangents[index] for index in live]
 
     def run(gs: Sequence[Tensor], batched: bool) -> list[Tensor]:
         lead = gs[0].shape[:1] if batched else ()

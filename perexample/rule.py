@@ -276,7 +276,7 @@ class _RuleTerm(Term):
         return self._quantity("grad_batch", (self.n, *self.shape))
 
     def factors(self) -> list[Tensor]:
-        return [self.g, *self.shared.get("grad_batch", {}).values()]
+        return [*tensors_of(self.g), *self.shared.get("grad_batch", {}).values()]
 
     def methods(self) -> list[Method]:
         if not self._overridden("batch_l2"):
@@ -310,7 +310,9 @@ def _asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
         inputs = ", ".join(f"{name} {list(v.shape)}" for name, v in call.saved.items() if isinstance(v, Tensor))
         raise RuleContractError(
             f"{_where(rule, call, kind)} failed, {type(error).__name__}: {error}. It was given g of shape "
-            f"{list(g.shape)}" + (f" and {inputs}" if inputs else "") + "; a rule must serve every shape that the "
+            f"{', '.join(str(list(t.shape)) for t in tensors_of(g))}"
+            + (f" and {inputs}" if inputs else "")
+            + "; a rule must serve every shape that the "
             "module's forward does."
         ) from error
 

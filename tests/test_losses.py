@@ -124,6 +124,12 @@ COUPLED = {
     "ratio": lambda out: each(out).mean() / out.mean(),
     "by its own size": lambda out: each(out).mean() / each(out).mean().detach(),
     "product": lambda out: each(out).mean() * out.mean(),
+    "cross-entropy over a mask": lambda out: F.cross_entropy(out[MASK > 0], CLASSES[MASK > 0]),
+    "absolute error over a mask": lambda out: (out[MASK > 0] - AIMS[MASK > 0]).abs().mean(),
+    "squared error of a mean": lambda out: F.mse_loss(out.mean(), torch.tensor(0.3)),
+    "two, squared": lambda out: torch.stack([F.mse_loss(out, AIMS), each(out).mean()]).pow(2).sum(),
+    "two, weighted by themselves": lambda out: torch.stack([F.mse_loss(out, AIMS), each(out).mean()]).softmax(0)[0],
+    "root of the mean of a stack": lambda out: torch.stack([each(out)[i] for i in range(N)]).mean().sqrt(),
     "one of two": lambda out: torch.stack([F.mse_loss(out, AIMS).sqrt(), each(out).mean()]).sum(),
 }
 LINEAR = {
@@ -138,6 +144,9 @@ LINEAR = {
     "other types": lambda out: each(out).mean().double().float().view(1).squeeze(),
     "norms of each": lambda out: (out - AIMS).norm(dim=1).mean(),
     "one of each": lambda out: out[torch.arange(N), CLASSES].mean(),
+    "steps of time but one": lambda out: (out.t()[1:] - AIMS.t()[1:]).square().mean(),
+    "functions of each, beside each other": lambda out: torch.stack([each(out)[i] for i in range(N)]).pow(2).mean(),
+    "a long loop": lambda out: sum(each(out)[i % N].exp() for i in range(40)) / 40,
     "roots one by one": lambda out: sum(F.mse_loss(out[i], AIMS[i]).sqrt() for i in range(N)) / N,
     "norms one by one": lambda out: torch.stack([torch.linalg.norm(out[i] - AIMS[i]) for i in range(N)]).mean(),
     "masks one by one": lambda out: sum((out[i] * MASK[:4]).sum() / MASK[:4].sum() for i in range(N)) / N,

@@ -231,6 +231,115 @@ def test_an_adaptive_clip_norm_counts_in_the_same_batches():
         private(clipping=clipping, max_norm=None)
 
 
+def first_piece(p):
+    for x, y in p.loader:
+        with p:
+            F.cross_entropy(p.model(x), y).backward()
+        assert not p.step()
+        return
+
+
+INTERRUPTED = {
+    "a new loop": lambda p: None,
+    "zero_grad before it": lambda p: p.zero_grad(),
+    "the state before": lambda p: p.load_state_dict(p.state_dict()),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("between", INTERRUPTED.values(), ids=INTERRUPTED)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_batch_that_is_interrupted_is_begun_anew(size, between, adaptive):
+    """What was summed of it does not count twice: the step is that of the whole batch."""
+    options = {"batch_size": N, "noise_multiplier": 0.0, "max_norm": 0.5}
+    if adaptive:
+        clipping = [AdaptiveClippedGrad(0.5, expected_batch_size=N) for _ in range(2)]
+        options |= {"max_norm": None, "noise_multiplier": 1.0}
+    p, q = (
+        private(physical_batch_size=size, **options, **({"clipping": clipping[i]} if adaptive else {}))
+        for i in range(2)
+    )
+    first_piece(p)
+    between(p)
+    for one in (p, q):
+        for x, y in one.loader:
+            with one:
+                F.cross_entropy(one.model(x), y).backward()
+            if one.step():
+                break
+    assert_bitwise(parameters(p.model), parameters(q.model))
+    assert p.steps == 1
+
+
+def test_sums_under_way_are_forgotten_when_a_state_is_loaded():
+    model = extend(nn.Linear(3, 2).double())
+    clipping = ClippedGrad(1.0)
+    optimizer = DP_SGD(model.parameters(), lr=0.1, clipping=clipping, noise_multiplier=0.0, expected_batch_size=4)
+    with perex(clipping, grad=False):
+        model(torch.ones(4, 3, dtype=torch.float64)).square().mean().backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert clipping.examples == 0
+    with pytest.raises(StaleGradientError, match="no clipped sum"):
+        optimizer.step()
+
+
+def test_noise_does_not_come_again_on_another_batch():
+    """The difference of two releases with the same noise would be that of their sums."""
+    p = private(sampling_generator=None)
+    state, draws = p.state_dict(), []
+    for _ in range(2):
+        p.load_state_dict(state)
+        before = p.optimizer.param_groups[0]["params"][0].detach().clone()
+        run(p, until=1)
+        draws.append(p.optimizer.param_groups[0]["params"][0].detach() - before)
+    noise = [torch.randn(4, 3, generator=generator(4), dtype=torch.float64)]
+    assert (draws[0] - draws[1]).norm() * 10 / 0.5 > noise[0].norm() / 3  # sums alone differ by far less
+
+    def stream(**options):
+        q = private(**options)
+        q.load_state_dict(q.state_dict())
+        return torch.randn(5, generator=q.optimizer.state_dict and options["noise_generator"])
+
+    torch.testing.assert_close(*(stream(noise_generator=generator(4)) for _ in range(2)))
+    assert not torch.equal(*(stream(noise_generator=generator(4), sampling_generator=None) for _ in range(2)))
+
+
+@pytest.mark.parametrize("release", [Release(0.3, None), Release(0.3, 0.25), Release(100.0, 0.5)])
+def test_a_budget_is_not_shared_with_other_steps(release):
+    book = Ledger()
+    book.record(release)
+    with pytest.raises(PrivacyBudgetError, match=r"knows 1 steps with other noise.*ledger of its own"):
+        private(target_epsilon=3.0, noise_multiplier=None, ledger=book)
+    assert private(noise_multiplier=1.0, ledger=book).epsilon() > 0  # counts them
+
+
+def test_a_ledger_of_the_same_training_is_continued(tmp_path):
+    first = private(target_epsilon=3.0, noise_multiplier=None, ledger=tmp_path / "ledger")
+    run(first, until=3)
+    again = private(target_epsilon=3.0, noise_multiplier=None, ledger=tmp_path / "ledger")
+    assert again.steps == 3
+    run(again, until=2)
+    assert again.steps == 5
+
+
+def test_more_examples_than_planned_do_not_pass():
+    p = private(target_epsilon=3.0, noise_multiplier=None)
+    p.sampler.sample_rate = 1.0
+    with pytest.raises(PrivacyBudgetError, match=r"sample_rate=1\.0, and the privacy budget was calibrated for 0\.25"):
+        run(p, until=1)
+
+
+def test_a_clipped_sum_that_was_written_to_is_not_used():
+    model = extend(nn.Linear(3, 2).double())
+    clipping = ClippedGrad(1.0)
+    optimizer = DP_SGD(model.parameters(), lr=0.1, clipping=clipping, noise_multiplier=0.0, expected_batch_size=4)
+    with perex(clipping, grad=False):
+        model(torch.ones(4, 3, dtype=torch.float64)).square().mean().backward()
+    model.weight.clipped_sum.mul_(100)
+    with pytest.raises(StaleGradientError, match="`weight` was written to after the backward"):
+        optimizer.step()
+
+
 def test_iteration_without_steps_does_not_go_on_for_ever():
     with pytest.raises(StaleGradientError, match="no step was taken"):
         for _ in private():

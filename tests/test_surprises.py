@@ -681,3 +681,62 @@ def test_scatter_with_a_reduction_of_data():
         model = extend(net.double())
         with perex(BatchGrad()), pytest.raises((BatchAxisError, CrossExampleError), match="scatter"):
             square(model, rand(5, 6)).backward()
+
+
+def test_a_distribution_with_a_learned_scale():
+    """Mean and scale are broadcast together."""
+    net = Calls(
+        lambda m, x: -torch.distributions.Normal(m.mean(x), m.scale.exp()).log_prob(x[:, :2]).sum(1), scale=rand(2)
+    )
+    net.mean = nn.Linear(4, 2)
+    exact(net, square, rand(5, 4))
+    net = Calls(lambda m, x: torch.mul(*torch.broadcast_tensors(x, m.p)), p=rand(4))
+    exact(net, square, rand(5, 4))
+
+
+WRITES = {
+    "add": lambda z, h: z.add_(h),
+    "multiply": lambda z, h: z.mul_(h),
+    "part": lambda z, h: written(z, (slice(None), 0), h[:, 0]),
+    "rows": lambda z, h: written(z, (torch.arange(len(h)),), h),
+    "index_add": lambda z, h: z.index_add_(0, torch.arange(len(h)), h),
+}
+
+
+def written(z, index, values):
+    z[index] = values
+    return z
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("made", ["sum", "copy"])
+def test_data_is_written_into_what_parameters_gave(write, made):
+    def forward(m, x):
+        z = torch.zeros(len(x), 4, **DOUBLE) + m.p if made == "sum" else m.p.expand(len(x), 4).clone()
+        return write(z, m.layer(x)).sin()
+
+    net = Calls(forward, p=rand(4))
+    net.layer = nn.Linear(4, 4)
+    exact(net, square, rand(5, 4))
+
+
+def test_a_learned_kernel_for_the_channels_of_all_examples():
+    """A grouped convolution of one image that holds all examples as channels."""
+
+    def blur(m, x):
+        n, c, *size = x.shape
+        kernel = m.kernel.expand(n * c, 1, 3, 3)
+        return F.conv2d(x.reshape(1, n * c, *size), kernel, padding=1, groups=n * c).view(n, c, *size).sin()
+
+    exact(Calls(blur, kernel=rand(1, 1, 3, 3)), square, rand(4, 2, 5, 5))
+
+
+def test_data_that_is_taken_to_be_shared_and_is_not_finite():
+    """An input whose rows are not told apart: finite ones are exact, others would spoil all, so they are an error."""
+    net = Calls(lambda m, a, b: (m.first(a) + m.second(b)).sin())
+    net.first, net.second = nn.Linear(4, 3), nn.Linear(4, 3)
+    exact(net, square, rand(4, 4), rand(4, 4))
+    b = rand(4, 4)
+    b[1] = torch.nan
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match=r"`second\.\w+` meets a tensor that all.*not finite"):
+        square(net, rand(4, 4), b).backward()

@@ -229,8 +229,25 @@ class Backward:
             return
         leaves = [p for p in source.leaves if id(p) in self.views]
         cotangents = term.dense().to(source.tensor.dtype)
-        for p, rows in zip(leaves, pulled_back([source.tensor], leaves, [cotangents]), strict=True):
+        gradients = pulled_back([source.tensor], leaves, [cotangents])
+        if not all(bool(rows.isfinite().all()) for rows in gradients):
+            self._refuse_spoiled(source, leaves, cotangents)
+        for p, rows in zip(leaves, gradients, strict=True):
             self.views[id(p)].add(Dense(at_least_float32(rows)))
+
+    def _refuse_spoiled(self, source: Source, leaves: list[Tensor], cotangents: Tensor) -> None:
+        """Constants that are not finite make the gradients of all examples so, be it that of a zero."""
+        zeros = pulled_back([source.tensor], leaves, [torch.zeros_like(cotangents[:1])])
+        for p, rows in zip(leaves, zeros, strict=True):
+            if not bool(rows.isfinite().all()):
+                record = next(iter(self.found.taps)).record
+                raise BatchAxisError(
+                    f"`{self.views[id(p)].name}` meets a tensor that all examples are taken to share, and that has "
+                    f"values that are not finite, which would spoil the gradients of all. If it is data, it was passed "
+                    f"in a way that does not tell which entries belong to which example: the inputs of "
+                    f"`{record.root_name}` have the sizes {record.input_sizes} along axis {record.batch_dim}. Let "
+                    f"example n be entry n there, in all of them."
+                )
 
     def _add_terms(self, tap: Tap, call: Call, gradients: dict[int, Tensor]) -> None:
         if tap.of_nobody(gradients):

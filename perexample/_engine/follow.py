@@ -28,7 +28,7 @@ from .._private import (
 from .._tree import PLAIN, tensors_in
 from ..place import Lost, Place
 from .arithmetic import simple_place
-from .kinds import TRAITS, Kind, Traits, traits_of
+from .kinds import PARTS, TRAITS, Kind, Traits, traits_of
 from .operation import Operation
 from .state import STATE, resumed
 from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin
@@ -134,7 +134,7 @@ class Follow(TorchFunctionMode):
             return _underived(self._run(func, types, args, kwargs), traits, args, targets)
         if kind is Kind.COMPOSITE:
             with self:
-                return without_dispatch(func)(*args, **kwargs)
+                return (PARTS.get(func) or without_dispatch(func))(*args, **kwargs)
         if kind is Kind.SET:
             out = self._run(func, types, args, kwargs)
             put(args[0], tracked[0][1])
@@ -251,6 +251,14 @@ def repeating(record: Any) -> Iterator[None]:
     """Around what a checkpoint runs again: operations must save the same tensors as they did before."""
     with resumed(), dispatched(), Follow(record):
         yield
+
+
+def recognise(tree: Any) -> None:
+    """The same for the arguments of the first module that a checkpoint runs again."""
+    for mode in reversed(function_modes()):
+        if isinstance(mode, Follow) and mode.repeated is not None:
+            _recognise(tree, mode.repeated)
+            return
 
 
 def _recognise(tree: Any, record: Any) -> None:

@@ -7,6 +7,8 @@ example does to it. The graph shows this for what is done after the first sum; w
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -21,10 +23,12 @@ from .walk import Walk
 
 _BENT = names(
     "Sqrt Rsqrt Log Log2 Log10 Log1P Exp Exp2 Expm1 Pow Reciprocal Sigmoid Tanh Softplus LogSigmoid Abs Relu Clamp "
-    "ClampMin ClampMax Maximum Minimum LeakyRelu Elu Gelu Silu Hardtanh Threshold Sin Cos Erf Logsumexp Norm "
-    "LinalgVectorNorm Dist Std Var Prod Max Min Amax Amin Median Nanmedian Kthvalue"
+    "ClampMin ClampMax Maximum Minimum LeakyRelu Elu Gelu Silu Hardtanh Threshold Sin Cos Tan Asin Acos Atan Atan2 "
+    "Sinh Cosh Erf Erfc Logsumexp Logaddexp Logaddexp2 Xlogy Softmax LogSoftmax Norm LinalgVectorNorm Dist Std Var "
+    "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
 )
-_CHOOSES = names("Index MaskedSelect Topk Take IndexSelect")
+_CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
+_MOST = 16  # doubts that are looked into, the nearest to the loss first: a loop over the examples has one for each
 
 
 def check_joins(loss: Tensor, found: Walk, n: int) -> None:
@@ -40,11 +44,9 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2:
         return
-    for node in _single_numbers(loss):
-        why = _doubt(node, n)
-        if not why:
-            continue
-        together = max(_examples(edge, found) for edge in _inputs(node))
+    doubts = ((node, why) for node in _single_numbers(loss) if (why := _doubt(node, n)))
+    for node, why in itertools.islice(doubts, _MOST):
+        together = max((_examples(edge, found) for edge in _inputs(node)), default=0)
         if together > 1:
             raise LossError(
                 f"The loss {why} ({node.name()}), where {together} examples are joined already: how much one of them "
@@ -58,23 +60,45 @@ def _kind(node: Node) -> str:
 
 
 def _single_numbers(loss: Tensor) -> Iterator[Node]:
-    """The nodes between the loss and the last tensors of more than one entry, not beyond taps."""
-    stack, seen = [(loss.grad_fn, loss.output_nr)], set()
-    while stack:
-        node, number = stack.pop()
+    """The nodes between the loss and the last tensors of more than one entry, not beyond taps; the nearest first."""
+    waiting: deque[tuple[Node | None, int]] = deque([(loss.grad_fn, loss.output_nr)])
+    seen: set[Node] = set()
+    while waiting:
+        node, number = waiting.popleft()
         if node is None or node in seen or number in metadata(node).get(KEY, {}):
             continue
         seen.add(node)
-        shapes = output_shapes(node)
-        one = number < len(shapes) and shapes[number].numel() == 1
-        if one:
+        if _entries(node, number) == 1 or _beside_each_other(node) is not None:
             yield node
-        if one or _kind(node) in ("Stack", "Cat"):
-            stack.extend(node.next_functions)
+            waiting.extend(node.next_functions)
+
+
+def _entries(node: Node | None, number: int) -> int:
+    """How many entries a tensor has."""
+    shapes = [] if node is None else output_shapes(node)
+    return shapes[number].numel() if number < len(shapes) else 0
+
+
+def _beside_each_other(node: Node) -> Node | None:
+    """Where single numbers were put beside each other, if a tensor is these or a function of each of them."""
+    entries = _entries(node, 0)
+    for _ in range(_MOST):
+        if entries == 1 or _entries(node, 0) != entries or metadata(node).get(KEY):
+            return None
+        before = [(one, number) for one, number in node.next_functions if one is not None]
+        if _kind(node) in ("Stack", "Cat"):
+            return node if all(_entries(one, number) == 1 for one, number in before) else None
+        if len(before) != 1:
+            return None
+        node = before[0][0]
+    return None
 
 
 def _inputs(node: Node) -> list[GradientEdge]:
-    return [GradientEdge(before, number) for before, number in node.next_functions if before is not None]
+    """What an operation was given: of numbers that were put beside each other each by itself."""
+    beside = _beside_each_other(node)
+    edges = (node if beside is None else beside).next_functions[:_MOST]
+    return [GradientEdge(before, number) for before, number in edges if before is not None]
 
 
 def _doubt(node: Node, n: int) -> str:
@@ -91,12 +115,28 @@ def _doubt(node: Node, n: int) -> str:
         if isinstance(divisor, Tensor) and divisor.numel() == 1 and not is_python_number(divisor):
             value = float(divisor)
             return "" if _multiple(value, n) else f"divides by a tensor, {value:g}"
+    if loss_reduction_of(node) is not None and inputs[0][0] is not None and _entries(*inputs[0]) == 1:
+        return "is computed from a mean over the examples"
     if kind == "Mean" or loss_reduction_of(node) == "mean":
-        before, number = inputs[0]
-        if before is not None and _kind(before) in _CHOOSES and (shapes := output_shapes(before)):
-            entries = shapes[number].numel()
-            return "" if entries % n == 0 else f"takes the mean of {entries} entries that were chosen"
+        entries = _chosen(*inputs[0])
+        return "" if entries % n == 0 else f"takes the mean of {entries} entries that were chosen"
     return ""
+
+
+def _chosen(node: Node | None, number: int) -> int:
+    """How many entries were chosen out of more on the way to a mean over them; 0 if none were."""
+    shapes = [] if node is None else output_shapes(node)
+    length = shapes[number][0] if number < len(shapes) and shapes[number] else 0
+    for _ in range(_MOST):  # what acts on each of them leaves their number as it is
+        if node is None or number in metadata(node).get(KEY, {}):
+            return 0
+        shape = output_shapes(node)[number]
+        if not shape or shape[0] != length:
+            return 0
+        if _kind(node) in _CHOOSES:
+            return int(length)
+        node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
+    return 0
 
 
 def _multiple(value: float, n: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class Kind(Enum):
@@ -63,6 +64,16 @@ _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belon
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
 
+def _broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
+    """Each by itself, so that what is computed from parameters alone is told from data."""
+    given: Any = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    shape = torch.broadcast_shapes(*(t.shape for t in given))
+    return tuple(t.expand(shape) for t in given)
+
+
+PARTS: dict[Any, Any] = {torch.broadcast_tensors: _broadcast_tensors}  # in other words than torch's
+
+
 def base_name(func: Any) -> str:
     """The function's name; of a property its own, with a dot before it."""
     name = getattr(func, "__name__", "")
@@ -96,7 +107,7 @@ def _classify(func: Any) -> Kind:
         return Kind.FILL
     if name in _IGNORED or name in _SIZED or name.endswith("_like") or name.startswith("new_"):
         return Kind.IGNORED
-    if func is F.multi_head_attention_forward:
+    if func is F.multi_head_attention_forward or func in PARTS:
         return Kind.COMPOSITE
     for names, kind in (
         (_SAME, Kind.SAME),

@@ -251,12 +251,18 @@ class Operation:
         name = self.record.numbered((where,), where)
         bound, rule = self._bound(targets)
         if bound is not None and view is None:
-            self.tap = self._leave_bound(rule, bound, name, edges)
-            return
-        rule = self._general() if view is None else _FUNCTION
+            self.tap = self._leave_bound(rule, bound, name, edges, targets)
+        else:
+            self.tap = self._leave_general(self._general() if view is None else _FUNCTION, name, edges, targets, view)
+
+    def _leave_general(
+        self, rule: FunctionRule, name: str, edges: Any, targets: list[Tensor], view: Tensor | None
+    ) -> Callable[[list[Tensor], list[Place], list[int]], None]:
+        """The tap of a call that is differentiated again."""
         saved, params = rule.prepare(
             self.func, self.args, self.kwargs, _named(targets), place_of, origin_of, self.in_place
         )
+        base = None if view is None else view._base
         if view is not None:
             saved |= rule.part_of_base(view)
 
@@ -267,7 +273,7 @@ class Operation:
             tap = Tap(name, rule, self.func, params, self.record, saved, places[0], places)
             tap.attach(outputs, edges, self.inputs)
 
-        self.tap = leave
+        return leave
 
     def _part_written(self) -> Tensor | None:
         """The view that is written to, if it shows a part only; what comes later depends on the whole."""
@@ -302,14 +308,14 @@ class Operation:
         return bound, rule
 
     def _leave_bound(
-        self, rule: Rule, bound: Bound, name: str, edges: Any
+        self, rule: Rule, bound: Bound, name: str, edges: Any, targets: list[Tensor]
     ) -> Callable[[list[Tensor], list[Place], list[int]], None]:
         params = {key: p for key, p in bound.params.items() if isinstance(p, Tensor) and p.requires_grad}
 
         def leave(outputs: list[Tensor], places: list[Place], chosen: list[int]) -> None:
             located = rule.locate(bound.module, bound.args, {}, outputs, place_of)
-            if isinstance(located, str):
-                lose(outputs, self._lost(located, False))
+            if isinstance(located, str):  # the examples are where this rule cannot have them
+                self._leave_general(self._general(), name, edges, targets, None)(outputs, places, chosen)
                 return
             saved = rule.capture(bound.module, bound.args, {}, outputs[0])
             place, kept = located[0], [p for p in located[1] if p is not None]

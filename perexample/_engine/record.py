@@ -31,7 +31,7 @@ from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded
-from .follow import Follow, forget_followers, note_checkpoint
+from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .operation import lose, parted
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
@@ -259,7 +259,11 @@ class Enter:
                 frames.append(Frame(module, frames[-1].record, self.name, inside=frames[-1].inside))
             return None
         run_first(module, Exit)
-        frame = self._inner(module) if frames or repeats_forward() else self._outermost(module, args, kwargs)
+        if not frames and repeats_forward():
+            recognise((args, kwargs))
+            frame = self._inner(module)
+        else:
+            frame = self._inner(module) if frames else self._outermost(module, args, kwargs)
         if frame.inside:
             frames.append(frame)
             return None

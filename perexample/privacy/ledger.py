@@ -55,6 +55,7 @@ class Ledger:
 
     Attributes:
         least_noise: Noise multiplier that each step must have, 0 unless `make_private` has calibrated it to a budget.
+        most_rate: Sample rate that it may have at most, ``None`` without such a budget.
 
     Raises:
         ConfigurationError: If the file holds something else, or ``limit`` is no positive whole number.
@@ -70,6 +71,7 @@ class Ledger:
 
     limit: int | None
     least_noise: float = 0.0
+    most_rate: float | None = None
 
     def __init__(
         self, path: str | os.PathLike[str] | None = None, limit: int | None = None, *, write: bool = True
@@ -114,6 +116,11 @@ class Ledger:
                 f"{self.least_noise:g} in each: the noise was lowered in the optimizer's param_groups after it was "
                 f"calibrated. For a schedule of your own give make_private the noise_multiplier to begin with, and no "
                 f"target_epsilon, and see what epsilon() says."
+            )
+        if self.most_rate is not None and (release.sample_rate is None or release.sample_rate > self.most_rate):
+            raise PrivacyBudgetError(
+                f"The step has sample_rate={release.sample_rate}, and the privacy budget was calibrated for "
+                f"{self.most_rate:g}: the sampler was changed after make_private."
             )
         if self._file is not None:
             _append(self._file, [release])

@@ -103,6 +103,11 @@ class Noise:
         if self.given is not None and state is not None:
             self.given.set_state(state.cpu())
 
+    def renew(self) -> None:
+        """Go on with numbers that nobody can repeat, where a generator was given."""
+        if self.given is not None:
+            self.given.set_state(system_generator(self.given.device).get_state())
+
     def _for(self, device: torch.device) -> torch.Generator:
         if device not in self._own:
             self._own[device] = system_generator(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any, Protocol, TypeVar
 
@@ -138,7 +139,10 @@ class Privatizer:
                 f"be given in both runs or in none."
             )
         self.ledger.load_state_dict(state["ledger"])
-        self.noise.set_state(state["noise"])
+        if self.sampler is None or state["sampler"].get("generator") is not None:
+            self.noise.set_state(state["noise"])
+        else:  # other batches come, and the difference of two steps with the same noise is that of their sums
+            self.noise.renew()
         self.clipping.load_state_dict(state["clipping"])
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"])
@@ -257,13 +261,13 @@ def privatize(
         for group in optimizer.param_groups:
             group.setdefault(name, value)
         _shared_setting(optimizer, name)
+    pieces = _Pieces(clipping, sampler) if isinstance(sampler, PhysicalBatches) else None
     if sampler is not None:
         _check_sampler(sampler)
-        sampler.claim()
+        sampler.claim(partial(_forget_batch, optimizer, clipping, pieces))
     privatizer = Privatizer(clipping, sampler, ledger, source, checked_processes(processes))
     optimizer.register_step_pre_hook(privatizer)
     _keep_state(optimizer, privatizer)
-    pieces = _Pieces(clipping, sampler) if isinstance(sampler, PhysicalBatches) else None
     _clear_sums_too(optimizer, clipping, pieces)
     if pieces is not None:
         _step_on_the_last(optimizer, pieces)
@@ -459,6 +463,14 @@ def _clear_sums_too(optimizer: torch.optim.Optimizer, clipping: Clipping, pieces
             clipping.zero_grad([p for group in optimizer.param_groups for p in group["params"]])
 
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _forget_batch(optimizer: torch.optim.Optimizer, clipping: Clipping, pieces: _Pieces | None) -> None:
+    """A batch that was begun will be drawn again: its pieces so far must not be added twice."""
+    if clipping.examples:
+        clipping.zero_grad([p for group in optimizer.param_groups for p in group["params"]])
+    if pieces is not None:
+        pieces.before = 0
 
 
 def _step_on_the_last(optimizer: torch.optim.Optimizer, pieces: _Pieces) -> None:

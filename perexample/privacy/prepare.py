@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .._arguments import positive, real, whole
 from .._private import system_generator
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, PrivacyBudgetError
 from ..model import extend
 from . import accounting
 from .collate import EmptyBatches
 from .distributed import Processes
-from .ledger import Ledger
+from .ledger import Ledger, Release
 from .optimizer import Clipping, checked_processes, privatize
 from .private import Plan, Private
 from .sampling import PhysicalBatches, PoissonBatchSampler
@@ -138,7 +138,7 @@ def make_private(
     extend(model, batch_dim=batch_dim)
     book = _book(ledger, planned, processes)
     if target_epsilon is not None:
-        book.least_noise = float(noise_multiplier)
+        _hold_to(book, Release(float(noise_multiplier), rate))
     privatize(
         optimizer,
         clipping=clipping,
@@ -240,6 +240,18 @@ def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
         return Ledger(ledger, planned, write=processes.rank == 0)
     ledger.limit = planned if ledger.limit is None else min(ledger.limit, planned)
     return ledger
+
+
+def _hold_to(book: Ledger, planned: Release) -> None:
+    """The budget is for steps of this kind: those that the ledger knows, and those to come."""
+    others = sum(count for release, count in book.runs if release != planned)
+    if others:
+        raise PrivacyBudgetError(
+            f"The ledger knows {others} steps with other noise or another sample rate than the {planned} that the "
+            f"budget was calibrated for, and what they cost is not part of target_epsilon. Give each training a ledger "
+            f"of its own, or noise_multiplier in place of target_epsilon, and see what epsilon() says."
+        )
+    book.least_noise, book.most_rate = planned.noise_multiplier, planned.sample_rate
 
 
 def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:

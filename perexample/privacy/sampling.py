@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -105,6 +105,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self._generator, self._repeatable = _own_generator(generator), generator is not None
         self._pending: deque[_Drawn] = deque()  # oldest first; of a sampler that nobody claimed at most one
         self._claimed = False
+        self._forget: Callable[[], None] | None = None
         self._iteration = 0  # which of the iterations is valid
         self._position = 0  # batches of it that are done: taken, or without an optimizer handed out
         self._resume = 0  # where the next iteration begins
@@ -117,8 +118,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
         """Begin an iteration; it ends those that began before."""
         return self._begin(None)
 
-    def claim(self) -> None:
+    def claim(self, forget: Callable[[], None] | None = None) -> None:
         """Bind the sampler to one private optimizer, which takes each of its batches.
+
+        Args:
+            forget: Called when a batch that was drawn is given up before the step on it, to be drawn again: what was
+                summed of it must not count twice.
 
         Raises:
             ConfigurationError: If it is bound already.
@@ -129,7 +134,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
                 "counted once. Make one sampler for each optimizer."
             )
         self._abandon()
-        self._claimed = True
+        self._claimed, self._forget = True, forget
 
     def due(self) -> int | None:
         """Size of the batch that the optimizer has to step on next.
@@ -193,6 +198,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         position, generator = _checked_state(state, {name: getattr(self, name) for name in _CONFIGURATION})
         self._iteration += 1
         self._pending.clear()
+        if self._forget is not None:
+            self._forget()
         if generator is not None:
             self._generator, self._repeatable = generator, True
         self._position = self._resume = position
@@ -222,6 +229,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if self._pending:
             self._generator.set_state(self._pending[0].state)
             self._pending.clear()
+            if self._forget is not None:
+                self._forget()
         self._position = self._resume
 
     def _draw(self) -> list[int]:
@@ -339,9 +348,9 @@ class PhysicalBatches(Sampler[list[int]]):
         """Logical batches, and steps, in an iteration."""
         return self.sampler.steps
 
-    def claim(self) -> None:
+    def claim(self, forget: Callable[[], None] | None = None) -> None:
         """As `PoissonBatchSampler.claim`."""
-        self.sampler.claim()
+        self.sampler.claim(forget)
 
     def due(self) -> int | None:
         """As `PoissonBatchSampler.due`: size of the logical batch."""

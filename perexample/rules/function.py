@@ -75,7 +75,8 @@ class FunctionRule(Rule):
             What to save, and the tensors whose gradients are wanted by name.
         """
         names = {id(t): name for name, t in targets.items()}
-        params = {name: self.target(t, origin_of) for name, t in targets.items()}
+        into = args[0] if in_place and args else None  # its place in the graph will be that of the result
+        params = {name: t.clone() if t is into else self.target(t, origin_of) for name, t in targets.items()}
         first = next(iter(tensors_in(args)), None) if in_place and self.keeps_values(function, args, kwargs) else None
 
         def part(t: Tensor) -> Any:

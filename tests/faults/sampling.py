@@ -46,7 +46,7 @@ MUTANTS = (
         "takes any sampler for a Poisson sampler",
         Edit(
             "perexample.privacy.optimizer:privatize",
-            ("        _check_sampler(sampler)\n        sampler.claim()", "        pass"),
+            ("        _check_sampler(sampler)\n        sampler.claim(", "        dict("),
         ),
         killers="test_make_private.py::test_other_samplers_are_no_poisson_samplers",
     ),
