@@ -144,6 +144,7 @@ LINEAR = {
     "other types": lambda out: each(out).mean().double().float().view(1).squeeze(),
     "norms of each": lambda out: (out - AIMS).norm(dim=1).mean(),
     "one of each": lambda out: out[torch.arange(N), CLASSES].mean(),
+    "a sum over a mask": lambda out: out[MASK > 0].sum(0).mean() / N,
     "steps of time but one": lambda out: (out.t()[1:] - AIMS.t()[1:]).square().mean(),
     "functions of each, beside each other": lambda out: torch.stack([each(out)[i] for i in range(N)]).pow(2).mean(),
     "a long loop": lambda out: sum(each(out)[i % N].exp() for i in range(40)) / 40,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from perexample import BatchAxisError, CrossExampleError, LossError, UnsupportedModuleError, extend, perex
+from perexample._vjp import pulled_back
 from perexample.extensions import BatchGrad, ClippedGrad
 
 DOUBLE = {"dtype": torch.float64}
@@ -740,3 +741,10 @@ def test_data_that_is_taken_to_be_shared_and_is_not_finite():
     b[1] = torch.nan
     with perex(BatchGrad()), pytest.raises(BatchAxisError, match=r"`second\.\w+` meets a tensor that all.*not finite"):
         square(net, rand(4, 4), b).backward()
+
+
+def test_outputs_that_need_no_gradient_are_left_out():
+    p, rows = rand(3).requires_grad_(), rand(2, 3)
+    outputs, cotangents = [rand(3), p * 2], [rand(2, 3), rows]
+    torch.testing.assert_close(pulled_back(outputs, [p], cotangents), [2 * rows])
+    torch.testing.assert_close(pulled_back(outputs[:1], [p], cotangents[:1]), [torch.zeros(2, 3, **DOUBLE)])
