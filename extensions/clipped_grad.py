@@ -127,6 +127,18 @@ class ClippedGrad(Extension):
         self._staged = _Staged({})
         self._warned = False
 
+    def know(self, names: Iterable[str]) -> None:
+        """Find the groups of a model before its first backward, as a first batch may be empty; `make_private` does.
+
+        Args:
+            names: Of its trainable parameters.
+
+        Raises:
+            ConfigurationError: If one belongs to no group, or a group has no bound.
+        """
+        if self._bounds is None:
+            self._bounds = {group: self._bound(group) for group in sorted({self._group(name) for name in names})}
+
     def sensitivity(self) -> float:
         """Bound on what one example adds to all clipped sums together: ``sqrt(sum over groups of C_g^2)``.
 

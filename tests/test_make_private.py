@@ -313,6 +313,16 @@ def test_a_budget_is_not_shared_with_other_steps(release):
     assert private(noise_multiplier=1.0, ledger=book).epsilon() > 0  # counts them
 
 
+@pytest.mark.parametrize("groups", ["all", "per-parameter", "per-module", {"0": "first", "3": "second"}])
+def test_the_first_batch_may_be_empty(groups):
+    """The noise of the step is that of the groups, although no backward has shown them."""
+    p = private(batch_size=1e-6, epochs=None, steps=2, max_norm=None, clipping=ClippedGrad(0.5, groups=groups))
+    expected = 0.5 * {"all": 1, "per-parameter": 4}.get(str(groups), 2) ** 0.5
+    assert p.clipping.sensitivity() == pytest.approx(expected)
+    assert next(iter(p.loader))[0].shape[0] == 0
+    assert p.step()
+
+
 def test_a_ledger_of_the_same_training_is_continued(tmp_path):
     first = private(target_epsilon=3.0, noise_multiplier=None, ledger=tmp_path / "ledger")
     run(first, until=3)

@@ -165,10 +165,12 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"that uses it (register_rule(ThatClass)(GenericRule))."
         )
     return UncoveredParameterError(
-        f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, or through an operation that "
-        f"could not be followed, such as a torch.autograd.Function in a module with children. Add penalties in the "
-        f"optimizer (weight_decay), put such a function into a module without children, register a rule for the module "
-        f"that uses it (register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False)."
+        f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in a factor of the loss when the "
+        f"examples are joined already, in gradients (create_graph=True), or through an operation that could not be "
+        f"followed, such as a torch.autograd.Function in a module with children. Add penalties in the optimizer "
+        f"(weight_decay), bring factors to each example's own loss inside the model, put such a function into a module "
+        f"without children, register a rule for the module that uses it (register_rule(ThatClass)(GenericRule)), or "
+        f"freeze the parameter with requires_grad_(False)."
     )
 
 

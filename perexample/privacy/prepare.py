@@ -136,6 +136,9 @@ def make_private(
     collate = EmptyBatches(collate_fn, example=_first(dataset))
     loader = _loader(dataset, batches, collate, loader_options)
     extend(model, batch_dim=batch_dim)
+    know = getattr(clipping, "know", None)
+    if callable(know) and not isinstance(clipping, type):
+        know(name for name, p in model.named_parameters() if p.requires_grad)
     book = _book(ledger, planned, processes)
     if target_epsilon is not None:
         _hold_to(book, Release(float(noise_multiplier), rate))
