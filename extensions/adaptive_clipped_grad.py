@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,12 @@ class AdaptiveClippedGrad(ClippedGrad):
         self._count = before + int((norms <= self.max_norm).sum()) - len(norms) / 2
         super().commit()
 
+    def zero_grad(self, params: Iterable[nn.Parameter] | None = None) -> None:
+        """Forget the sums so far, of these parameters or of all, and the count with them."""
+        super().zero_grad(params)
+        if not self._under_way():
+            self._count = 0.0
+
     def consume(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """The sums of these parameters, each to be used for one step only.
 
@@ -183,6 +189,7 @@ class AdaptiveClippedGrad(ClippedGrad):
         std = self._repeats * self.count_noise
         count = torch.tensor(self._count, dtype=torch.float64)
         [total] = processes.total([count], lambda like: torch.full_like(like, draw(std)))
+        self._count = 0.0  # a step without a backward, on an empty batch, has none
         self.share = 0.5 + total.item() / (self._repeats * self.expected_batch_size)
         self._move(-self.learning_rate * (self.share - self.quantile))
 

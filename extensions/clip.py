@@ -73,14 +73,16 @@ class Global(Clip):
 class _Custom(Clip):
     """A user's function of the norms, held to the bound and to examples being independent."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor, float], Tensor]) -> None:
         self.function = function
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
-        factors = self.function(norms)
+        factors = self.function(norms, bound)
+        if not isinstance(factors, Tensor) or factors.shape != norms.shape:
+            return factors  # what is wrong is said elsewhere
         half = len(norms) // 2
-        parts = [self.function(norms[:half]), self.function(norms[half:])] if half else [factors]
-        if not _equal(parts, factors) or not _equal([_rolled(self.function(norms.roll(1)))], factors):
+        parts = [self.function(norms[:half], bound), self.function(norms[half:], bound)] if half else [factors]
+        if not _equal(parts, factors) or not _equal([_rolled(self.function(norms.roll(1), bound))], factors):
             raise CrossExampleError(
                 "ClippedGrad(clip=...): the function gives other factors for a part of the norms, or in another order, "
                 "than for all; each factor must depend on the norm of its own example only, or the sensitivity is "
@@ -118,13 +120,14 @@ _BY_NAME = {"flat": Flat, "automatic": Automatic, "global": Global}
 def make_clip(clip: str | Clip | Callable[[Tensor], Tensor]) -> Clip:
     """The clip function for what a user passed."""
     if isinstance(clip, Clip):
-        return clip
+        return clip if type(clip) in (*_BY_NAME.values(), _Custom) else _Custom(clip)
     if isinstance(clip, str) and clip in _BY_NAME:
         return _BY_NAME[clip]()
     if isinstance(clip, type):
         raise ConfigurationError(f"clip is the class {clip.__name__}; pass an instance: {clip.__name__}().")
     if not isinstance(clip, str) and callable(clip):
-        return _Custom(clip)
+        function = clip
+        return _Custom(lambda norms, bound: function(norms))
     raise ConfigurationError(
         f"clip must be one of {', '.join(map(repr, _BY_NAME))}, a Clip, or a function from norms [N] to factors [N]; "
         f"not {clip!r}."

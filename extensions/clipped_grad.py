@@ -156,12 +156,17 @@ class ClippedGrad(Extension):
                 f"The sensitivity of ClippedGrad(groups={self.groups!r}) depends on the model's groups, which are "
                 f"known after the first backward; run one before you ask."
             )
+        if not self._under_way():  # as the next backward will find them
+            return math.sqrt(sum(self._bound(group) ** 2 for group in self._bounds))
         return self._repeats * math.sqrt(sum(bound**2 for bound in self._bounds.values()))
+
+    def _under_way(self) -> bool:
+        return any(not entry.used for entry in self._entries.values())
 
     @property
     def examples(self) -> int:
         """Number of examples in the sums under way; 0 once they are used or forgotten."""
-        return self._examples if any(not entry.used for entry in self._entries.values()) else 0
+        return self._examples if self._under_way() else 0
 
     def noise_share(self, noise_multiplier: float) -> float:
         """Noise multiplier for the sums if a step as a whole is to cost ``noise_multiplier``: all of it."""
@@ -279,7 +284,10 @@ class ClippedGrad(Extension):
         """The sum under way; none after a step, or where the field is not ours any more."""
         entry = self._entries.get(id(p))
         before: Tensor | None = getattr(p, self.field, None)
-        return before if entry is not None and not entry.used and entry.sum() is before else None
+        if before is None or entry is None or entry.used or entry.sum() is not before:
+            return None
+        _refuse_written(entry, before)
+        return before
 
     def _group(self, name: str) -> str:
         if self.groups == "all":
@@ -329,17 +337,21 @@ class ClippedGrad(Extension):
                 f"since the last zero_grad no backward ran in perex(clipping), or the parameter is not part of the "
                 f"extended model (was it replaced after the optimizer was made?)."
             )
-        if value._version != entry.writes:
-            raise StaleGradientError(
-                f"The clipped sum of `{entry.name}` was written to after the backward, and what one example adds to it "
-                f"is no longer known. Scale by the learning rate, or change max_norm before the backward."
-            )
+        _refuse_written(entry, value)
         if entry.used:
             raise StaleGradientError(
                 f"The clipped sum of `{entry.name}` was used by an earlier step already; run another backward in "
                 f"perex(clipping) before the next step."
             )
         return value
+
+
+def _refuse_written(entry: _Entry, value: Tensor) -> None:
+    if value._version != entry.writes:
+        raise StaleGradientError(
+            f"The clipped sum of `{entry.name}` was written to after the backward, and what one example adds to it "
+            f"is no longer known. Scale by the learning rate, or change max_norm before the backward."
+        )
 
 
 def _freeing(views: list[ParameterView]) -> list[ParameterView]:

@@ -475,6 +475,9 @@ class Outer(Term):
         return ((g @ g.mT) * (x @ x.mT)).sum(0)
 
 
+_MANY = 64  # float32 rows of one entry of the table that are added one after another
+
+
 class Rows(Term):
     """Gradients that touch few rows of a table: ``G_n = sum over m with example_m = n of e_{id_m} row_m^T``.
 
@@ -489,6 +492,7 @@ class Rows(Term):
     def __init__(self, example: Tensor, ids: Tensor, rows: Tensor, n: int, shape: Size) -> None:
         """Keep the entries."""
         self.example, self.ids, self.rows, self.n, self.shape = example, ids, rows, n, shape
+        self.many = False  # whether so many rows meet that they are added in float64; found out with the norms
 
     def factors(self) -> list[Tensor]:
         """What is added to the rows."""
@@ -496,9 +500,11 @@ class Rows(Term):
 
     def _summed(self) -> tuple[Tensor, Tensor]:
         """Entries that meet in one row of one example added up: flat positions ``[U]`` and rows ``[U, E]``."""
-        where, inverse = torch.unique(self.example * self.shape[0] + self.ids, return_inverse=True)
-        summed = self.rows.new_zeros(where.shape[0], self.shape[1])
-        return where, summed.index_add_(0, inverse, self.rows)
+        flat = self.example * self.shape[0] + self.ids
+        where, inverse, counts = torch.unique(flat, return_inverse=True, return_counts=True)
+        self.many = bool(len(counts)) and counts.max().item() > _MANY
+        rows = self.rows.double() if self.many else self.rows
+        return where, rows.new_zeros(where.shape[0], self.shape[1]).index_add_(0, inverse, rows)
 
     def dense(self) -> Tensor:
         """The gradients themselves; N times the size of the table."""
@@ -512,7 +518,9 @@ class Rows(Term):
         kept = rows[self.example]
         renumbered = torch.cumsum(rows, 0) - 1
         example = renumbered[self.example[kept]]
-        return Rows(example, self.ids[kept], self.rows[kept], int(rows.sum()), self.shape)
+        some = Rows(example, self.ids[kept], self.rows[kept], int(rows.sum()), self.shape)
+        some.many = self.many
+        return some
 
     def double(self) -> Rows:
         """In float64."""
@@ -543,7 +551,11 @@ class Rows(Term):
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One scatter into the table."""
         out = self.rows.new_zeros(self.shape)
-        return out.index_add_(0, self.ids, self.rows * w[self.example].unsqueeze(1))
+        if not self.many:
+            return out.index_add_(0, self.ids, self.rows * w[self.example].unsqueeze(1))
+        where, summed = self._summed()
+        weighted = summed * w[where // self.shape[0]].unsqueeze(1)
+        return out.index_add_(0, where % self.shape[0], weighted.to(out.dtype))
 
     def inner(self, other: Outer) -> Tensor:
         """``<G_n, G'_n>`` with an `Outer` of the same table, as of a tied output layer, ``[N]``, float64."""

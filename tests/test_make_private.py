@@ -1,6 +1,9 @@
 """Sampler, ledger and optimizer together, through `make_private` and by hand."""
 
+import itertools
 import math
+import os
+from ast import literal_eval
 
 import pytest
 import torch
@@ -8,8 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from perexample import DP_SGD, ConfigurationError, PrivacyBudgetError, StaleGradientError, extend, perex, privatize
-from perexample.extensions import AdaptiveClippedGrad, ClippedGrad
+from perexample import (
+    DP_SGD,
+    ConfigurationError,
+    CrossExampleError,
+    PrivacyBudgetError,
+    StaleGradientError,
+    extend,
+    perex,
+    privatize,
+)
+from perexample.extensions import AdaptiveClippedGrad, Clip, ClippedGrad
 from perexample.privacy import (
     EmptyBatches,
     Ledger,
@@ -744,3 +756,119 @@ def test_the_optimizer_must_hold_the_models_parameters():
         make_private(model, make(*model.parameters(), other[3].bias), data(), epochs=1, **settings)
     with pytest.raises(ConfigurationError, match=r"optimizer must be a torch\.optim\.Optimizer, not type"):
         make_private(model, torch.optim.SGD, data(), epochs=1, **settings)
+
+
+def test_a_count_is_released_once():
+    """Steps on empty batches, without a backward, have a count of zero, and not that of the step before."""
+    model = extend(nn.Linear(3, 2).double())
+    clipping = AdaptiveClippedGrad(1e6, expected_batch_size=4, count_noise=1e-9)
+    sampler = PoissonBatchSampler(40, 1e-12)
+    optimizer = DP_SGD(
+        model.parameters(), lr=0.1, clipping=clipping, noise_multiplier=0.0, expected_batch_size=4, sampler=sampler
+    )
+    shares = []
+    for batch in list(itertools.islice(sampler, 3)):
+        assert not batch
+        clipping._count = clipping._count or 6.0 * (not shares)  # as a step before would have left it
+        clipping.zero_grad()
+        optimizer.step()
+        shares.append(clipping.share)
+    assert shares == pytest.approx([0.5] * 3)
+    plain = DP_SGD(model.parameters(), lr=0.1, clipping=clipping, noise_multiplier=0.0, expected_batch_size=4)
+    with perex(clipping, grad=False):
+        model(torch.ones(6, 3, dtype=torch.float64)).square().mean().backward()
+    plain.step()
+    assert clipping.share == pytest.approx(0.5 + 3 / 4)
+    assert clipping._count == 0
+
+
+def test_an_empty_batch_has_the_noise_of_the_present_bound():
+    p = private(batch_size=1e-6, epochs=None, steps=3, clipping=ClippedGrad(0.5), max_norm=None)
+    batches = iter(p.loader)
+    stds = []
+    for bound in (0.5, 50.0):
+        p.clipping.max_norm = bound
+        next(batches)
+        before = parameters(p.model)
+        p.step()
+        stds.append(torch.cat([(a - b).flatten() for a, b in zip(before, parameters(p.model), strict=True)]).std())
+    assert 20 < stds[1] / stds[0] < 500
+    assert p.clipping.sensitivity() == 50.0
+
+
+def test_batches_come_in_their_order():
+    with pytest.raises(ConfigurationError, match=r"in_order=False: batches have to come in the order"):
+        private(in_order=False, num_workers=2)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 2), (1, 2)])
+def test_the_sampler_is_that_of_the_process(rank, world_size):
+    sampler = PoissonBatchSampler(40, 0.25, rank=rank, world_size=world_size)
+    with pytest.raises(ConfigurationError, match=rf"of process {rank} of 2, and the optimizer belongs to"):
+        DP_SGD(
+            network().parameters(), lr=0.1, clipping=ClippedGrad(1.0), noise_multiplier=1.0, expected_batch_size=10,
+            sampler=sampler,
+        )  # fmt: skip
+
+
+def test_a_sum_that_was_written_to_is_not_added_to():
+    model, clipping = extend(nn.Linear(3, 2).double()), ClippedGrad(1.0)
+    for again in range(2):
+        with perex(clipping, grad=False):
+            loss = model(torch.ones(4, 3, dtype=torch.float64)).square().mean()
+            if again:
+                with pytest.raises(StaleGradientError, match="written to after the backward"):
+                    loss.backward()
+            else:
+                loss.backward()
+                model.weight.clipped_sum.mul_(50)
+
+
+def test_a_budget_holds_for_what_a_state_brings():
+    loud = private(noise_multiplier=0.3)
+    run(loud, until=2)
+    p = private(target_epsilon=3.0, noise_multiplier=None)
+    with pytest.raises(PrivacyBudgetError, match="budget needs"):
+        p.optimizer.load_state_dict(loud.optimizer.state_dict())
+
+
+def test_a_ledger_file_stays_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    book = Ledger("ledger")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    book.record(Release(1.0, 0.1))
+    assert Ledger(tmp_path / "ledger").steps == 1
+
+
+def test_a_clip_of_ones_own_looks_at_each_norm_by_itself():
+    class Largest(Clip):
+        def __call__(self, norms, bound):
+            return bound / norms.max().expand_as(norms)
+
+    model = extend(nn.Linear(3, 2).double())
+    with perex(ClippedGrad(1.0, clip=Largest()), grad=False), pytest.raises(CrossExampleError, match="its own example"):
+        model(torch.randn(4, 3, dtype=torch.float64)).square().mean().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forked_processes_have_numbers_of_their_own():
+    p = private(sampling_generator=None, noise_generator=None)
+    run(p, until=1)
+    source = p.optimizer._optimizer_step_pre_hooks
+
+    def drawn():
+        pipe = os.pipe()
+        if os.fork() == 0:
+            noise = next(iter(source.values())).noise.like(torch.zeros(4), 1.0)
+            os.write(pipe[1], repr((noise.tolist(), next(iter(p.sampler)))).encode())
+            os._exit(0)
+        os.wait()
+        return os.read(pipe[0], 10_000)
+
+    first, second = drawn(), drawn()
+    noises = [literal_eval(text.decode())[0] for text in (first, second)]
+    batches = [literal_eval(text.decode())[1] for text in (first, second)]
+    assert noises[0] != noises[1]
+    assert batches[0] != batches[1]

@@ -748,3 +748,120 @@ def test_outputs_that_need_no_gradient_are_left_out():
     outputs, cotangents = [rand(3), p * 2], [rand(2, 3), rows]
     torch.testing.assert_close(pulled_back(outputs, [p], cotangents), [2 * rows])
     torch.testing.assert_close(pulled_back(outputs[:1], [p], cotangents[:1]), [torch.zeros(2, 3, **DOUBLE)])
+
+
+SQUEEZED = {
+    "squeeze_": lambda m, x: (x * 1.0)[None].clone().squeeze_(0) * m.w,
+    "unsqueeze_": lambda m, x: (x.transpose(0, 1).clone().unsqueeze_(0)[0] * m.w).transpose(0, 1),
+    "squeeze_ at the end": lambda m, x: (x * m.w).unsqueeze(-1).squeeze_(-1).sin(),
+}
+
+
+@pytest.mark.parametrize("function", SQUEEZED.values(), ids=SQUEEZED)
+@pytest.mark.parametrize("length", [3, 5, 10])
+def test_axes_that_come_and_go_in_place(function, length):
+    exact(Calls(function, w=rand(6)), square, rand(5, length, 6))
+
+
+def test_the_last_state_squeezed_in_place():
+    net = Calls(lambda m, x: m.head(m.layer(x)[1].squeeze_(0)))
+    net.layer, net.head = nn.GRU(6, 10, batch_first=True), nn.Linear(10, 2)
+    exact(net, square, rand(5, 4, 6))
+
+
+@pytest.mark.parametrize("name", ["x", "a", "x1"])
+def test_numpy_names_of_the_first_argument(name):
+    def centred(m, x):
+        h = torch.flatten(**{name: x}, start_dim=1)
+        return F.linear(torch.cat([h - h.mean(0), x[:, 0]], 1), m.w)
+
+    model = extend(Calls(centred, w=rand(2, 30)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mean"):
+        square(model, rand(5, 4, 6)).backward()
+    exact(Calls(lambda m, x: torch.flatten(**{name: x}, start_dim=1) * m.w, w=rand(24)), square, rand(5, 4, 6))
+
+
+def test_an_axis_may_be_named_as_numpy_does():
+    index = torch.tensor([0, 1, 1, 0])
+    exact(Calls(lambda m, x: torch.index_add(x * m.w, index=index, source=x, axis=1), w=rand(6)), square, rand(5, 4, 6))
+    exact(Calls(lambda m, x: torch.cat([x * m.w, x], axis=1), w=rand(6)), square, rand(5, 4, 6))
+
+
+@torch.library.custom_op("perexample_tests::new_gelu", mutates_args=())
+def new_gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x)
+
+
+def test_an_operator_of_a_library_by_whatever_name():
+    def centred(m, x):
+        h = new_gelu(x)
+        return F.linear(torch.cat([h - h.mean(0), x], 1), m.w)
+
+    model = extend(Calls(centred, w=rand(2, 12)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mean"):
+        square(model, rand(5, 6)).backward()
+
+
+SECOND = {
+    "an axis as a tensor": (lambda x: x.transpose(0, 1).cumsum(torch.tensor(0)).transpose(0, 1),
+                            lambda x: x.transpose(0, 1).cumsum(torch.tensor(1)).transpose(0, 1)),
+    "a function that changes": (lambda x: distances(x, False), lambda x: distances(x, True)),
+}  # fmt: skip
+
+
+class Distance:
+    mixes = False
+
+    def __call__(self, a, b):
+        d = (a - b).square().sum(-1)
+        return d + d.mean() if self.mixes else d
+
+
+DISTANCE = Distance()
+
+
+def distances(x, mixes):
+    DISTANCE.mixes = mixes
+    return F.triplet_margin_with_distance_loss(x, x * 2, x * 3, distance_function=DISTANCE, reduction="none")[:, None]
+
+
+@pytest.mark.parametrize(("first", "second"), SECOND.values(), ids=SECOND)
+def test_what_one_call_has_shown_is_not_taken_for_another(first, second):
+    def net(function):
+        model = Calls(lambda m, x: function(m.layer(x)))
+        model.layer = nn.Linear(6, 5)
+        return extend(model.double())
+
+    one, other = net(first), net(second)
+    with perex(BatchGrad()):
+        square(one, rand(5, 6)).backward()
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        square(other, rand(5, 6)).backward()
+
+
+def test_true_is_not_the_number_one():
+    exact(Calls(lambda m, x: (x * m.w)[:, 1], w=rand(5)), square, rand(5, 3, 5))
+    exact(Calls(lambda m, x: (x * m.w)[True][0], w=rand(5)), square, rand(5, 3, 5))
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_many_rows_of_one_entry_are_added_exactly(layer):
+    """In float32 one after another they would come out too small."""
+    length, torch_layer = 4096, layer(4, 1) if layer is nn.Embedding else layer(4, 1, mode="sum")
+    model, clipping = extend(torch_layer), ClippedGrad(1e9)
+    ids, scale = torch.ones(3, length, dtype=torch.long), torch.tensor([0.7, 0.1, 0.3])
+    with perex(clipping, grad=False):
+        out = model(ids)
+        out = out.sum((1, 2)) if layer is nn.Embedding else out[:, 0]
+        (out * scale).mean().backward()
+    true = scale.double() * length
+    assert ((true - clipping.norms) / true).max() < 1e-6
+    torch.testing.assert_close(model.weight.clipped_sum[1, 0].double(), true.sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The reduce argument")
+def test_data_is_added_up_in_place_by_scatter():
+    index = torch.arange(5)[:, None].expand(5, 6)
+    net = Calls(lambda m, x: m.layer(torch.zeros_like(x).scatter_(0, index[: len(x)], x, reduce="add")))
+    net.layer = nn.Linear(6, 2)
+    exact(net, square, rand(5, 6))

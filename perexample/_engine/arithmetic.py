@@ -42,7 +42,7 @@ _BESIDE = ("cat", "concat", "concatenate")
 def _beside(args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]], out: Tensor) -> Place | None:
     """Tensors that hold the same rows on the same axis, put beside each other along another one."""
     first = tracked[0][1]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     alike = all(place.axis == first.axis and place.agrees(first) for _, place in tracked)
     if not alike or not isinstance(dim, int) or dim % out.dim() == first.axis:
         return None

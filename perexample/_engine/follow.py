@@ -34,6 +34,7 @@ from .state import STATE, resumed
 from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin
 
 _OF_THE_FIRST = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND, Kind.PERMUTE)  # other tensors only say to what shape or type
+_FIRST = ("input", "x", "a", "x1")  # its names, torch's own and those of numpy
 _BY_THE_FIRST = (*_OF_THE_FIRST, Kind.MOVE)  # the first argument is looked at by its position
 
 
@@ -103,9 +104,9 @@ class Follow(TorchFunctionMode):
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
         kwargs = kwargs or {}
         traits = TRAITS.get(func) or traits_of(func)
-        if not args and "input" in kwargs and traits.kind in _BY_THE_FIRST:
+        if not args and kwargs and traits.kind in _BY_THE_FIRST:
             kwargs = dict(kwargs)
-            args = (kwargs.pop("input"),)
+            args = tuple(kwargs.pop(name) for name in _FIRST if name in kwargs)
         if traits.kind is Kind.IGNORED and traits.plain and not kwargs.get("requires_grad"):
             return self._run(func, types, args, kwargs)
         if self.ended or torch.compiler.is_compiling():

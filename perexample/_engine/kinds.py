@@ -94,6 +94,8 @@ def _tagged_pointwise(name: str) -> bool:
 
 def _classify(func: Any) -> Kind:
     name = base_name(func)
+    if getattr(func, "namespace", "aten") not in ("aten", "prim", "prims"):
+        return Kind.OTHER  # a library's own operator, whatever its name
     if name in _PERMUTE:
         return Kind.PERMUTE
     if name.startswith("."):

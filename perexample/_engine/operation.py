@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._private import dispatched, inside_functorch, metadata, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
-from ..place import Lost, Place, Space
+from ..place import Lost, Place, Space, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .arithmetic import simple_place
@@ -54,6 +54,7 @@ class Operation:
         self._places_early: Callable[[list[Tensor]], list[Any]] | None = None
         self._before: list[tuple[Tensor, Any]] = []
         self._counted: list[tuple[Tensor, int]] = []
+        self._shape: torch.Size | None = None  # of what is reshaped in place, before it is
 
     # -- running it ---------------------------------------------------------------------------------------------------
 
@@ -62,6 +63,8 @@ class Operation:
         self._places_early = self._early()
         self._before = [(t, place_of(t)) for t in self._written()]
         self._counted = self._statistics()
+        if self.in_place and self.kind is Kind.RESHAPE:
+            self._shape = self.args[0].shape
 
     def conclude(self, out: Any) -> Any:
         """Note the places of what it gave, and leave its tap; returns what to go on with."""
@@ -145,6 +148,9 @@ class Operation:
         if space.rows <= 1 and not self._fills():
             place = Place(space, None)
             return [place] * len(outputs)
+        if self._shape is not None:
+            found = reshaped(self.tracked[0][1], self._shape, outputs[0].shape)
+            return [found or self._lost("leaves no axis that tells the examples apart", False)]
         if len(outputs) == 1:
             simple = simple_place(self.traits, self.args, self.kwargs, self.tracked, outputs[0])
             if simple is not None:

@@ -303,11 +303,12 @@ def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
 
     def part(value: Any) -> Any:
         if type(value) in PLAIN:
-            return value
+            return type(value), value  # True is 1
         if isinstance(value, Tensor):
             place = place_of(value)
             if not isinstance(place, Place):
-                return tuple(value.shape), value.dtype
+                number = value.item() if not value.dim() and not value.is_floating_point() else None  # an axis
+                return tuple(value.shape), value.dtype, number
             shape = tuple(-1 if axis == place.axis else size for axis, size in enumerate(value.shape))
             return shape, value.dtype, place.axis, place.outer, place.inner
         if isinstance(value, (tuple, list)):
@@ -316,7 +317,7 @@ def form_key(func: Any, args: tuple, kwargs: dict) -> Any:
             return tuple((k, part(v)) for k, v in value.items())
         if isinstance(value, slice):
             return "slice", value.start, value.stop, value.step
-        return value
+        return [] if callable(value) and not isinstance(value, type) else value  # may do something else next time
 
     key = func, part(args), part(kwargs)
     try:

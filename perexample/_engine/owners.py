@@ -137,7 +137,7 @@ def _argument(args: list, kwargs: dict, position: int, *names: str) -> Any:
 
 def _added(args: list, kwargs: dict, func: Callable) -> list[Tensor]:
     """Adding into a tensor along an axis."""
-    target, dim, index = args[0], _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "index")
+    target, dim, index = args[0], _argument(args, kwargs, 1, "dim", "axis"), _argument(args, kwargs, 2, "index")
     source = _argument(args, kwargs, 3, "source", "src", "value")
     if not isinstance(source, Tensor):  # a constant
         source = torch.full_like(index, -1)

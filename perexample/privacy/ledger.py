@@ -84,7 +84,7 @@ class Ledger:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigurationError(f"Ledger(path={str(path)!r}): its folder does not exist; make it first.")
         self.runs: Runs = _read(Path(path)) if path is not None and Path(path).exists() else []
-        self._file = Path(path) if path is not None and write else None
+        self._file = Path(path).absolute() if path is not None and write else None
         if self._file is not None:
             _end_with_whole_line(self._file)
 
@@ -110,6 +110,13 @@ class Ledger:
                 f"The {self.limit} steps that were planned have been taken; another would cost more than the privacy "
                 f"budget that the noise was calibrated for. Stop here, or plan more steps (epochs) from the start."
             )
+        self._check(release)
+        if self._file is not None:
+            _append(self._file, [release])
+        _add(self.runs, release, 1)
+
+    def _check(self, release: Release) -> None:
+        """A step, or one that a state brings, must be of the kind that the budget was calibrated for."""
         if release.noise_multiplier < self.least_noise * (1 - 1e-9):
             raise PrivacyBudgetError(
                 f"The step has noise_multiplier={release.noise_multiplier:g}, and the privacy budget needs "
@@ -122,9 +129,6 @@ class Ledger:
                 f"The step has sample_rate={release.sample_rate}, and the privacy budget was calibrated for "
                 f"{self.most_rate:g}: the sampler was changed after make_private."
             )
-        if self._file is not None:
-            _append(self._file, [release])
-        _add(self.runs, release, 1)
 
     def epsilon(self, delta: float, *, accountant: str = "pld", neighbours: str = "add-or-remove") -> float:
         """Privacy spent by all steps so far.
@@ -160,6 +164,8 @@ class Ledger:
         runs: Runs = []
         for noise_multiplier, sample_rate, count in state["runs"]:
             _add(runs, Release(noise_multiplier, sample_rate), count)
+        for release, _ in runs:
+            self._check(release)
         short, long = sorted((self.runs, runs), key=lambda entries: sum(count for _, count in entries))
         if not _begins_with(long, short):
             raise StaleGradientError(

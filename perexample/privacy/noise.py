@@ -52,7 +52,7 @@ class Noise:
         if generator is not None and source == "os":
             raise ConfigurationError("noise='os' draws from the operating system, and takes no generator.")
         self.given, self.source = generator, source
-        self._own: dict[torch.device, torch.Generator] = {}
+        self._own: dict[tuple[int, torch.device], torch.Generator] = {}
 
     def like(self, tensor: Tensor, std: float) -> Tensor:
         """Noise for a tensor.
@@ -109,9 +109,10 @@ class Noise:
             self.given.set_state(system_generator(self.given.device).get_state())
 
     def _for(self, device: torch.device) -> torch.Generator:
-        if device not in self._own:
-            self._own[device] = system_generator(device)
-        return self._own[device]
+        key = os.getpid(), device  # a forked process must not go on with the numbers of its parent
+        if key not in self._own:
+            self._own[key] = system_generator(device)
+        return self._own[key]
 
 
 def _system_normal(size: int) -> Tensor:

@@ -78,6 +78,7 @@ class Privatizer:
             expected_batch_size=expected_batch_size,
             std=std,
             steps=self.ledger.steps,
+            sample_rate=0.0 if self.sampler is None else self.sampler.sample_rate,
         )
         if not self._compared:
             self.processes.agree_on({f"parameter {i}": p.detach() for i, p in enumerate(params)})
@@ -262,10 +263,12 @@ def privatize(
             group.setdefault(name, value)
         _shared_setting(optimizer, name)
     pieces = _Pieces(clipping, sampler) if isinstance(sampler, PhysicalBatches) else None
+    processes = checked_processes(processes)
     if sampler is not None:
         _check_sampler(sampler)
+        _check_shard(sampler, processes)
         sampler.claim(partial(_forget_batch, optimizer, clipping, pieces))
-    privatizer = Privatizer(clipping, sampler, ledger, source, checked_processes(processes))
+    privatizer = Privatizer(clipping, sampler, ledger, source, processes)
     optimizer.register_step_pre_hook(privatizer)
     _keep_state(optimizer, privatizer)
     _clear_sums_too(optimizer, clipping, pieces)
@@ -396,6 +399,17 @@ def _check_sampler(sampler: Any) -> None:
             f"sampler must be a PoissonBatchSampler or PhysicalBatches, not {type(sampler).__name__}: only these draw "
             f"every example by itself, which is what amplification of privacy by sampling needs. Leave it out for "
             f"other loaders; steps are then accounted without amplification."
+        )
+
+
+def _check_shard(sampler: Sampling, processes: Processes) -> None:
+    """Every example is drawn by one process."""
+    own = sampler.sampler if isinstance(sampler, PhysicalBatches) else sampler
+    if (own.rank, own.world_size) != (processes.rank, processes.size):
+        raise ConfigurationError(
+            f"The sampler draws the examples of process {own.rank} of {own.world_size}, and the optimizer belongs to "
+            f"process {processes.rank} of {processes.size}: an example could be drawn by several, and add more than C. "
+            f"Make the sampler after torch.distributed is initialised, or with this rank and world_size."
         )
 
 

@@ -337,6 +337,11 @@ def _check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:
         )
     if len(dataset) == 0:
         raise ConfigurationError("dataset is empty; give one with an example, from which the form of a batch is known.")
+    if loader_options.get("in_order") is False:
+        raise ConfigurationError(
+            "make_private got in_order=False: batches have to come in the order in which they were drawn, or pieces of "
+            "two would make one step. Leave it out."
+        )
     for name in sorted(_OURS & loader_options.keys()):
         raise ConfigurationError(
             f"make_private got the DataLoader option {name!r}, which it sets itself: batches are Poisson samples of "

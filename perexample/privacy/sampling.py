@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -104,6 +105,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = _checked_shard(rank, world_size)
         self._generator, self._repeatable = _own_generator(generator), generator is not None
         self._pending: deque[_Drawn] = deque()  # oldest first; of a sampler that nobody claimed at most one
+        self._process = os.getpid()
         self._claimed = False
         self._forget: Callable[[], None] | None = None
         self._iteration = 0  # which of the iterations is valid
@@ -235,6 +237,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def _draw(self) -> list[int]:
         """The next logical batch."""
+        if not self._repeatable and self._process != os.getpid():  # a forked process draws batches of its own
+            self._generator, self._process = system_generator(), os.getpid()
         before = self._generator.get_state()
         found = [torch.empty(0, dtype=torch.int64, device="cpu")]
         for start in range(0, self.data_size, _CHUNK):

@@ -198,7 +198,7 @@ MUTANTS = (
     mutant(
         "F26-carried",
         "adds the sums of an earlier step to those of this one",
-        Edit(f"{CLIPPED}._before", ("not entry.used and ", "")),
+        Edit(f"{CLIPPED}._before", ("entry.used or ", "")),
         Edit(f"{CLIPPED}.start", ("if not entry.used and entry.alive()", "if entry.alive()")),
         killers=[
             "test_faults.py::test_f23_a_clipped_sum_serves_one_step",

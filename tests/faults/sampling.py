@@ -46,7 +46,10 @@ MUTANTS = (
         "takes any sampler for a Poisson sampler",
         Edit(
             "perexample.privacy.optimizer:privatize",
-            ("        _check_sampler(sampler)\n        sampler.claim(", "        dict("),
+            (
+                "        _check_sampler(sampler)\n        _check_shard(sampler, processes)\n        sampler.claim(",
+                "        dict(",
+            ),
         ),
         killers="test_make_private.py::test_other_samplers_are_no_poisson_samplers",
     ),
