@@ -50,11 +50,17 @@ def squared_norms(dense: Tensor) -> Tensor:
 
 
 _SHORT_PRODUCT = 64  # float32 products added up at once in a matrix product: some kernels drift over more
+_LONG = 2**13  # and in float32 at all
 
 
 def short_sums(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``left @ right`` for ``[B, O, T]`` and ``[B, T, I]``; in float32 no sum over T runs over many at once."""
     length = right.shape[1]
+    if length > _LONG and left.dtype == torch.float32:
+        summed = left.new_zeros(len(left), left.shape[1], right.shape[2], dtype=torch.float64)
+        for a, b in zip(left.split(_LONG, 2), right.split(_LONG, 1), strict=True):
+            summed += short_sums(a, b)
+        return summed.float() if out is None else out.copy_(summed)
     if left.dtype == torch.float64 or length <= 2 * _SHORT_PRODUCT or not len(left):
         return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
     total = torch.bmm(left[:, :, :_SHORT_PRODUCT], right[:, :_SHORT_PRODUCT], out=out)

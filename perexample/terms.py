@@ -306,7 +306,8 @@ def added(values: Tensor, owner: Tensor, n: int) -> Tensor:
     each = _each(owner, n)
     if each:
         return values.unflatten(0, (n, each)).sum(1)
-    return values.new_zeros(n, *values.shape[1:]).index_add_(0, owner.to(values.device), values)
+    exact = values.double() if values.shape[0] > _MANY else values  # one after another they would drift in float32
+    return exact.new_zeros(n, *values.shape[1:]).index_add_(0, owner.to(values.device), exact).to(values.dtype)
 
 
 def _each(owner: Tensor, n: int) -> int:

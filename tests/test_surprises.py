@@ -865,3 +865,24 @@ def test_data_is_added_up_in_place_by_scatter():
     net = Calls(lambda m, x: m.layer(torch.zeros_like(x).scatter_(0, index[: len(x)], x, reduce="add")))
     net.layer = nn.Linear(6, 2)
     exact(net, square, rand(5, 6))
+
+
+@pytest.mark.parametrize("length", [4096, 30_000])
+@pytest.mark.parametrize("kind", ["weight", "ragged rows"])
+def test_many_like_positions_are_added_exactly(length, kind):
+    def forward(m, x):
+        if kind == "ragged rows":  # of each example another number
+            chosen = torch.arange(length) < length - torch.arange(3)[:, None] * 7
+            return torch.zeros(3, length, 1).index_put((chosen,), m.layer(x[chosen]))
+        return m.layer(x)
+
+    net = Calls(forward)
+    net.layer = nn.Linear(1, 1)
+    model, clipping = extend(net), ClippedGrad(1e9)
+    scale = torch.tensor([0.7, 0.1, 0.3])
+    with perex(clipping, grad=False, strategy="model"):
+        out = model(torch.ones(3, length, 1))[..., 0]
+        (out.sum(1) * scale).mean().backward()
+    counted = length - 7 * torch.arange(3).double() * (kind == "ragged rows")
+    true = scale.double() * counted * 2**0.5  # of weight and bias
+    assert ((true - clipping.norms) / true).max() < 1e-6
