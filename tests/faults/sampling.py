@@ -48,7 +48,7 @@ MUTANTS = (
             "perexample.privacy.optimizer:privatize",
             (
                 "        _check_sampler(sampler)\n        _check_shard(sampler, processes)\n        sampler.claim(",
-                "        dict(",
+                "        id(",
             ),
         ),
         killers="test_make_private.py::test_other_samplers_are_no_poisson_samplers",
