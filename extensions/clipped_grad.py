@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perexample._arguments import positive
+from perexample._private import version
 from perexample._shards import is_sharded
 from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
@@ -248,7 +249,7 @@ class ClippedGrad(Extension):
         staged = self._staged
         for entry in staged.entries.values():
             if (total := entry.sum()) is not None:
-                entry.writes = total._version
+                entry.writes = version(total)
         self.norms, self.group_norms, self.nonfinite = staged.norms, staged.group_norms, staged.nonfinite
         self._bounds = staged.bounds
         if not staged.continued:
@@ -347,7 +348,7 @@ class ClippedGrad(Extension):
 
 
 def _refuse_written(entry: _Entry, value: Tensor) -> None:
-    if value._version != entry.writes:
+    if version(value) != entry.writes:
         raise StaleGradientError(
             f"The clipped sum of `{entry.name}` was written to after the backward, and what one example adds to it "
             f"is no longer known. Scale by the learning rate, or change max_norm before the backward."

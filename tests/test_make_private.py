@@ -283,12 +283,18 @@ def test_a_batch_that_is_interrupted_is_begun_anew(size, between, adaptive):
     assert p.steps == 1
 
 
-def test_sums_under_way_are_forgotten_when_a_state_is_loaded():
+def summed():
+    """A model, its clipping and its optimizer, with sums under way."""
     model = extend(nn.Linear(3, 2).double())
     clipping = ClippedGrad(1.0)
     optimizer = DP_SGD(model.parameters(), lr=0.1, clipping=clipping, noise_multiplier=0.0, expected_batch_size=4)
     with perex(clipping, grad=False):
         model(torch.ones(4, 3, dtype=torch.float64)).square().mean().backward()
+    return model, clipping, optimizer
+
+
+def test_sums_under_way_are_forgotten_when_a_state_is_loaded():
+    _, clipping, optimizer = summed()
     optimizer.load_state_dict(optimizer.state_dict())
     assert clipping.examples == 0
     with pytest.raises(StaleGradientError, match="no clipped sum"):
@@ -310,7 +316,7 @@ def test_noise_does_not_come_again_on_another_batch():
     def stream(**options):
         q = private(**options)
         q.load_state_dict(q.state_dict())
-        return torch.randn(5, generator=q.optimizer.state_dict and options["noise_generator"])
+        return torch.randn(5, generator=options["noise_generator"])
 
     torch.testing.assert_close(*(stream(noise_generator=generator(4)) for _ in range(2)))
     assert not torch.equal(*(stream(noise_generator=generator(4), sampling_generator=None) for _ in range(2)))
@@ -352,11 +358,7 @@ def test_more_examples_than_planned_do_not_pass():
 
 
 def test_a_clipped_sum_that_was_written_to_is_not_used():
-    model = extend(nn.Linear(3, 2).double())
-    clipping = ClippedGrad(1.0)
-    optimizer = DP_SGD(model.parameters(), lr=0.1, clipping=clipping, noise_multiplier=0.0, expected_batch_size=4)
-    with perex(clipping, grad=False):
-        model(torch.ones(4, 3, dtype=torch.float64)).square().mean().backward()
+    model, _, optimizer = summed()
     model.weight.clipped_sum.mul_(100)
     with pytest.raises(StaleGradientError, match="`weight` was written to after the backward"):
         optimizer.step()

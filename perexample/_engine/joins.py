@@ -73,10 +73,16 @@ def _single_numbers(loss: Tensor) -> Iterator[Node]:
             waiting.extend(node.next_functions)
 
 
+def _shape(node: Node | None, number: int) -> torch.Size | None:
+    """Shape of a tensor, as far as the graph tells it."""
+    shapes = [] if node is None else output_shapes(node)
+    return shapes[number] if number < len(shapes) else None
+
+
 def _entries(node: Node | None, number: int) -> int:
     """How many entries a tensor has."""
-    shapes = [] if node is None else output_shapes(node)
-    return shapes[number].numel() if number < len(shapes) else 0
+    shape = _shape(node, number)
+    return 0 if shape is None else shape.numel()
 
 
 def _beside_each_other(node: Node) -> Node | None:
@@ -125,17 +131,14 @@ def _doubt(node: Node, n: int) -> str:
 
 def _chosen(node: Node | None, number: int) -> int:
     """How many entries were chosen out of more on the way to a mean over them; 0 if none were."""
-    shapes = [] if node is None else output_shapes(node)
-    length = shapes[number][0] if number < len(shapes) and shapes[number] else 0
+    shape = whole = _shape(node, number)
     for _ in range(_MOST):  # what acts on each of them leaves their number as it is
-        if node is None or number in metadata(node).get(KEY, {}):
-            return 0
-        shape = output_shapes(node)[number]
-        if not shape or shape[0] != length:
+        if node is None or not shape or not whole or shape[0] != whole[0] or number in metadata(node).get(KEY, {}):
             return 0
         if _kind(node) in _CHOOSES:
-            return int(length)
+            return shape[0]
         node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
+        shape = _shape(node, number)
     return 0
 
 
