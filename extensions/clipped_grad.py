@@ -236,7 +236,8 @@ class ClippedGrad(Extension):
         staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         results = {}
         for group, vs in members.items():
-            weights = Weights(self._weights(staged.group_norms[group], finite, self._bound(group)))
+            bound = self._bound(group)
+            weights = Weights(self._weights(staged.group_norms[group], finite, bound), most=bound)
             for view in _freeing(vs):
                 value = view.summed(weights, self._before(view.param))
                 view.let_go()

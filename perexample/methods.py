@@ -92,12 +92,35 @@ def likeness(tensor: Tensor) -> tuple[Any, ...]:
     return sizes, order, 0 in strides, tensor.dtype, tensor.device
 
 
+def sameness(tensor: Tensor) -> tuple[Any, ...]:
+    """All that methods may go by, but for the values."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 _FOUND: dict[Any, str] = {}
+_TAKEN: dict[Any, str] = {}  # by what is wholly the same, where methods need not be asked what they would take
 
 
 def forget_choices() -> None:
     """Forget what was measured, as when another number of threads is to be tried."""
     _FOUND.clear()
+    _TAKEN.clear()
+
+
+def settled(term: Term, choice: Choice) -> tuple[Tensor, Term]:
+    """Squared norms by the method that was chosen, and the term to go on with."""
+    same = term.sameness()
+    if same is None:
+        return choose(term, choice).run()
+    key = same, choice.strategy, choice.sums, choice.room, torch.get_num_threads()
+    name = _TAKEN.get(key)
+    if name is not None:
+        return term.run(name)
+    method = choose(term, choice)
+    if len(_TAKEN) >= _MOST:
+        _TAKEN.clear()
+    _TAKEN[key] = method.name
+    return method.run()
 
 
 def choose(term: Term, choice: Choice, methods: list[Method] | None = None) -> Method:

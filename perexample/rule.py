@@ -121,6 +121,8 @@ class Rule:
         counts_rows: Whether the outputs have one row per example even if no input shows it, as bags of ids do.
         reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
         computes: Torch functions called in the module's forward that `compute` can take the place of.
+        flattens: Whether autograd itself puts the positions of the upstream gradient side by side, as for a matrix
+            product, and copies it where they do not lie so; then it is copied before, once for all who need it so.
     """
 
     batched: tuple[str, ...] = ("x",)
@@ -128,6 +130,7 @@ class Rule:
     counts_rows: bool = False
     reads_parameters: bool = True
     computes: Collection[Any] = ()
+    flattens: bool = False
 
     def refuse(self, module: nn.Module) -> str | None:
         """The reason why a module cannot have per-example gradients in its present state, or ``None``."""

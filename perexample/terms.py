@@ -23,9 +23,9 @@ import torch
 from torch import Size, Tensor
 
 from ._grams import Grams
-from ._norms import BLOCK, Inner, gram_norms, norms_of, squared_norms, summed_products
+from ._norms import BLOCK, Inner, gram_norms, norms_of, norms_of_each, short_drift, squared_norms, summed_products
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
-from .methods import Choice, Method, choose, likeness
+from .methods import Choice, Method, likeness, sameness, settled
 
 
 class Term:
@@ -87,7 +87,19 @@ class Term:
 
     def settled(self, choice: Choice) -> tuple[Tensor, Term]:
         """Squared norms ``[N]`` in float64, by the method that was chosen, and the term to go on with."""
-        return choose(self, choice).run()
+        return settled(self, choice)
+
+    def sameness(self) -> Any:
+        """All that `methods` depends on, so that the one that was taken once can be `run` again by its name.
+
+        Returns:
+            Something hashable; ``None`` if they are to be asked each time.
+        """
+        return None
+
+    def run(self, name: str) -> tuple[Tensor, Term]:
+        """What the method of this name returns."""
+        return next(method for method in self.methods() if method.name == name).run()
 
     def formed(self, choice: Choice) -> Tensor:
         """What `dense` returns, by the fastest of several ways, where there are several."""
@@ -126,6 +138,10 @@ class Term:
         """Share of the squared magnitude that rounding may add to or take off a squared norm from inner products."""
         return torch.finfo(self.dtype).eps / 2
 
+    def drift(self) -> float:
+        """Share of a gradient by which `dense` may be off, where all the pieces that it adds up are alike."""
+        return 0.0
+
 
 def remembering(term: Term, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Term]:
     """Norms, and the term, which knows from now on which of its examples were in doubt."""
@@ -133,7 +149,7 @@ def remembering(term: Term, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor
     return l2, term
 
 
-def keeping(term: Term, formed: Formed, drift: float = 0.0) -> tuple[Tensor, Term]:
+def keeping(term: Term, formed: Formed, drift: float) -> tuple[Tensor, Term]:
     """Norms of gradients that were formed, which take the place of the term; only what was in doubt stays behind."""
     l2, doubtful = direct(term, formed.squares(), drift)
     formed.doubtful = doubtful
@@ -142,12 +158,12 @@ def keeping(term: Term, formed: Formed, drift: float = 0.0) -> tuple[Tensor, Ter
     return l2, formed
 
 
-def blockwise(term: Term, form: Callable[[Any], Tensor], drift: float = 0.0) -> tuple[Tensor, Term]:
-    """Norms of gradients that are formed block by block and let go."""
+def blockwise(term: Term, form: Callable[[Any], Tensor], drift: float | None = None) -> tuple[Tensor, Term]:
+    """Norms of gradients that are formed block by block and let go; ``drift`` is that of the term by default."""
     masks = blocks(term)
     parts = [squared_norms(form(term.select(one) if len(masks) > 1 else term)) for one in masks]
     l2 = torch.cat(parts) if parts else term.factors()[0].new_zeros(0, dtype=torch.float64)
-    return remembering(term, direct(term, l2, drift))
+    return remembering(term, direct(term, l2, term.drift() if drift is None else drift))
 
 
 class Dense(Term):
@@ -292,6 +308,10 @@ class Regrouped(Term):
         """Sum of the bounds of the rows."""
         return added(self.inner.magnitude_bound(), self.owner, self.n)
 
+    def drift(self) -> float:
+        """That of the rows."""
+        return self.inner.drift()
+
     def methods(self) -> list[Method]:
         """The sums are formed, block by block."""
         return [Method("per-example gradients", lambda: blockwise(self, lambda term: term.dense()))]
@@ -353,6 +373,10 @@ def padded_rows(owner: Tensor, n: int) -> Tensor:
     return table
 
 
+_GRAM = "Gram matrices of the positions"
+_KEPT, _DROPPED = "per-example gradients, kept", "per-example gradients"
+
+
 class Outer(Term):
     """Sum over positions of outer products: ``G_n[group] = sum_t g_nt x_nt^T``.
 
@@ -409,7 +433,7 @@ class Outer(Term):
 
     def magnitude_bound(self) -> Tensor:
         """``|g_n| |x_n|``, by Cauchy and Schwarz."""
-        return norms_of(self.g.flatten(1)) * norms_of(self.x.flatten(1))
+        return norms_of_each(self.g) * norms_of_each(self.x)
 
     def methods(self) -> list[Method]:
         """Gram matrices of the positions, or the gradients, which are kept or not."""
@@ -419,14 +443,20 @@ class Outer(Term):
             return [Method("product of the factors' norms", self._of_one_position, held=self._held)]
         rows, size = n * groups * positions, n * groups * o * i
         gram = Method(
-            "Gram matrices of the positions", self._by_gram, rows * positions * (o + i) + rows * o * i,
-            rows * (3 * positions + o), calls=6, held=self._held,
+            _GRAM, self._by_gram, rows * positions * (o + i) + rows * o * i, rows * (3 * positions + o), calls=6,
+            held=self._held,
         )  # fmt: skip
-        keep = Method("per-example gradients, kept", self._kept, rows * o * i, 2 * size, calls=3, held=size)
-        drop = Method(
-            "per-example gradients", self._dropped, 2 * rows * o * i, size + rows * o, calls=4, held=self._held
-        )
+        keep = Method(_KEPT, self._kept, rows * o * i, 2 * size, calls=3, held=size)
+        drop = Method(_DROPPED, self._dropped, 2 * rows * o * i, size + rows * o, calls=4, held=self._held)
         return [gram, keep, drop] if positions * self.unit() < TRUSTED else [keep, drop]
+
+    def sameness(self) -> Any:
+        """The factors' sizes and how they lie."""
+        return None if self.g.shape[2] == 1 else (Outer, sameness(self.g), sameness(self.x))
+
+    def run(self, name: str) -> tuple[Tensor, Term]:
+        """One of the methods."""
+        return {_GRAM: self._by_gram, _KEPT: self._kept, _DROPPED: self._dropped}[name]()
 
     @property
     def _held(self) -> int:
@@ -436,6 +466,10 @@ class Outer(Term):
         """By the lengths of the products."""
         _, o, i = self.sizes
         return unit_of_products(self.g.dtype, self.g.shape[2], o, i)
+
+    def drift(self) -> float:
+        """By the length of the products."""
+        return short_drift(self.g.shape[2], self.g.dtype)
 
     def _of_one_position(self) -> tuple[Tensor, Term]:
         if self.g.shape[1] == 1:
@@ -448,7 +482,7 @@ class Outer(Term):
 
     def _kept(self) -> tuple[Tensor, Term]:
         value = summed_products(self.g, self.x).reshape(1, self.n, -1)
-        return keeping(self, Formed(value, self.shape))
+        return keeping(self, Formed(value, self.shape), self.drift())
 
     def _dropped(self) -> tuple[Tensor, Term]:
         return blockwise(self, lambda term: term.dense())
@@ -460,13 +494,12 @@ class Outer(Term):
             if x.shape[1] < g.shape[1]:
                 return (g.T @ (x * w[:, None])).view(self.shape)
             return ((g * w[:, None]).T @ x).view(self.shape)
-        if self.x.shape[-1] < self.g.shape[-1]:  # the smaller factor takes the weights
-            g, x = self.g, self.x * w.view(-1, 1, 1, 1)
-        else:
-            g, x = self.g * w.view(-1, 1, 1, 1), self.x
         if self.g.shape[1] == 1:
-            return (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).reshape(self.shape)
-        return torch.einsum("ngto,ngti->goi", g, x).reshape(self.shape)
+            g, x = _weighted_side_by_side(self.g, self.x, w.to(self.g.dtype))
+            return (g.T @ x).reshape(self.shape)
+        if self.x.shape[-1] < self.g.shape[-1]:  # the smaller factor takes the weights
+            return torch.einsum("ngto,ngti->goi", self.g, self.x * w.view(-1, 1, 1, 1)).reshape(self.shape)
+        return torch.einsum("ngto,ngti->goi", self.g * w.view(-1, 1, 1, 1), self.x).reshape(self.shape)
 
     def batch_dot(self) -> Tensor:
         """For a single position the product of two Gram matrices of the batch."""
@@ -474,6 +507,27 @@ class Outer(Term):
             return super().batch_dot()
         g, x = self.g.squeeze(2).transpose(0, 1), self.x.squeeze(2).transpose(0, 1)
         return ((g @ g.mT) * (x @ x.mT)).sum(0)
+
+
+def _weighted_side_by_side(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, 1, T, O]`` and ``[N, 1, T, I]`` as matrices of all positions, one of them times the weights ``[N]``.
+
+    Args:
+        g: The left factor.
+        x: The right one.
+        w: The weights.
+
+    Returns:
+        Both, in the order of positions in which the larger lies in memory; the smaller has taken the weights.
+    """
+    larger, w = g if g.shape[3] > x.shape[3] else x, w.view(-1, 1, 1, 1)
+    if larger.stride(0) < larger.stride(2):  # the examples follow each other, as in models that have time first
+        g, x, w = g.transpose(0, 2), x.transpose(0, 2), w.transpose(0, 2)
+    if g.shape[3] > x.shape[3]:
+        x = torch.mul(x, w, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    else:
+        g = torch.mul(g, w, out=torch.empty(g.shape, dtype=g.dtype, device=g.device))
+    return g.reshape(-1, g.shape[3]), x.reshape(-1, x.shape[3])
 
 
 _MANY = 64  # float32 rows of one entry of the table that are added one after another
@@ -614,6 +668,10 @@ class Sum(Term):
     def unit(self) -> float:
         """That of the parts."""
         return max(part.unit() for part in self.parts)
+
+    def drift(self) -> float:
+        """That of the parts."""
+        return max(part.drift() for part in self.parts)
 
     def _of_the_parts(self) -> tuple[Tensor, Term]:
         rows, outer = self.parts

@@ -27,7 +27,7 @@ from perexample import (
 from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
-from perexample.methods import Choice, Method, choose, forget_choices
+from perexample.methods import Choice, Method, choose, forget_choices, settled
 from perexample.rules import conv
 from perexample.rules.conv import Windows
 from perexample.terms import Formed, Outer
@@ -302,7 +302,7 @@ def test_room_is_how_many_times_the_least_may_be_held(room, name):
 )
 def test_room_that_a_context_gives(arguments, room, monkeypatch):
     asked = []
-    monkeypatch.setattr(terms, "choose", lambda term, choice: asked.append(choice) or choose(term, choice))
+    monkeypatch.setattr(terms, "settled", lambda term, choice: asked.append(choice) or settled(term, choice))
     model = extend(nn.Linear(3, 2))
     with perex(ClippedGrad(1.0), grad=False, **arguments):
         model(torch.ones(4, 5, 3)).square().sum((1, 2)).mean().backward()

@@ -152,8 +152,9 @@ def seconds_of(term: Term, method: Method, repeats: int) -> float:
     def both() -> None:
         method.run()[1].weighted_sum(w)
 
-    both()
-    return statistics.median(measure.seconds_of(both, "cpu") for _ in range(repeats))
+    with torch.no_grad():
+        both()
+        return statistics.median(measure.seconds_of(both, "cpu") for _ in range(repeats))
 
 
 class OneProduct(System):

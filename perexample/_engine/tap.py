@@ -148,6 +148,13 @@ class Tap:
         back = [order.index(axis) for axis in range(len(order))]
         return g.reshape([shape[axis] for axis in order]).permute(back)
 
+    def laid_out(self, g: Tensor) -> Tensor:
+        """The gradient of an output with its positions side by side, if the backward is about to copy it to that."""
+        if not self.rule.flattens or g.dim() < 3 or g.is_contiguous() or g.requires_grad:
+            return g
+        flat = g.reshape(-1, g.shape[-1])
+        return g if flat.data_ptr() == g.data_ptr() else flat.view(g.shape)
+
     def hook_last(self) -> None:
         """Let the hooks that were put on the outputs after this tap change the gradient first."""
         for reference, key in self._hooks:
@@ -282,6 +289,9 @@ class _Arrival:
     def __init__(self, tap: Tap, index: int) -> None:
         self.tap, self.index = tap, index
 
-    def __call__(self, g: Tensor | None) -> None:
-        if self.tap.run is not None:
-            self.tap.run.arrive(self.tap, self.index, g)
+    def __call__(self, g: Tensor | None) -> Tensor | None:
+        if self.tap.run is None:
+            return None
+        laid = None if g is None else self.tap.laid_out(g)
+        self.tap.run.arrive(self.tap, self.index, laid)
+        return None if laid is g else laid

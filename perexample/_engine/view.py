@@ -16,6 +16,7 @@ from ..methods import Choice
 from ..terms import Term, combine
 
 _TINY = 1e-30  # a weight below this loses digits in float32
+_SAFE = 1e30  # a sum of lengths below this does not overflow there
 
 
 _LET_GO = (
@@ -31,6 +32,10 @@ _POSTPONED = (
 class Weights:
     """Weights ``[N]`` of a sum over examples, with what has to be known of them, found out once.
 
+    Args:
+        values: The weights.
+        most: What no ``|w_n g_n|`` exceeds, if that is known from the norms of the gradients.
+
     Attributes:
         values: The weights.
         all: Whether all are used.
@@ -38,12 +43,17 @@ class Weights:
         tiny: Which are too small for float32, ``None`` if none is.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, most: float = math.inf) -> None:
         """Look at the weights."""
         self.values, self.all, self.none = values, True, not len(values)
         self.tiny: Tensor | None = None
         self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
-        if self.none or values.min().item() >= _TINY:  # mostly so, and found out in one look; in float16 it would be 0
+        self._most, self._largest = most * len(values), math.inf
+        if self.none:
+            return
+        least, largest = torch.aminmax(values)
+        self._largest = largest.item()
+        if least.item() >= _TINY:  # mostly so, and found out in one look; in float16 it would be 0
             return
         used = self.used
         self.all, self.none = bool(used.all()), not bool(used.any())
@@ -54,6 +64,20 @@ class Weights:
     def used(self) -> Tensor:
         """Which are not zero."""
         return self.values != 0
+
+    def cannot_overflow(self, scale: float) -> bool:
+        """Whether no sum of gradients times these weights and a factor can leave float32, in no order of summation.
+
+        No factor of a gradient grows by a weight of at most 1, and the pieces of a gradient whose norm is trusted are
+        not so much longer than itself as to matter here.
+
+        Args:
+            scale: The factor.
+
+        Returns:
+            Whether that is sure.
+        """
+        return self._most <= _SAFE and self._largest * scale <= 1.0
 
     def scaled(self, device: torch.device, scale: float, dtype: torch.dtype) -> Tensor:
         """The weights times a factor, the same for many parameters."""
@@ -247,7 +271,7 @@ class ParameterView:
             doubtful = w.tiny if doubtful is None else doubtful | w.tiny.to(doubtful.device)
         if doubtful is None:
             total = _summed(term, used, w.scaled(device, self._scale, dtype))
-            if _finite(total):
+            if (self._l2 is not None and w.cannot_overflow(self._scale)) or _finite(total):
                 return total.to(self._dtype)
             doubtful = torch.ones_like(w.used)  # a factor times a weight was too large, their product is not
         values = w.scaled(device, self._scale, torch.float64)

@@ -27,9 +27,9 @@ from .._conv import (
     pixel_gram,
     windows,
 )
-from .._norms import gram_norms, joined, norms_of, summed_products, unfold_block
+from .._norms import drift, gram_norms, joined, norms_of, short_drift, summed_products, unfold_block
 from .._trust import TRUSTED, inner, unit_of_products
-from ..methods import ROOM, Choice, Method, choose
+from ..methods import ROOM, Choice, Method, choose, sameness
 from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering, rows_together
 
@@ -137,15 +137,15 @@ class Windows(Term):
             by_windows = rows * length * entries + of_g + of_sum
             kernel = self.geometry.kernel
             found += [
-                Method("Gram matrices of the pixels", self._by_pixels, by_pixels,
+                Method(_BY_PIXELS, self._by_pixels, by_pixels,
                        n * groups * (self._added() + 3 * length**2 + pixels**2), sum(kernel) + 8, held),
-                Method("Gram matrices of the windows", self._by_windows, by_windows,
+                Method(_BY_WINDOWS, self._by_windows, by_windows,
                        rows * (3 * length + 3 * entries), 10, held),
             ]  # fmt: skip
         least = min(found, key=lambda method: method.seconds)
         if least.held > ROOM * held:
             moved = 2 * of_sum / max(1, length)
-            found.append(Method("per-example gradients", self._dropped, 2 * of_sum, moved, 8, held))
+            found.append(Method(_DROPPED, self._dropped, 2 * of_sum, moved, 8, held))
         return found
 
     def _pixels(self) -> int:
@@ -164,26 +164,52 @@ class Windows(Term):
         outputs, entries = self.shape[0] // self.geometry.groups, self.shape[1:].numel()
         return unit_of_products(self.g.dtype, self.g.shape[2:].numel(), outputs, entries)
 
+    def drift(self) -> float:
+        """That of the way that `dense` takes."""
+        return self._likeliest().drift if self.n else 0.0
+
+    def sameness(self) -> Any:
+        """The factors' sizes and how they lie, and the geometry."""
+        return Windows, sameness(self.x), sameness(self.g), self.geometry, tuple(self.sides), self.mode, self.shape
+
+    def run(self, name: str) -> tuple[Tensor, Term]:
+        """One of the methods."""
+        if name == _BY_PIXELS:
+            return self._by_pixels()
+        if name == _BY_WINDOWS:
+            return self._by_windows()
+        if name == _DROPPED:
+            return self._dropped()
+        form = _FORMS[name]
+        return keeping(self, form(self), self._drift_of(form))
+
     def _ways(self) -> list[_Way]:
         """Several ways to form the gradients."""
         n, groups, length = self.n, self.geometry.groups, self.g.shape[2:].numel()
         size, taps = n * self.shape.numel(), self.geometry.kernel.numel()
-        products, drift = size * length, length * torch.finfo(self.g.dtype).eps / 8
+        products = size * length
         grid = products * self._pixels() / max(1, length * math.prod(self.geometry.stride))
         unfolded = n * groups * length * self.shape[1:].numel()
         factors = self.x.numel() + self.g.numel()
         read = taps * (self.x.numel() + self.g.numel() * grid / max(1, products)) / 4  # by every tap, and not written
         ways = [
-            _Way(self, "kernel offsets", Windows._by_offsets, grid, 2 * size + factors + read, 2 * taps),
-            _Way(self, "unfolded", Windows._by_unfolding, products, 2 * size + 3 * unfolded, 8),
+            _Way(self, _OFFSETS, grid, 2 * size + factors + read, 2 * taps),
+            _Way(self, _UNFOLDED, products, 2 * size + 3 * unfolded, 8),
         ]
-        if drift < _MOST_DRIFT:
+        if self._drift_of(Windows._as_groups) < _MOST_DRIFT:
             small = math.prod(self.geometry.kernel) * 50 / max(1, length)
             ways += [
-                _Way(self, "one by one", Windows._one_by_one, products, 3 * size, 4 * n, drift),
-                _Way(self, "examples as groups", Windows._as_groups, products * (1 + small), 2 * size, 3, drift),
+                _Way(self, _ONE_BY_ONE, products, 3 * size, 4 * n),
+                _Way(self, _AS_GROUPS, products * (1 + small), 2 * size, 3),
             ]
         return ways
+
+    def _drift_of(self, form: Callable[[Windows], Formed]) -> float:
+        """Share of a sum that a way to form the gradients may be off by."""
+        dtype, length = self.g.dtype, self.g.shape[2:].numel()
+        if form is Windows._by_offsets:
+            return short_drift(self._pixels(), dtype)
+        return short_drift(length, dtype) if form is Windows._by_unfolding else drift(length, dtype)
 
     def _by_offsets(self) -> Formed:
         geometry, shape = self.geometry, self.shape
@@ -250,6 +276,16 @@ class Windows(Term):
 
 
 _MOST_DRIFT = 5e-5  # share of a sum that a native call over many positions may be off by
+_BY_PIXELS, _BY_WINDOWS = "Gram matrices of the pixels", "Gram matrices of the windows"
+_DROPPED = "per-example gradients"
+_OFFSETS, _UNFOLDED = f"{_DROPPED}, kernel offsets", f"{_DROPPED}, unfolded"
+_ONE_BY_ONE, _AS_GROUPS = f"{_DROPPED}, one by one", f"{_DROPPED}, examples as groups"
+_FORMS: dict[str, Callable[[Windows], Formed]] = {
+    _OFFSETS: Windows._by_offsets,
+    _UNFOLDED: Windows._by_unfolding,
+    _ONE_BY_ONE: Windows._one_by_one,
+    _AS_GROUPS: Windows._as_groups,
+}
 
 
 class _Way:
@@ -261,20 +297,10 @@ class _Way:
         method: The norms of what was formed.
     """
 
-    def __init__(
-        self,
-        term: Windows,
-        name: str,
-        form: Callable[[Windows], Formed],
-        products: float,
-        moved: float,
-        calls: int,
-        drift: float = 0.0,
-    ) -> None:
-        self.form, self.drift = form, drift
-        size = term.n * term.shape.numel()
-        name = f"per-example gradients, {name}"
-        self.method = Method(name, lambda: keeping(term, form(term), drift), products, moved + size, calls + 4, size)
+    def __init__(self, term: Windows, name: str, products: float, moved: float, calls: int) -> None:
+        form, size = _FORMS[name], term.n * term.shape.numel()
+        self.form, self.drift = form, term._drift_of(form)
+        self.method = Method(name, lambda: term.run(name), products, moved + size, calls + 4, size)
 
     def forming(self, term: Windows) -> Method:
         """The gradients without their norms."""

@@ -27,6 +27,7 @@ class LinearRule(Rule):
     """``y = x W^T + b``: weight ``G_n = sum_t g_nt x_nt^T``, bias ``sum_t g_nt``; x is ``[N, *T, I]``."""
 
     reads_parameters = False
+    flattens = True
 
     def feature_axes(self, module: nn.Module) -> int:
         """The last axis holds the features."""
@@ -66,6 +67,7 @@ class MatmulRule(Rule):
     """``y = x W``, with a bias for ``addmm``: weight ``G_n = sum_t x_nt g_nt^T``; x is ``[N, *T, I]``."""
 
     reads_parameters = False
+    flattens = True
 
     def feature_axes(self, module: Any) -> int:
         """The last axis holds the features."""
