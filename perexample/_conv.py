@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +96,26 @@ _FEW = 8  # neighbours that are copied at once: with fewer, every entry is looke
 
 def _looked_up(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
     """The same by the number of each entry in its channel."""
-    strides = [math.prod(x.shape[axis + 1 :]) for axis in range(2, x.dim())]
+    few = geometry.kernel.numel() * positions.numel() <= _KEPT
+    places = (_places_kept if few else _places)(x.shape[2:], geometry, positions)
+    found = x.flatten(2).flatten(0, 1).index_select(1, places)
+    return found.view(len(x), geometry.groups, geometry.shape[1:].numel(), positions.numel()).transpose(2, 3)
+
+
+def _places(sizes: Size, geometry: Geometry, positions: Size) -> Tensor:
+    """Number of each window's entries in a flattened channel, ``[K L]``."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     firsts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     for axis, stride in enumerate(strides):
         step = stride * geometry.stride[axis]
         firsts = (firsts[:, None] + step * torch.arange(positions[axis])).flatten()
         taps = stride * geometry.dilation[axis] * torch.arange(geometry.kernel[axis])
         offsets = (offsets[:, None] + taps).flatten()
-    places = (offsets[:, None] + firsts).flatten()
-    found = x.flatten(2).flatten(0, 1).index_select(1, places)
-    return found.view(len(x), geometry.groups, geometry.shape[1:].numel(), len(firsts)).transpose(2, 3)
+    return (offsets[:, None] + firsts).flatten()
+
+
+_KEPT = 2**14  # numbers, which are computed in many small steps, that are kept for the next call
+_places_kept = lru_cache(maxsize=64)(_places)
 
 
 def by_offsets(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
@@ -136,6 +147,75 @@ def from_offsets(value: Tensor, geometry: Geometry) -> Tensor:
     taps, n, _ = value.shape
     value = value.view(taps, n, geometry.groups, -1, geometry.shape[1]).permute(1, 2, 3, 4, 0)
     return value.reshape(n, *geometry.shape)
+
+
+def has_rows(geometry: Geometry) -> bool:
+    """Whether `by_rows` can be asked: several axes, no dilation, and kernels that strides divide."""
+    divided = all(k % s == 0 for k, s in zip(geometry.kernel, geometry.stride, strict=True))
+    return divided and len(geometry.kernel) > 1 and all(d == 1 for d in geometry.dilation)
+
+
+def by_rows(x: Tensor, g: Tensor, geometry: Geometry, out: Tensor | None = None) -> Tensor:
+    """One batched product for each step of the kernel along its first axis, ``[M, N groups, C_out / groups, F]``.
+
+    The pixels that a strided window meets at the same tap are channels of an image that is smaller by the stride, over
+    which the kernel, smaller as well, moves by ones. Only its other axes are unfolded: along the first one, moving by
+    a row is moving by a number, and what a step meets is a slice.
+
+    Args:
+        x: The padded input.
+        g: Gradient of the output.
+        geometry: One that `has_rows`.
+        out: Where to write.
+
+    Returns:
+        The gradients, step by step; see `from_rows`.
+    """
+    positions, steps = g.shape[2:], _steps(geometry)
+    grid = [length + m - 1 for length, m in zip(positions, steps, strict=True)]
+    phases = _split(x, geometry, grid)  # [N groups, C_in / groups * prod(stride), *grid]
+    batch, channels, width = len(phases), phases.shape[1], positions[1:].numel()
+    for axis, m in enumerate(steps[1:], start=3):
+        phases = phases.unfold(axis, m, 1)  # [..., *grid, *steps after the first]
+    dims = len(grid)
+    order = (0, 1, *range(2 + dims, 1 + 2 * dims), *range(2, 2 + dims))
+    rows = phases.permute(order).reshape(batch, channels * math.prod(steps[1:]), grid[0] * width)
+    factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
+    if out is None:
+        out = g.new_empty(steps[0], batch, factor.shape[1], rows.shape[1])
+    for step, into in enumerate(out):
+        short_sums(factor, rows[:, :, step * width : (step + positions[0]) * width].mT, out=into)
+    return out
+
+
+def from_rows(value: Tensor, geometry: Geometry) -> Tensor:
+    """The result of `by_rows`, as ``[M, N, groups C_out / groups F]``, in the order ``[N, *shape]``."""
+    steps, strides, dims = _steps(geometry), geometry.stride, len(geometry.stride)
+    value = value.view(steps[0], value.shape[1], geometry.shape[0], geometry.shape[1], *strides, *steps[1:])
+    order = [1, 2, 3, 0, 4]
+    for axis in range(1, dims):
+        order += [3 + dims + axis, 4 + axis]
+    return value.permute(order).reshape(value.shape[1], *geometry.shape)
+
+
+def _steps(geometry: Geometry) -> list[int]:
+    """By how many ones the kernel of `by_rows` moves along each axis."""
+    return [k // s for k, s in zip(geometry.kernel, geometry.stride, strict=True)]
+
+
+def _split(x: Tensor, geometry: Geometry, grid: list[int]) -> Tensor:
+    """The pixels of each phase of the stride side by side, as channels: ``[N groups, C_in / groups * S, *grid]``."""
+    sizes = [size * s for size, s in zip(grid, geometry.stride, strict=True)]
+    for axis, size in enumerate(sizes, start=2):
+        x = x.narrow(axis, 0, size)  # pixels beyond are met by no window
+    x = x.unflatten(1, (geometry.groups, -1)).flatten(0, 1)
+    if all(s == 1 for s in geometry.stride):
+        return x
+    dims = len(grid)
+    for axis, s in reversed(list(enumerate(geometry.stride, start=2))):
+        x = x.unflatten(axis, (-1, s))
+    order = (0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))
+    return x.permute(order).flatten(1, 1 + dims)
 
 
 def _phases(x: Tensor, geometry: Geometry) -> tuple[Tensor, list[int]]:

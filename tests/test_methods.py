@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import lru_cache
 
 import pytest
 import reference
@@ -69,6 +70,10 @@ CONVOLUTIONS = {
     "1d-strided": {"dims": 1, "stride": 2, "size": 11},
     "3d": {"dims": 3, "size": 5},
     "3d-strided": {"dims": 3, "size": 6, "stride": 2},
+    "3d-stride-divides": {"dims": 3, "k": 4, "size": 7, "stride": 2},
+    "stride-divides": {"k": 4, "stride": 2, "size": 10},
+    "stride-divides-grouped": {"k": 4, "stride": 2, "size": 11, "groups": 2},
+    "patches": {"k": 3, "stride": 3, "size": 10, "sides": [(0, 0)] * 2},
     "lopsided": {"sides": [(2, 1), (2, 1)]},
     "reflect": {"mode": "reflect"},
     "circular": {"mode": "circular"},
@@ -101,6 +106,36 @@ def test_windows_that_are_copied_are_those_that_are_looked_up(name, monkeypatch)
         monkeypatch.setattr(_conv, "_FEW", few)
         found.append(term.unfolded().x)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("most", [10**9, 1])
+def test_large_gradients_are_formed_in_their_own_order(most, monkeypatch):
+    """To bring them into another one takes as much room again."""
+    offered = []
+    monkeypatch.setattr(conv, "choose", lambda term, choice, methods: offered.extend(methods) or methods[0])
+    monkeypatch.setattr(conv, "_ARRANGED", most)
+    term = windows()
+    reference.assert_close_report(term.formed(Choice()), term.unfolded().dense(), 1e-12, "gradients")
+    arranged = [m.name for m in offered if "kernel offsets" in m.name or "kernel rows" in m.name]
+    assert len(arranged) == (2 if most > 1 else 0)
+
+
+def test_where_to_look_is_computed_once_for_small_windows(monkeypatch):
+    """And is as good for images of another size, and for large windows."""
+    monkeypatch.setattr(_conv, "_FEW", 10**9)
+    computed, places = [], _conv._places
+    for kept in (0, 2**14):
+        monkeypatch.setattr(_conv, "_KEPT", kept)
+        monkeypatch.setattr(_conv, "_places", lambda *a: computed.append(a) or places(*a))
+        monkeypatch.setattr(_conv, "_places_kept", lru_cache(_conv._places))
+        computed.clear()
+        for size in (8, 9, 8):
+            monkeypatch.setattr(_conv, "_FEW", 10**9)
+            found = windows(size=size)
+            looked_up = found.unfolded().x
+            monkeypatch.setattr(_conv, "_FEW", 0)
+            assert torch.equal(looked_up, found.unfolded().x)
+        assert len(computed) == (2 if kept else 3)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -229,8 +264,8 @@ def test_the_methods_are_those_that_the_documentation_names():
     assert found == {
         "Gram matrices of the positions", "per-example gradients, kept", "per-example gradients",
         "Gram matrices of the pixels", "Gram matrices of the windows", "per-example gradients, kernel offsets",
-        "per-example gradients, unfolded", "per-example gradients, one by one",
-        "per-example gradients, examples as groups",
+        "per-example gradients, unfolded", "per-example gradients, kernel rows",
+        "per-example gradients, one by one", "per-example gradients, examples as groups",
     }  # fmt: skip
 
 

@@ -89,7 +89,8 @@ SHORT = {
     "plain": "plain", "Gram matrices of the positions": "Gram", "per-example gradients, kept": "kept",
     "per-example gradients": "let go", "Gram matrices of the pixels": "Gram of pixels",
     "Gram matrices of the windows": "Gram of windows", "per-example gradients, kernel offsets": "offsets",
-    "per-example gradients, unfolded": "unfolded", "per-example gradients, one by one": "one by one",
+    "per-example gradients, unfolded": "unfolded", "per-example gradients, kernel rows": "rows",
+    "per-example gradients, one by one": "one by one",
     "per-example gradients, examples as groups": "as groups",
 }  # fmt: skip
 

@@ -20,8 +20,11 @@ from torch import Size, Tensor, nn
 from .._conv import (
     Geometry,
     by_offsets,
+    by_rows,
     examples_as_groups,
     from_offsets,
+    from_rows,
+    has_rows,
     native,
     one_by_one,
     pixel_gram,
@@ -118,7 +121,10 @@ class Windows(Term):
         """The gradients, by the fastest way."""
         if not self.n:
             return self.dense()
-        return choose(self, Choice(choice.strategy), [way.forming(self) for way in self._ways()]).run()[0]
+        ways = self._ways()
+        if self.n * self.shape.numel() > _ARRANGED:
+            ways = [way for way in ways if way.form not in (Windows._by_offsets, Windows._by_rows)]
+        return choose(self, Choice(choice.strategy), [way.forming(self) for way in ways]).run()[0]
 
     def _likeliest(self) -> _Way:
         """The way that the model holds for the fastest."""
@@ -196,6 +202,9 @@ class Windows(Term):
             _Way(self, _OFFSETS, grid, 2 * size + factors + read, 2 * taps),
             _Way(self, _UNFOLDED, products, 2 * size + 3 * unfolded, 8),
         ]
+        if has_rows(self.geometry):
+            steps = self.geometry.kernel[0] // self.geometry.stride[0]
+            ways.append(_Way(self, _ROWS, products, 2 * size + self.x.numel() + 3 * unfolded / steps, 6 + steps))
         if self._drift_of(Windows._as_groups) < _MOST_DRIFT:
             small = math.prod(self.geometry.kernel) * 50 / max(1, length)
             ways += [
@@ -209,7 +218,8 @@ class Windows(Term):
         dtype, length = self.g.dtype, self.g.shape[2:].numel()
         if form is Windows._by_offsets:
             return short_drift(self._pixels(), dtype)
-        return short_drift(length, dtype) if form is Windows._by_unfolding else drift(length, dtype)
+        short = form in (Windows._by_unfolding, Windows._by_rows)
+        return short_drift(length, dtype) if short else drift(length, dtype)
 
     def _by_offsets(self) -> Formed:
         geometry, shape = self.geometry, self.shape
@@ -231,6 +241,18 @@ class Windows(Term):
             unfolded = block.unfolded()
             summed_products(unfolded.g, unfolded.x, out)
         return Formed(value[None].flatten(2), self.shape)
+
+    def _by_rows(self) -> Formed:
+        geometry, shape = self.geometry, self.shape
+        steps, groups = geometry.kernel[0] // geometry.stride[0], geometry.groups
+        unfolded = self.x.shape[1] * geometry.kernel[1:].numel() * self.g.shape[2:].numel()
+        several = unfold_block(self.x, unfolded)
+        value = self.g.new_empty(steps, self.n * groups, shape[0] // groups, shape[1:].numel() // steps)
+        images = zip(self.x.split(several), self.g.split(several), value.split(several * groups, dim=1), strict=True)
+        for x, g, out in images:
+            by_rows(_pad(x, self.sides, self.mode), g, geometry, out)
+        value = value.view(steps, self.n, -1)
+        return Formed(value, shape, lambda v: from_rows(v, geometry).view(v.shape[1], *shape))
 
     def _one_by_one(self) -> Formed:
         x, padding = self._for_native()
@@ -275,14 +297,17 @@ class Windows(Term):
         return native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), self.geometry, padding).view(self.shape)
 
 
+_ARRANGED = 2**20  # numbers of gradients that may be formed in another order first; with more, room is what takes time
 _MOST_DRIFT = 5e-5  # share of a sum that a native call over many positions may be off by
 _BY_PIXELS, _BY_WINDOWS = "Gram matrices of the pixels", "Gram matrices of the windows"
 _DROPPED = "per-example gradients"
 _OFFSETS, _UNFOLDED = f"{_DROPPED}, kernel offsets", f"{_DROPPED}, unfolded"
+_ROWS = f"{_DROPPED}, kernel rows"
 _ONE_BY_ONE, _AS_GROUPS = f"{_DROPPED}, one by one", f"{_DROPPED}, examples as groups"
 _FORMS: dict[str, Callable[[Windows], Formed]] = {
     _OFFSETS: Windows._by_offsets,
     _UNFOLDED: Windows._by_unfolding,
+    _ROWS: Windows._by_rows,
     _ONE_BY_ONE: Windows._one_by_one,
     _AS_GROUPS: Windows._as_groups,
 }
