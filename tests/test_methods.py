@@ -108,6 +108,77 @@ def test_windows_that_are_copied_are_those_that_are_looked_up(name, monkeypatch)
     assert torch.equal(*found)
 
 
+def strided(stride=2, dilation=1, pad=0, n=2, size=10, dtype=torch.float64, mode="zeros"):
+    """Convolutions with kernels of 4 and outputs of 4, by different ways there."""
+    geometry = Geometry(torch.Size((3, 2, 4, 4)), (stride,) * 2, (dilation,) * 2, 1)
+    x, g = torch.randn(n, 2, size, size, dtype=dtype), torch.randn(n, 3, 4, 4, dtype=dtype)
+    return Windows(x, g, geometry, [(pad, pad)] * 2, mode)
+
+
+def test_a_choice_is_taken_again_only_for_what_is_the_same(monkeypatch):
+    lopsided = strided(pad=1, size=8)
+    lopsided.sides = [(2, 0), (0, 2)]
+    other_layout = outer()
+    other_layout.g = other_layout.g.mT.contiguous().mT
+    found = [outer(), outer(n=4), outer(t=41), other_layout, Outer(outer().g.float(), outer().x.float(), outer().shape)]
+    found += [strided(), strided(1, 2), strided(pad=1, size=8), strided(pad=1, size=8, mode="reflect"), lopsided]
+    found += [strided(n=3), strided(dtype=torch.float32)]
+    choices = [Choice(), Choice("model"), Choice(sums=True), Choice(room=2.0)]
+    asked = []
+    monkeypatch.setattr(choosing, "choose", lambda term, choice: asked.append(1) or choose(term, choice))
+    for _ in range(2):
+        for term in found:
+            for choice in choices:
+                settled(term, choice)
+    assert len(asked) == len(found) * len(choices)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        settled(found[0], choices[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(asked) == len(found) * len(choices) + 1
+    forget_choices()
+    settled(found[0], choices[0])
+    assert len(asked) == len(found) * len(choices) + 2
+
+
+def test_only_so_many_choices_are_remembered(monkeypatch):
+    monkeypatch.setattr(choosing, "_MOST", 3)
+    for t in range(2, 12):
+        settled(outer(t=t), Choice("model"))
+        assert len(choosing._TAKEN) <= 3
+
+
+@pytest.mark.parametrize("make", [outer, windows, strided])
+def test_a_method_is_run_again_by_its_name(make, monkeypatch):
+    ran = []
+    for owner in (Outer, Windows):
+        for name in ("_by_gram", "_kept", "_dropped", "_by_pixels", "_by_windows"):
+            if hasattr(owner, name):
+                monkeypatch.setattr(owner, name, lambda self, name=name: ran.append(name))
+    term = make()
+    for method in term.methods():
+        ran.clear()
+        method.run()
+        directly = list(ran)
+        ran.clear()
+        term.run(method.name)
+        assert ran == directly
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_term_with_other_methods_is_asked_each_time(first):
+    class Mine(Outer):
+        def methods(self):
+            return [Method("mine", lambda: (torch.full((self.n,), 7.0), self))]
+
+    known = outer()
+    mine, choice = Mine(known.g, known.x, known.shape), Choice("model")
+    for term in (known, mine, known, mine) if first else (mine, known, mine, known):
+        assert (settled(term, choice)[0] == 7.0).all() == (term is mine)
+
+
 @pytest.mark.parametrize("most", [10**9, 1])
 def test_large_gradients_are_formed_in_their_own_order(most, monkeypatch):
     """To bring them into another one takes as much room again."""
@@ -370,7 +441,7 @@ def test_gradients_are_kept_where_there_is_room_and_it_is_faster(monkeypatch):
         found.append((clipping.norms, model.weight.clipped_sum))
         assert len(used) == (room is not None)
     for one, other in zip(*found, strict=True):
-        reference.assert_close_report(one, other, 2e-6, "without and with room")
+        reference.assert_close_report(one, other, 3e-5, "without and with room")  # norms are raised by either way's own
 
 
 def test_a_method_for_which_there_is_no_memory_is_not_taken():

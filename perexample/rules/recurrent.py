@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
-from .._norms import BLOCK, Inner, gram_norms, joined, norms_of, of_grams
+from .._norms import BLOCK, Inner, gram_drift, gram_norms, joined, norms_of, of_grams
 from .._private import kept_state, own_parameters, repeats_forward, without_forward_hooks
 from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import UnsupportedModuleError
@@ -67,7 +67,8 @@ class _Left:
             return gram_norms(self.g, x)
         if self._products is None:
             self._products = self.g @ self.g.mT
-        return joined([of_grams(self._products, x @ x.mT)], x)
+        off = gram_drift(x.dtype, self.g.shape[3], x.shape[3])
+        return joined([of_grams(self._products, x @ x.mT, off)], x)
 
 
 class _Steps(Outer):

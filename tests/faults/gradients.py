@@ -135,7 +135,7 @@ MUTANTS = (
     mutant(
         "F31-not-raised",
         "leaves what rounding may have taken off in a norm",
-        Edit(f"{TRUST}:inner", ("raised = l2 + torch.maximum(error, drift * l2)", "raised = l2 + 0 * error")),
+        Edit(f"{TRUST}:inner", ("raised = l2 + torch.maximum(error, found.drift * l2)", "raised = l2 + 0 * error")),
         killers=[
             "test_methods.py::test_float32_norms_of_long_constant_rows_are_not_below_the_truth",
             "test_laws.py::test_float32_norms_are_never_too_small",
