@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,6 +74,44 @@ def examples_as_groups(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[
     n, shape = len(x), geometry.shape
     wide = Geometry(Size((n * shape[0], *shape[1:])), geometry.stride, geometry.dilation, n * geometry.groups)
     return native(x.reshape(1, -1, *x.shape[2:]), g.reshape(1, -1, *g.shape[2:]), wide, padding).view(n, *shape)
+
+
+_AT_ONCE = 1500  # positions over which one native call sums: what it adds is in float32, one after another
+
+
+def parts_of(positions: Size) -> tuple[int, int]:
+    """Into how many parts `by_parts` cuts the first axis, and of how many rows."""
+    most = max(1, _AT_ONCE // max(1, positions[1:].numel()))
+    parts = max(1, -(-positions[0] // most))
+    return parts, max(1, -(-positions[0] // parts))
+
+
+def by_parts(form: Callable[..., Tensor], x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[int, ...]) -> Tensor:
+    """A native way, on some rows of the output after others, and the results added up.
+
+    Args:
+        form: `one_by_one` or `examples_as_groups`.
+        x: The input.
+        g: Gradient of the output.
+        geometry: Shape of the convolution.
+        padding: What the native calls add on both sides.
+
+    Returns:
+        What ``form`` returns.
+    """
+    parts, rows = parts_of(g.shape[2:])
+    if parts == 1:
+        return form(x, g, geometry, padding)
+    if padding[0]:
+        x = F.pad(x, [0, 0] * (len(padding) - 1) + [padding[0]] * 2)
+    step, reach = geometry.stride[0], (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
+    total: Tensor | None = None
+    for start, part in zip(range(0, g.shape[2], rows), g.split(rows, 2), strict=True):
+        met = x.narrow(2, start * step, (part.shape[2] - 1) * step + reach)
+        found = form(met, part, geometry, (0, *padding[1:]))
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
 
 
 def windows(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:

@@ -80,8 +80,8 @@ def test_every_way_to_norms_of_a_convolution_is_not_too_small(side, small, group
     term = Windows(torch.ones(n, 2, side + k - 1, side + k - 1), g, geometry, [(0, 0)] * 2)
     true = g.double().sum((2, 3))[:, 0] * (geometry.shape.numel()) ** 0.5
     names = [method.name for method in term.methods()]
-    native = drift(side**2, torch.float32) < 9e-5
-    assert any("groups" in name for name in names) == any("one by one" in name for name in names) == native
+    assert any("groups" in name for name in names)
+    assert any("one by one" in name for name in names)
     for name in [*names, "per-example gradients"]:
         ratio = term.run(name)[0].sqrt() / true - 1
         assert ratio.min() > -1e-6, name
@@ -116,7 +116,7 @@ def test_by_how_much_sums_of_each_kind_may_be_off():
     for form, length in short.items():
         assert term._drift_of(form) == short_drift(length, single)
     for form in (Windows._one_by_one, Windows._as_groups):
-        assert term._drift_of(form) == drift(1600, single)
+        assert term._drift_of(form) == drift(20 * 40 + 1, single)  # 20 rows at once
     assert term.drift() == term._likeliest().drift > 0
 
 
@@ -298,3 +298,9 @@ def test_gradients_that_lie_well_are_left_alone(lies, monkeypatch):
         up = torch.randn(9, 5).T if lies == "two axes" else torch.randn(out.shape)
         (out * up).flatten(1).sum().mul(1 / x.shape[1 if lies == "time first" else 0]).backward()
     assert seen[0][0] is seen[0][1]
+
+
+def test_rows_too_long_for_one_native_call_are_not_given_to_any():
+    x, g = torch.ones(1, 1, 4, 2002), torch.ones(1, 1, 2, 2000)
+    term = Windows(x, g, Geometry(torch.Size((1, 1, 3, 3)), (1, 1), (1, 1), 1), [(0, 0)] * 2)
+    assert not any("groups" in method.name or "one by one" in method.name for method in term.methods())

@@ -20,6 +20,7 @@ from torch import Size, Tensor, nn
 from .._conv import (
     Geometry,
     by_offsets,
+    by_parts,
     by_rows,
     examples_as_groups,
     from_offsets,
@@ -27,6 +28,7 @@ from .._conv import (
     has_rows,
     native,
     one_by_one,
+    parts_of,
     pixel_gram,
     windows,
 )
@@ -210,10 +212,10 @@ class Windows(Term):
             steps = self.geometry.kernel[0] // self.geometry.stride[0]
             ways.append(_Way(self, _ROWS, products, 2 * size + self.x.numel() + 3 * unfolded / steps, 6 + steps))
         if self._drift_of(Windows._as_groups) < _MOST_DRIFT:
-            small = math.prod(self.geometry.kernel) * 50 / max(1, length)
+            small, (parts, _) = math.prod(self.geometry.kernel) * 50 / max(1, length), parts_of(self.g.shape[2:])
             ways += [
-                _Way(self, _ONE_BY_ONE, products, 3 * size, 4 * n),
-                _Way(self, _AS_GROUPS, products * (1 + small), 2 * size, 3),
+                _Way(self, _ONE_BY_ONE, products, 3 * size * parts, 4 * n * parts),
+                _Way(self, _AS_GROUPS, products * (1 + small), 2 * size * parts, 3 * parts),
             ]
         return ways
 
@@ -222,8 +224,10 @@ class Windows(Term):
         dtype, length = self.g.dtype, self.g.shape[2:].numel()
         if form is Windows._by_offsets:
             return short_drift(self._pixels(), dtype)
-        short = form in (Windows._by_unfolding, Windows._by_rows)
-        return short_drift(length, dtype) if short else drift(length, dtype)
+        if form in (Windows._by_unfolding, Windows._by_rows):
+            return short_drift(length, dtype)
+        parts, rows = parts_of(self.g.shape[2:])
+        return drift(rows * self.g.shape[3:].numel() + parts - 1, dtype)
 
     def _by_offsets(self) -> Formed:
         geometry, shape = self.geometry, self.shape
@@ -260,11 +264,12 @@ class Windows(Term):
 
     def _one_by_one(self) -> Formed:
         x, padding = self._for_native()
-        return Formed(one_by_one(x, self.g, self.geometry, padding)[None].flatten(2), self.shape)
+        return Formed(by_parts(one_by_one, x, self.g, self.geometry, padding)[None].flatten(2), self.shape)
 
     def _as_groups(self) -> Formed:
         x, padding = self._for_native()
-        return Formed(examples_as_groups(x, self.g, self.geometry, padding)[None].flatten(2), self.shape)
+        value = by_parts(examples_as_groups, x, self.g, self.geometry, padding)
+        return Formed(value[None].flatten(2), self.shape)
 
     def _by_pixels(self) -> tuple[Tensor, Term]:
         return remembering(self, inner(self, pixel_gram(self.padded(), self.g, self.geometry)))
