@@ -195,8 +195,8 @@ def has_rows(geometry: Geometry) -> bool:
     return divided and len(geometry.kernel) > 1 and all(d == 1 for d in geometry.dilation)
 
 
-def by_rows(x: Tensor, g: Tensor, geometry: Geometry, out: Tensor | None = None) -> Tensor:
-    """One batched product for each step of the kernel along its first axis, ``[M, N groups, C_out / groups, F]``.
+def by_rows(x: Tensor, g: Tensor, geometry: Geometry, out: Tensor) -> None:
+    """One batched product for each step of the kernel along its first axis.
 
     The pixels that a strided window meets at the same tap are channels of an image that is smaller by the stride, over
     which the kernel, smaller as well, moves by ones. Only its other axes are unfolded: along the first one, moving by
@@ -206,10 +206,7 @@ def by_rows(x: Tensor, g: Tensor, geometry: Geometry, out: Tensor | None = None)
         x: The padded input.
         g: Gradient of the output.
         geometry: One that `has_rows`.
-        out: Where to write.
-
-    Returns:
-        The gradients, step by step; see `from_rows`.
+        out: Where to write the gradients, step by step, ``[M, N groups, C_out / groups, F]``; see `from_rows`.
     """
     positions, steps = g.shape[2:], _steps(geometry)
     grid = [length + m - 1 for length, m in zip(positions, steps, strict=True)]
@@ -221,11 +218,8 @@ def by_rows(x: Tensor, g: Tensor, geometry: Geometry, out: Tensor | None = None)
     order = (0, 1, *range(2 + dims, 1 + 2 * dims), *range(2, 2 + dims))
     rows = phases.permute(order).reshape(batch, channels * math.prod(steps[1:]), grid[0] * width)
     factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
-    if out is None:
-        out = g.new_empty(steps[0], batch, factor.shape[1], rows.shape[1])
     for step, into in enumerate(out):
         short_sums(factor, rows[:, :, step * width : (step + positions[0]) * width].mT, out=into)
-    return out
 
 
 def from_rows(value: Tensor, geometry: Geometry) -> Tensor:

@@ -83,6 +83,7 @@ def short_drift(length: int, dtype: torch.dtype) -> float:
     return drift(_SHORT_PRODUCT + min(length, _LONG) // _SHORT_PRODUCT, dtype)
 
 
+@torch.no_grad()  # values only: what writes into tensors at hand cannot be differentiated again
 def short_sums(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``left @ right`` for ``[B, O, T]`` and ``[B, T, I]``; in float32 no sum over T runs over many at once."""
     length = right.shape[1]

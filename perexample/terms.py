@@ -522,6 +522,7 @@ class Outer(Term):
         return ((g @ g.mT) * (x @ x.mT)).sum(0)
 
 
+@torch.no_grad()  # as it writes into a tensor in the order that is wanted
 def _weighted_side_by_side(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """``[N, 1, T, O]`` and ``[N, 1, T, I]`` as matrices of all positions, one of them times the weights ``[N]``.
 

@@ -304,3 +304,13 @@ def test_rows_too_long_for_one_native_call_are_not_given_to_any():
     x, g = torch.ones(1, 1, 4, 2002), torch.ones(1, 1, 2, 2000)
     term = Windows(x, g, Geometry(torch.Size((1, 1, 3, 3)), (1, 1), (1, 1), 1), [(0, 0)] * 2)
     assert not any("groups" in method.name or "one by one" in method.name for method in term.methods())
+
+
+def test_terms_of_factors_that_need_gradients_are_values():
+    """As a rule's own test may make them of a model's tensors."""
+    g, x, w = torch.randn(3, 1, 300, 4), torch.randn(3, 1, 300, 5), torch.rand(3)
+    plain = Outer(g, x, torch.Size((4, 5)))
+    term = Outer(g.clone().requires_grad_(), x.clone().requires_grad_(), plain.shape)
+    torch.testing.assert_close(term.dense().detach(), plain.dense())
+    torch.testing.assert_close(term.weighted_sum(w).detach(), plain.weighted_sum(w))
+    torch.testing.assert_close(term.batch_l2().detach(), plain.batch_l2())

@@ -184,16 +184,11 @@ class Windows(Term):
 
     def run(self, name: str) -> tuple[Tensor, Term]:
         """One of the methods."""
-        if name == _BY_PIXELS:
-            return self._by_pixels()
-        if name == _BY_WINDOWS:
-            return self._by_windows()
-        if name == _DROPPED:
-            return self._dropped()
-        if name not in _FORMS:
-            return super().run(name)
-        form = _FORMS[name]
-        return keeping(self, form(self), self._drift_of(form))
+        form = _FORMS.get(name)
+        if form is not None:
+            return keeping(self, form(self), self._drift_of(form))
+        own = {_BY_PIXELS: self._by_pixels, _BY_WINDOWS: self._by_windows, _DROPPED: self._dropped}
+        return own[name]() if name in own else super().run(name)
 
     def _ways(self) -> list[_Way]:
         """Several ways to form the gradients."""
