@@ -28,7 +28,7 @@ class Flat(Clip):
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
         """Factors for these norms."""
-        return (bound / norms).clamp_max(1.0)
+        return (bound / norms).clamp_(0.0, 1.0)  # C / -0.0 is below 0
 
 
 class Automatic(Clip):
@@ -111,6 +111,8 @@ def bounded(clip: Clip, norms: Tensor, bound: float) -> Tensor:
             f"ClippedGrad(clip=...): the function returned {got} for norms of shape {list(norms.shape)}; it must "
             f"return a tensor with one factor for each norm."
         )
+    if type(clip) is Flat:  # is so already
+        return factors
     return factors.to(norms).clamp(min=0.0).minimum(bound / norms).nan_to_num(0.0, 0.0, 0.0)
 
 

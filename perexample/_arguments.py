@@ -57,6 +57,8 @@ def shown(value: Any) -> str:
 
 
 def _finite(value: Any) -> float | None:
+    if type(value) is float:  # mostly so, in every step; the look at other kinds takes longer
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:

@@ -119,15 +119,31 @@ def windows(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
     if positions[-1] <= _FEW and x.device.type == "cpu":
         return _looked_up(x, geometry, positions)
     dims = x.dim() - 2
-    for axis in range(2, 2 + dims):
-        reach = (geometry.shape[axis] - 1) * geometry.dilation[axis - 2] + 1
-        x = x.unfold(axis, reach, geometry.stride[axis - 2])
-    for axis, step in enumerate(geometry.dilation, start=2 + dims):
-        x = x[(slice(None),) * axis + (slice(None, None, step),)]
-    x = x.unflatten(1, (geometry.groups, geometry.shape[1]))  # [N, groups, C_in/groups, *L, *K]
+    x = _unfolded(x.unflatten(1, (geometry.groups, geometry.shape[1])), 3, geometry)  # [..., C_in / groups, *L, *K]
     order = (0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))  # rows of pixels are copied whole
     x = x.permute(order).reshape(len(x), geometry.groups, geometry.shape[1:].numel(), positions.numel())
     return x.transpose(2, 3)
+
+
+def windows_by_taps(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
+    """The same in another order, ``[N, groups, L, K * C_in / groups]``, in which all channels of a pixel are copied."""
+    dims = x.dim() - 2
+    x = x.unflatten(1, (geometry.groups, geometry.shape[1])).movedim(2, -1).contiguous()
+    x = _unfolded(x, 2, geometry)  # [N, groups, *L, C_in / groups, *K]
+    order = (0, 1, *range(2, 2 + dims), *range(3 + dims, 3 + 2 * dims), 2 + dims)
+    return x.permute(order).reshape(len(x), geometry.groups, positions.numel(), geometry.shape[1:].numel())
+
+
+def _unfolded(x: Tensor, first: int, geometry: Geometry) -> Tensor:
+    """A view of the windows over the axes from ``first`` on, with the taps on axes behind all others."""
+    behind = x.dim()
+    for axis, (k, stride, dilation) in enumerate(
+        zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True), start=first
+    ):
+        x = x.unfold(axis, (k - 1) * dilation + 1, stride)
+    for axis, step in enumerate(geometry.dilation, start=behind):
+        x = x[(slice(None),) * axis + (slice(None, None, step),)]
+    return x
 
 
 _FEW = 8  # neighbours that are copied at once: with fewer, every entry is looked up by itself

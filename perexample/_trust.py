@@ -22,9 +22,10 @@ def direct(term: Term, l2: Tensor, drift: float = 0.0) -> tuple[Tensor, Tensor |
     """
     bound = term.magnitude_bound()
     raised, doubtful = direct_norms(l2, bound, drift, term.dtype)
-    if doubtful.any():  # the bound costs little, the magnitude itself is closer
+    if doubtful is not None:  # the bound costs little, the magnitude itself is closer
         rows = doubtful.clone()
-        raised[rows], doubtful[rows] = direct_norms(l2[rows], term.select(rows).magnitude(), drift, term.dtype)
+        raised[rows], closer = direct_norms(l2[rows], term.select(rows).magnitude(), drift, term.dtype)
+        doubtful[rows] = False if closer is None else closer
     return mended(term, raised, doubtful)
 
 
@@ -42,21 +43,32 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
     kind, l2 = torch.finfo(term.dtype), found.l2
     unit, lost = term.unit(), found.products * kind.tiny  # what products may underflow to
 
-    def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-        error = (unit * magnitude.square()).add_(lost)
-        raised = l2 + torch.maximum(error, found.drift * l2)
-        return raised, ~((error <= TRUSTED * raised) & (raised < math.inf))  # NaN is in doubt too
+    def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor | None]:
+        error = magnitude.square().mul_(unit).add_(lost)
+        raised = torch.maximum(error, found.drift * l2).add_(l2)
+        return raised, _in_doubt(error, TRUSTED, raised)
 
     raised, doubtful = judged(l2, found.magnitude)
-    if doubtful.any():  # that magnitude is raised where a factor is zero, or too small for its square
+    if doubtful is not None:  # that magnitude is raised where a factor is zero, or too small for its square
         rows = doubtful.clone()
         magnitude = term.select(rows).magnitude()
         closer, still = judged(l2[rows], magnitude)
+        still = torch.zeros_like(magnitude, dtype=torch.bool) if still is None else still
         if found.products:
             still |= found.magnitude[rows] > 2 * magnitude
         raised[rows] = closer.masked_fill(magnitude == 0, 0.0)
         doubtful[rows] = still & (magnitude != 0)
     return mended(term, raised, doubtful)
+
+
+def _in_doubt(error: Tensor, share: float, of: Tensor) -> Tensor | None:
+    """Where an error is more than a share of a number, or that is not finite; ``None`` if nowhere, found in one look."""
+    if not of.numel():
+        return None
+    least, most = torch.aminmax(torch.sub(error, of, alpha=share))
+    if most.item() <= 0.0 and least.item() > -math.inf:
+        return None
+    return ~((error <= share * of) & (of < math.inf))  # NaN is in doubt too
 
 
 TRUSTED = 1e-4  # share of a squared norm that rounding may account for before it is computed again in float64
@@ -67,16 +79,16 @@ def unit_of_products(dtype: torch.dtype, positions: int, outputs: int, inputs: i
     return torch.finfo(dtype).eps / 2 * max(1.0, (math.sqrt(outputs) + math.sqrt(inputs)) / max(1, 2 * positions))
 
 
-def mended(term: Term, l2: Tensor, doubtful: Tensor) -> tuple[Tensor, Tensor | None]:
+def mended(term: Term, l2: Tensor, doubtful: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Replace the norms that are in doubt by ones of gradients that are formed in float64."""
-    if not doubtful.any():
+    if doubtful is None or not doubtful.any():
         return l2, None
     chosen = term.select(doubtful).double()
     parts = [squared_norms(chosen.select(one).dense()) for one in blocks(chosen)]
     return l2.masked_scatter(doubtful, torch.cat(parts)), doubtful
 
 
-def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Squared norms of gradients that were formed, raised by what rounding may have taken off.
 
     Errors of a formed gradient are of two kinds. Where all its pieces point one way, sums that run over many at once
@@ -84,12 +96,10 @@ def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype
     the sum of the norms of the pieces; where that is no longer small, the pieces cancel and the norm is in doubt.
 
     Returns:
-        Squared norms, and which of them are in doubt.
+        Squared norms, and which of them are in doubt, if any.
     """
-    unit = torch.finfo(dtype).eps / 2
-    norms, error = l2.sqrt(), unit * magnitude
-    doubtful = ~(error <= _TRUSTED_SHARE * norms) | ~torch.isfinite(l2)
-    return (norms * (1 + drift) + error).square(), doubtful
+    norms, error = l2.sqrt(), torch.finfo(dtype).eps / 2 * magnitude
+    return torch.add(error, norms, alpha=1 + drift).square_(), _in_doubt(error, _TRUSTED_SHARE, norms)
 
 
 _TRUSTED_SHARE = 2e-5  # share of a norm that rounding may account for before it is computed again in float64

@@ -112,15 +112,29 @@ def settled(term: Term, choice: Choice) -> tuple[Tensor, Term]:
     same = term.sameness()
     if same is None:
         return choose(term, choice).run()
-    key = same, choice.strategy, choice.sums, choice.room, torch.get_num_threads()
+    return term.run(taken("norms", same, choice, lambda: choose(term, choice)))
+
+
+def taken(what: str, same: Any, choice: Choice, choosing: Callable[[], Method]) -> str:
+    """The name of the method that is chosen, or that was for what is wholly the same.
+
+    Args:
+        what: What it is chosen for.
+        same: `Term.sameness` of the term.
+        choice: How it is chosen.
+        choosing: Chooses it.
+
+    Returns:
+        The name.
+    """
+    key = what, same, choice.strategy, choice.sums, choice.room, torch.get_num_threads()
     name = _TAKEN.get(key)
-    if name is not None:
-        return term.run(name)
-    method = choose(term, choice)
-    if len(_TAKEN) >= _MOST:
-        _TAKEN.clear()
-    _TAKEN[key] = method.name
-    return method.run()
+    if name is None:
+        name = choosing().name
+        if len(_TAKEN) >= _MOST:
+            _TAKEN.clear()
+        _TAKEN[key] = name
+    return name
 
 
 def choose(term: Term, choice: Choice, methods: list[Method] | None = None) -> Method:

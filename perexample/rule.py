@@ -362,12 +362,12 @@ def _where(rule: Rule, call: Call, kind: str) -> str:
 
 
 def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
-    if not isinstance(result, Mapping):
+    if type(result) is not dict and not isinstance(result, Mapping):
         raise RuleContractError(
             f"{_where(rule, call, kind)} returned {type(result).__name__}; return a dict with one entry for each "
             f"parameter name."
         )
-    if set(result) != set(call.params):
+    if result.keys() != call.params.keys():
         raise RuleContractError(
             f"{_where(rule, call, kind)} returned the names {sorted(map(str, result))}, but the parameters that need a "
             f"gradient are {sorted(call.params)} (`call.params`); return exactly these."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .._grams import Grams
 from .._placed import merged
 from .._private import version
-from .._shards import freed, is_sharded
+from .._shards import freed
 from .._vjp import pulled_back
 from ..errors import (
     BatchAxisError,
@@ -35,6 +36,7 @@ from .tap import Tap
 from .view import ParameterView
 from .walk import Source, Walk
 
+_choice = lru_cache(Choice)
 FIELDS: set[str] = set()  # every field that was ever written, for `unextend`
 
 
@@ -64,8 +66,9 @@ class Backward:
         self.n = number_of_examples(found)
         mean = context.loss_reduction == "mean"
         n = float(self.n) if mean and self.n else 1.0  # what an example's own loss is divided by
+        loss_scale = context.loss_scale
         if self.n:
-            check_sums(loss, found, self.n, context.loss_scale / n)
+            check_sums(loss, found, self.n, loss_scale / n)
         if self.n and mean:
             check_divisors(found, self.n)
         check_joins(loss, found, self.n)
@@ -73,11 +76,11 @@ class Backward:
         # autocast, would change with the size of the batch.
         seeded = not context.grad and not found.leaves and loss.dtype in (torch.float32, torch.float64)
         self.seed = n if seeded else 1.0
-        scale = (self.n if mean else 1.0) / self.seed / context.loss_scale
+        scale = (self.n if mean else 1.0) / self.seed / loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.joint = any(extension.joint for extension in context.extensions)
-        self.choice = Choice(context.strategy, self.joint, context.room)
+        self.choice = _choice(context.strategy, self.joint, context.room)
         self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
         self.views = {key: ParameterView(name, p, self.n, scale, forwards, self.choice) for key, p, name in trainable}
@@ -94,7 +97,7 @@ class Backward:
             self._count({id(p) for p in source.leaves}, 1)
         self.unreached = [key for key, taps in self.pending.items() if not taps]
         self.results: dict[str, dict[int, Tensor]] = {extension.field: {} for extension in context.extensions}
-        self.sharded = {key for key, view in self.views.items() if is_sharded(view.param)}
+        self.sharded = {key for key, view in self.views.items() if view.sharded}
         if self.sharded and context.max_memory is not None:
             raise ConfigurationError(
                 "perex(max_memory=...) runs a second backward where memory is short, which with parameters in shards "

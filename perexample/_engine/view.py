@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ _POSTPONED = (
 )
 
 
+_at_least_float32 = lru_cache(partial(torch.promote_types, torch.float32))
+
+
 class Weights:
     """Weights ``[N]`` of a sum over examples, with what has to be known of them, found out once.
 
@@ -45,10 +49,10 @@ class Weights:
 
     def __init__(self, values: Tensor, most: float = math.inf) -> None:
         """Look at the weights."""
-        self.values, self.all, self.none = values, True, not len(values)
+        self.values, self.all, self.none = values, True, not values.numel()
         self.tiny: Tensor | None = None
         self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
-        self._most, self._largest = most * len(values), math.inf
+        self._most, self._largest = most * values.numel(), math.inf
         if self.none:
             return
         least, largest = torch.aminmax(values)
@@ -131,6 +135,7 @@ class ParameterView:
         forwards: Tokens of the forwards that the loss depends on, the same for all views of a backward.
         late: Sums that were asked for in `Extension.finish` and are filled in after it.
         users: How many joint extensions have not let go yet.
+        sharded: Whether the parameter is kept in shards.
     """
 
     def __init__(
@@ -144,7 +149,7 @@ class ParameterView:
     ) -> None:
         """A parameter that nothing has reached yet: its gradients are zero."""
         self.name, self.param, self.n, self.forwards = name, param, n, forwards
-        self._dtype = torch.promote_types(param.dtype, torch.float32)
+        self._dtype, self.sharded = _at_least_float32(param.dtype), is_sharded(param)
         self._scale, self._choice = scale, choice or Choice()
         self.late: list[_Late] = []  # sums that are filled in after `finish`
         self._gone = ""  # why nothing can be asked any more
@@ -167,7 +172,8 @@ class ParameterView:
 
     def held(self) -> int:
         """Bytes of what is kept for the end."""
-        return 0 if self.term is None else sum(t.numel() * t.element_size() for t in self.term.factors())
+        term = self.term
+        return 0 if term is None else sum([t.nbytes for t in term.factors()])
 
     def postpone(self) -> None:
         """Let go of all but the norms; sums that are asked for are filled in when the terms have come again."""
@@ -297,7 +303,7 @@ class ParameterView:
         Returns:
             The sum, in at least float32; a ``DTensor`` where the parameter is one. Then all processes must ask.
         """
-        if not is_sharded(self.param):
+        if not self.sharded:
             return self.weighted_sum(w, onto)
         total = summed_into_shards(self.weighted_sum(w), self.param)
         return total if onto is None else total + onto

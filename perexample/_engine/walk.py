@@ -77,10 +77,9 @@ def walk(roots: Iterable[Tensor]) -> Walk:
             _enter(found, tap, index, GradientEdge(node, number))
             stack.extend((edge.node, edge.output_nr) for edge in tap.inputs)
             continue
-        _note(found, node)
-        if node.name().startswith("NllLoss"):
+        if _note(found, node).startswith("NllLoss"):
             found.losses.append(node)
-        stack.extend((after, index) for after, index in node.next_functions if after is not None)
+        stack += [edge for edge in node.next_functions if edge[0] is not None]
     return found
 
 
@@ -103,7 +102,7 @@ def _enter(found: Walk, tap: Tap, index: int, edge: GradientEdge) -> None:
         seen.add(node)
         if id(getattr(node, "variable", None)) not in own:
             _note(found, node)
-        stack.extend(after for after, _ in node.next_functions if after is not None)
+        stack += [after for after, _ in node.next_functions if after is not None]
 
 
 def source_of(tensor: Tensor) -> Source:
@@ -191,17 +190,18 @@ def refuse_lost(found: Walk) -> None:
                 )
 
 
-def _note(found: Walk, node: Node) -> None:
-    """Note a leaf, and refuse what hides a graph of its own."""
-    variable = getattr(node, "variable", None)
+def _note(found: Walk, node: Node) -> str:
+    """Note a leaf, and refuse what hides a graph of its own; returns the node's name."""
+    variable, name = getattr(node, "variable", None), node.name()
     if isinstance(variable, nn.Parameter):
         found.uncovered[id(variable)] = variable
     elif isinstance(variable, Tensor):
         found.leaves[id(variable)] = variable
-    elif reentrant_checkpoint(node.name()):
+    elif reentrant_checkpoint(name):
         raise LossError(
             "The loss depends on a reentrant activation checkpoint, whose inner graph cannot be seen; "
             "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    elif node.name().startswith("CompiledFunction"):
+    elif name.startswith("CompiledFunction"):
         found.compiled = True
+    return name

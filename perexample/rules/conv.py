@@ -31,10 +31,11 @@ from .._conv import (
     parts_of,
     pixel_gram,
     windows,
+    windows_by_taps,
 )
 from .._norms import drift, gram_norms, joined, norms_of, short_drift, summed_products, unfold_block
 from .._trust import TRUSTED, inner, unit_of_products
-from ..methods import ROOM, Choice, Method, choose, sameness
+from ..methods import ROOM, Choice, Method, choose, sameness, taken
 from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Dense, Formed, Outer, Term, blockwise, keeping, remembering, rows_together
 
@@ -65,6 +66,7 @@ class Windows(Term):
         """Keep the factors; nothing is padded or unfolded yet."""
         self.x, self.g, self.n, self.shape, self.geometry = x, g, x.shape[0], shape or geometry.shape, geometry
         self.sides, self.mode = sides or [(0, 0)] * (x.dim() - 2), mode
+        self.strategy = "model"  # for the way of a sum
 
     def factors(self) -> list[Tensor]:
         """Both."""
@@ -295,16 +297,58 @@ class Windows(Term):
         x = self.x if self.mode == "zeros" else self.padded()
         return math.sqrt(most) * norms_of(x.flatten(1)) * norms_of(self.g.flatten(1))
 
+    def settled(self, choice: Choice) -> tuple[Tensor, Term]:
+        """By the method that was chosen; the way of a sum that follows is chosen alike."""
+        self.strategy = choice.strategy
+        return super().settled(choice)
+
     def weighted_sum(self, w: Tensor) -> Tensor:
-        """One native weight gradient for the whole batch, of ``w_n g_n``."""
+        """One native weight gradient for the whole batch, of ``w_n g_n``, or its product with the unfolded inputs."""
+        weighted = self._like(self.x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)))
+        return weighted._summed(self.strategy)
+
+    def _summed(self, strategy: str) -> Tensor:
+        """The sum of all gradients, by the faster way."""
+        few, same = self.g.shape[2:].numel() <= _FEW_POSITIONS, self.sameness()
+        if not few or self.geometry.groups > 1 or not self.n or same is None:
+            return self._sum_native()
+        choice = Choice(strategy)
+        name = taken("sum", same, choice, lambda: choose(self, choice, self._sums()))
+        return self._sum_of_windows() if name == _SUM_OF_WINDOWS else self._sum_native()
+
+    def _sums(self) -> list[Method]:
+        """Both ways."""
+        length, size = self.g.shape[2:].numel(), self.shape.numel()
+        products, unfolded = self.n * size * length, self.n * length * self.shape[1:].numel()
+        return [
+            Method(_SUM_NATIVE, lambda: (self._sum_native(), self), products * (1 + 11 / length)),
+            Method(_SUM_OF_WINDOWS, lambda: (self._sum_of_windows(), self), products, unfolded + 2 * size, 8),
+        ]
+
+    def _sum_native(self) -> Tensor:
         x, padding = self._for_native()
-        return native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), self.geometry, padding).view(self.shape)
+        return native(x, self.g, self.geometry, padding).view(self.shape)
+
+    def _sum_of_windows(self) -> Tensor:
+        """One matrix product; native calls are slow for many channels over few positions."""
+        geometry, total = self.geometry, None
+        room = max(self.shape.numel(), self.x.numel() + self.g.numel())
+        several = max(1, room // (self.g.shape[2:].numel() * self.shape[1:].numel()))
+        for x, g in zip(self.x.split(several), self.g.split(several), strict=True):
+            unfolded = windows_by_taps(_pad(x, self.sides, self.mode), geometry, g.shape[2:])
+            factors = g.flatten(2).transpose(0, 1).flatten(1), unfolded.flatten(0, 2)
+            total = torch.mm(*factors) if total is None else total.addmm_(*factors)
+        assert total is not None
+        channels_last = total.view(geometry.shape[0], *geometry.kernel, geometry.shape[1])
+        return channels_last.movedim(-1, 1).reshape(self.shape)
 
 
 _ARRANGED = 2**20  # numbers of gradients that may be formed in another order first; with more, room is what takes time
 _MOST_DRIFT = 9e-5  # share of a sum that a native call over many positions may be off by
 _BY_PIXELS, _BY_WINDOWS = "Gram matrices of the pixels", "Gram matrices of the windows"
 _DROPPED = "per-example gradients"
+_SUM_NATIVE, _SUM_OF_WINDOWS = "native weight gradient", "product with the windows"
+_FEW_POSITIONS = 64  # of the output, up to which a sum may be faster as a product with the windows
 _OFFSETS, _UNFOLDED = f"{_DROPPED}, kernel offsets", f"{_DROPPED}, unfolded"
 _ROWS = f"{_DROPPED}, kernel rows"
 _ONE_BY_ONE, _AS_GROUPS = f"{_DROPPED}, one by one", f"{_DROPPED}, examples as groups"
