@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -289,44 +289,65 @@ def _onto(g: Tensor, grid: list[int]) -> Tensor:
     return F.pad(g, [amount for pair in reversed(missing) for amount in pair]).flatten(2)
 
 
-def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
+def pixel_gram(x: Tensor, g: Tensor, geometry: Geometry, before: Sequence[int] | None = None) -> Inner:
     """Inner products of the positions, from the Gram matrix of the pixels.
 
     ``<window_t, window_s> = sum over offsets o of <x[t stride + o], x[s stride + o]>``: a sum of shifted blocks of one
     Gram matrix, which costs less by the size of the kernel than that of the windows. They are added axis by axis.
 
+    Args:
+        x: The input, which may be without what is padded with zeros: that has no share in any product.
+        g: Gradient of the output.
+        geometry: Shape of the convolution.
+        before: How many zeros are thought to be before each axis of the input; behind it as many as are met.
+
     Returns:
         What `perexample._norms.gram_norms` returns of the windows.
     """
-    per_example = geometry.groups * x.shape[2:].numel() ** 2
+    before = before or [0] * len(geometry.kernel)
+    per_example = geometry.groups * max(x.shape[2:].numel(), g.shape[2:].numel()) ** 2
     block = gram_block(x, per_example)
-    return joined([_pixel_gram(a, b, geometry) for a, b in zip(x.split(block), g.split(block), strict=True)], x)
+    return joined([_pixel_gram(a, b, geometry, before) for a, b in zip(x.split(block), g.split(block), strict=True)], x)
 
 
-def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry) -> Inner:
+def _pixel_gram(x: Tensor, g: Tensor, geometry: Geometry, before: Sequence[int]) -> Inner:
     sizes, length = x.shape[2:], g.shape[2:]
     flat = x.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
     total = (flat.mT @ flat).view(-1, *sizes, *sizes)
     for axis, positions in enumerate(length):
-        total = _added_along(total, axis, positions, geometry)
+        total = _added_along(total, axis, positions, geometry, before[axis])
     factor = g.unflatten(1, (geometry.groups, -1)).flatten(0, 1).flatten(2)
     shape = (len(x), geometry.groups, length.numel(), length.numel())
     off = gram_drift(x.dtype, flat.shape[1] + sum(geometry.kernel), factor.shape[1])
     return of_grams(total.reshape(shape), (factor.mT @ factor).view(shape), off)
 
 
-def _added_along(total: Tensor, axis: int, positions: int, geometry: Geometry) -> Tensor:
+def _added_along(total: Tensor, axis: int, positions: int, geometry: Geometry, before: int) -> Tensor:
     """The sum over the offsets of one axis: axis by axis fewer numbers are added than for all offsets at once."""
-    step, blocks = geometry.stride[axis], []
+    axes, step, blocks = (1 + axis, 1 + axis + len(geometry.kernel)), geometry.stride[axis], []
     for k in range(geometry.kernel[axis]):
-        start = k * geometry.dilation[axis]
-        reach = slice(start, start + step * (positions - 1) + 1, step)
-        index = [slice(None)] * total.dim()
-        index[1 + axis] = index[1 + axis + len(geometry.kernel)] = reach
-        blocks.append(total[tuple(index)])
-    if len(blocks) == 1:
-        return blocks[0]
-    added = torch.add(blocks[0], blocks[1])
-    for block in blocks[2:]:
-        added.add_(block)
+        offset = k * geometry.dilation[axis] - before
+        first = max(0, -(offset // step))  # what is before it, and from the last on, meets zeros
+        last = min(positions, (total.shape[axes[0]] - 1 - offset) // step + 1)
+        if first < last:
+            reach = slice(first * step + offset, (last - 1) * step + offset + 1, step)
+            blocks.append((_on(total, axes, reach), slice(first, last)))
+    blocks.sort(key=lambda block: block[1].start - block[1].stop)  # those of all positions first
+    whole = [block for block, at in blocks if at == slice(0, positions)]
+    if len(whole) == len(blocks) == 1:
+        return whole[0]
+    if len(whole) > 1:
+        added = torch.add(whole[0], whole[1])
+    else:
+        sizes = [positions if at in axes else size for at, size in enumerate(total.shape)]
+        added = total.new_empty(sizes).copy_(whole[0]) if whole else total.new_zeros(sizes)
+    for block, at in blocks[min(len(whole), 2) :]:
+        _on(added, axes, at).add_(block)
     return added
+
+
+def _on(t: Tensor, axes: tuple[int, int], reach: slice) -> Tensor:
+    """A part of a tensor, the same on both axes."""
+    index = [slice(None)] * t.dim()
+    index[axes[0]] = index[axes[1]] = reach
+    return t[tuple(index)]

@@ -269,6 +269,8 @@ class Windows(Term):
         return Formed(value[None].flatten(2), self.shape)
 
     def _by_pixels(self) -> tuple[Tensor, Term]:
+        if self.mode == "zeros":
+            return remembering(self, inner(self, pixel_gram(self.x, self.g, self.geometry, [a for a, _ in self.sides])))
         return remembering(self, inner(self, pixel_gram(self.padded(), self.g, self.geometry)))
 
     def _by_windows(self) -> tuple[Tensor, Term]:
