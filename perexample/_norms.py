@@ -155,10 +155,14 @@ def gram_norms(g: Tensor, x: Tensor, of_x: Tensor | None = None) -> Inner:
         What they tell.
     """
     block, off = gram_block(g, g.shape[1:3].numel() * g.shape[2]), gram_drift(g.dtype, g.shape[3], x.shape[3])
+
+    def cut(t: Tensor) -> Sequence[Tensor]:
+        return (t,) if block >= len(t) else t.split(block)
+
     if of_x is not None:
-        found = [of_grams(b, a @ a.mT, off) for a, b in zip(g.split(block), of_x.split(block), strict=True)]
+        found = [of_grams(b, a @ a.mT, off) for a, b in zip(cut(g), cut(of_x), strict=True)]
     else:
-        found = [of_grams(a @ a.mT, b @ b.mT, off) for a, b in zip(g.split(block), x.split(block), strict=True)]
+        found = [of_grams(a @ a.mT, b @ b.mT, off) for a, b in zip(cut(g), cut(x), strict=True)]
     return joined(found, g)
 
 

@@ -80,7 +80,7 @@ class GroupNormRule(_PerChannelRule):
         sums = _native_sums(call, g)
         if sums is None:
             return super().terms(call, g)
-        if "weight" in call.params and (far := _far_from_zero(call)).any():
+        if "weight" in call.params and (far := _far_from_zero(call)) is not None:
             normalised = F.group_norm(call.x[far], call.module.num_groups, eps=call.module.eps)
             sums["weight"][far] = self.summed(call, normalised.mul_(g[far]))
         return {name: Dense(sums[name]) for name in call.params}
@@ -118,12 +118,18 @@ def _native_sums(call: Call, g: Tensor) -> dict[str, Tensor] | None:
         g.view(one), x.view(one), mean.reshape(1, -1), rstd.reshape(1, -1), x.new_ones(rows), *one, mean.numel(),
         [False, True, True],
     )  # fmt: skip
+    if parts == 1:
+        return {"weight": weight.view(n, channels), "bias": bias.view(n, channels)}
     return {"weight": weight.view(n, channels, parts).sum(2), "bias": bias.view(n, channels, parts).sum(2)}
 
 
-def _far_from_zero(call: Call) -> Tensor:
+def _far_from_zero(call: Call) -> Tensor | None:
     """Examples of which the mean of a group is large, so that digits of the kernel's sums for the weight are lost."""
-    return ~((call.saved["mean"].abs() * call.saved["rstd"]).amax(1) <= _MOST_MEAN)
+    deviations = call.saved["mean"] * call.saved["rstd"]
+    least, most = torch.aminmax(deviations)
+    if -_MOST_MEAN <= least.item() and most.item() <= _MOST_MEAN:  # mostly so, and found out in one look
+        return None
+    return ~(deviations.abs().amax(1) <= _MOST_MEAN)
 
 
 _BATCHED_DIMS: dict[type[nn.Module], int] = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
