@@ -33,7 +33,7 @@ _SHORT = 1e-4  # below these estimated seconds a measurement is worth less than 
 _CHANCE = 6.0  # a method estimated to take this many times the least one is not tried
 _LONG = 0.1  # what takes this many seconds is tried once
 _MOST = 4096  # choices remembered
-ROOM = 1.5  # what is held for the sum may be this many times the least that could be, unless asked for otherwise
+ROOM = 1.6  # what is held for the sum may be this many times the least that could be, unless asked for otherwise
 
 
 @dataclass(slots=True)

@@ -405,7 +405,7 @@ def test_room_is_how_many_times_the_least_may_be_held(room, name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "room"), [({}, 1.25), ({"room": 7}, 7.0), ({"max_memory": 10**9}, 1.0), ({"room": 1}, 1.0)]
+    ("arguments", "room"), [({}, 1.6), ({"room": 7}, 7.0), ({"max_memory": 10**9}, 1.0), ({"room": 1}, 1.0)]
 )
 def test_room_that_a_context_gives(arguments, room, monkeypatch):
     asked = []

@@ -41,7 +41,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             and custom functions run again; the graph and its activations stay until then. What it may need is told
             from shapes beforehand (`Rule.most_held`), and may be more than it does.
         room: How many times the least memory may be held for a parameter until the clip factors are known, if that is
-            faster: 1.25 unless given. With a large one per-example gradients are kept, however large, wherever that
+            faster: 1.6 unless given. With a large one per-example gradients are kept, however large, wherever that
             is faster than to go on with the factors. With ``max_memory`` it is 1.
 
     Raises:
