@@ -362,6 +362,8 @@ def _refuse_written(entry: _Entry, value: Tensor) -> None:
 
 def _freeing(views: list[ParameterView]) -> list[ParameterView]:
     """Those first whose sums take the least room beside what they let go, so that the peak is not in between."""
-    if len(views) < 2 or any(view.sharded for view in views):  # all processes sum in one order, and may hold different things
+    if len(views) < 2 or any(
+        view.sharded for view in views
+    ):  # all processes sum in one order, and may hold different things
         return views
     return sorted(views, key=lambda view: view.param.nbytes - view.held())

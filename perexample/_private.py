@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 
@@ -39,6 +39,14 @@ def overridden_forward(module: nn.Module) -> bool:
 def version(tensor: Tensor) -> int:
     """How often the tensor was written to in place."""
     return tensor._version
+
+
+_LEAF: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf at which a graph node adds up gradients; ``None`` for any other node."""
+    return node.variable if type(node) is _LEAF else None
 
 
 def metadata(node: Node) -> dict[str, Any]:
@@ -311,6 +319,18 @@ def may_be_parametrized(module: nn.Module) -> bool:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module has no tensors of its own, be it with parts that have."""
     return not module._parameters and not module._buffers
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """What ``model.named_parameters()`` gives, which is asked for in every step and takes several times as long."""
+    found: dict[str, Tensor] = {}
+    seen = set[int]()
+    for prefix, module in model.named_modules():
+        for name, p in own_parameters(module).items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                found[f"{prefix}.{name}" if prefix else name] = p
+    return found
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -62,7 +62,7 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
 
 
 def _in_doubt(error: Tensor, share: float, of: Tensor) -> Tensor | None:
-    """Where an error is more than a share of a number, or that is not finite; ``None`` if nowhere, found in one look."""
+    """Where an error is above a share of a number, or that is not finite; ``None`` if nowhere, found in one look."""
     if not of.numel():
         return None
     least, most = torch.aminmax(torch.sub(error, of, alpha=share))

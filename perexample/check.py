@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._engine.context import perex
+from ._engine.state import once
 from ._table import table
 from ._tree import map_tensors, tensors_in
 from .errors import CheckFailedError, ConfigurationError, CrossExampleError
@@ -250,7 +251,7 @@ def _measured(
     ask: Callable[[ParameterView], Tensor] = ParameterView.grad_batch,
 ) -> dict[str, Tensor]:
     asked = _Asked(ask)
-    with perex(asked, loss_reduction=reduction, grad=False), _kept_buffers(model):
+    with perex(asked, loss_reduction=reduction, grad=False), once(), _kept_buffers(model):
         _loss(model, loss_fn, batch).backward()
     return asked.found
 

@@ -486,7 +486,7 @@ class Outer(Term):
 
     def _of_one_position(self) -> tuple[Tensor, Term]:
         if self.g.shape[1] == 1:
-            return (norms_of(self.g[:, 0, 0]) * norms_of(self.x[:, 0, 0])).square(), self
+            return (norms_of(_flat(self.g)) * norms_of(_flat(self.x))).square(), self
         return (norms_of(self.g) * norms_of(self.x)).square().sum((1, 2)), self
 
     def _by_gram(self) -> tuple[Tensor, Term]:
@@ -503,10 +503,10 @@ class Outer(Term):
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One matrix product over all examples and positions; no per-example gradient is formed."""
         if self.g.shape[1] == self.g.shape[2] == 1:
-            g, x = self.g[:, 0, 0], self.x[:, 0, 0]
+            g, x, w = _flat(self.g), _flat(self.x), w.unsqueeze(1)
             if x.shape[1] < g.shape[1]:
-                return (g.T @ (x * w[:, None])).view(self.shape)
-            return ((g * w[:, None]).T @ x).view(self.shape)
+                return (g.T @ (x * w)).view(self.shape)
+            return ((g * w).T @ x).view(self.shape)
         if self.g.shape[1] == 1:
             g, x = _weighted_side_by_side(self.g, self.x, w.to(self.g.dtype))
             return (g.T @ x).reshape(self.shape)
@@ -520,6 +520,11 @@ class Outer(Term):
             return super().batch_dot()
         g, x = self.g.squeeze(2).transpose(0, 1), self.x.squeeze(2).transpose(0, 1)
         return ((g @ g.mT) * (x @ x.mT)).sum(0)
+
+
+def _flat(factor: Tensor) -> Tensor:
+    """A factor of one group and position as a matrix; indices would take longer."""
+    return factor.reshape(factor.shape[0], factor.shape[3])
 
 
 @torch.no_grad()  # as it writes into a tensor in the order that is wanted

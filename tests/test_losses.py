@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perexample import LossError, extend, perex
+from perexample import CrossExampleError, LossError, extend, perex
+from perexample._engine import couplings
 from perexample.extensions import BatchGrad
 
 
@@ -173,6 +174,151 @@ def test_once_they_are_joined_examples_do_not_change_how_others_count(loss):
 def test_sums_of_the_examples_own_losses_are_no_cause_for_doubt(loss):
     rows, grad = joined(loss)
     torch.testing.assert_close(rows.mean(0), grad)
+
+
+# -- what examples have to do with each other before they are joined ------------------------------------------------
+
+ANGLES, NEXT = torch.linspace(0, 1, 20).view(5, 4), torch.tensor([1, 2, 3, 4, 0])
+
+
+def similarities(out):
+    unit = F.normalize(out, dim=1)
+    return unit @ unit.T / 0.5
+
+
+MEETING = {
+    "contrastive": lambda out: F.cross_entropy(similarities(out).fill_diagonal_(-9.0), NEXT),
+    "two sides": lambda out: F.cross_entropy(out[:, :2] @ out[:, 2:].T, torch.arange(N)),
+    "roots of means": lambda out: (out - AIMS).square().mean(0).sqrt().sum(),
+    "covariance": lambda out: (out.T @ out / N - torch.eye(4)).square().sum(),
+    "around the mean": lambda out: (out - out.mean(0)).square().mean(),
+    "distances": lambda out: torch.cdist(out, out + ANGLES).mean(),
+    "differences": lambda out: (out[:, None] - out[None]).square().sum(-1).neg().exp().mean(),
+    "softmax over the batch": lambda out: out.log_softmax(0)[:, 0].mean(),
+    "batch norm": lambda out: F.batch_norm(out, None, None, training=True).pow(3).mean(),
+    "neighbours": lambda out: (out - out.roll(1, 0)).square().mean(),
+    "partners": lambda out: (out * out[NEXT]).sum(1).mean(),
+    "deviations": lambda out: out.std(0).mean(),
+    "sums of exponentials": lambda out: out.logsumexp(0).mean(),
+    "running sums": lambda out: out.cumsum(0).exp().mean(),
+    "turned": lambda out: out.t().softmax(1)[0].mean(),
+    "a single pair": lambda out: each(out).mean() + out[1] @ out[3],
+    "rows as batches": lambda out: torch.bmm(out[None], out.T[None]).exp().mean(),
+}
+APART = {
+    "roots of each": lambda out: (out - AIMS).square().mean(1).sqrt().mean(),
+    "trace": lambda out: (out.T @ out / N).trace(),
+    "mixed targets": lambda out: 0.3 * each(out).mean() + 0.7 * F.cross_entropy(out, CLASSES[NEXT]),
+    "another order": lambda out: F.cross_entropy(out[NEXT], CLASSES[NEXT]),
+    "turned": lambda out: (out.t() * AIMS.t()).sum(0).exp().mean(),
+    "products of each": lambda out: torch.bmm(out[:, None], out[:, :, None]).exp().mean(),
+    "infinite masks": lambda out: out.masked_fill(AIMS > 0.9, -torch.inf).logsumexp(1).mean(),
+    "differences in each": lambda out: (out[:, :, None] - out[:, None]).square().exp().mean(),
+    "order in each": lambda out: out.sort(1).values[:, 0].exp().mean(),
+    "distances to constants": lambda out: torch.cdist(out, AIMS).exp().mean(),
+    "by constants": lambda out: (AIMS @ out.T).diagonal().exp().mean(),
+    "means that are not followed": lambda out: (out - out.mean(0).detach()).square().mean(),
+    "no second derivative": lambda out: F.ctc_loss(
+        out.view(N, 2, 2).log_softmax(2).transpose(0, 1), torch.ones(N, 1, dtype=torch.long), (2,) * N, (1,) * N
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", MEETING.values(), ids=MEETING)
+def test_examples_that_meet_in_the_loss_are_an_error(loss, dtype):
+    for _ in range(2):  # and nothing is remembered of it
+        with pytest.raises(CrossExampleError, match=r"couples examples.*Backward.*own outputs"):
+            joined(lambda out: loss(out.to(dtype).float()))
+
+
+@pytest.mark.parametrize("loss", APART.values(), ids=APART)
+def test_what_only_looks_as_if_examples_met_is_no_cause_for_doubt(loss):
+    rows, grad = joined(loss)
+    torch.testing.assert_close(rows.mean(0), grad)
+
+
+def test_examples_that_meet_on_another_axis():
+    model, x = extend(nn.LSTM(3, 4), batch_dim=1), torch.randn(6, N, 3)
+    with perex(BatchGrad()):
+        model(x)[0].softmax(2).log().mean().backward()  # of each
+        with pytest.raises(CrossExampleError, match="couples examples"):
+            model(x)[0].softmax(1).log().mean().backward()
+
+
+def test_two_forwards_of_the_same_examples_may_meet():
+    """Example n of one with example n of the other."""
+    model, x = extend(nn.Linear(3, 4)), torch.randn(2, N, 3)
+    with perex(BatchGrad()):
+        F.cosine_similarity(model(x[0]), model(x[1]), dim=1).mean().backward()
+        with pytest.raises(CrossExampleError, match="couples examples"):
+            F.cosine_similarity(model(x[0])[:, None], model(x[1])[None], dim=2).mean().backward()
+
+
+def test_a_form_of_a_loss_is_looked_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(couplings, "_couples", lambda *args: asked.append(args) or False)
+    monkeypatch.setattr(couplings, "_FINE", set())
+    model = extend(nn.Linear(3, 4))
+
+    def step(n, loss):
+        with perex(BatchGrad()):
+            loss(model(torch.randn(n, 3))).backward()
+
+    for n in (5, 7, 5, 6):
+        step(n, lambda out: out.square().mean(0).sum())
+    assert len(asked) == 1
+    step(5, lambda out: out.square().mean(1).sum())  # along each example: no cause for doubt
+    assert len(asked) == 1
+    step(5, lambda out: out.square().mean(0, keepdim=True).sum())
+    assert len(asked) == 2
+
+
+def test_hooks_of_users_are_called_once():
+    model, x, calls = extend(nn.Linear(3, 4)), torch.randn(N, 3), []
+
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+
+        def forward(self, x):
+            out = self.inner(x) * 1.0
+            out.register_hook(lambda g: calls.append(g))
+            return out
+
+    inside = extend(Kept())
+    for _ in range(2):
+        with perex(BatchGrad()):
+            doubled = model(x) * 2
+            doubled.retain_grad()
+            doubled.std(0).mean().backward()  # not looked at, for the hook's sake
+        assert doubled.grad.abs().max() < 1
+        wanted = torch.autograd.grad((again := doubled.detach().requires_grad_()).std(0).mean(), again)[0]
+        torch.testing.assert_close(doubled.grad, wanted)
+    with perex(BatchGrad()):
+        inside(x).std(0).mean().backward()
+    assert len(calls) == 1
+    out = model(x)
+    with perex(BatchGrad()):
+        out.std(0).mean().backward()  # nor where what happened before the context is not known
+
+
+def test_functions_of_users_are_called_once():
+    calls = []
+
+    class Counting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            calls.append(g)
+            return g
+
+    joined(lambda out: Counting.apply(out).std(0).mean())
+    assert len(calls) == 1
 
 
 def test_a_single_example_is_joined_with_none():

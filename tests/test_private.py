@@ -30,6 +30,23 @@ def test_generators_of_the_system_differ():
     assert not torch.equal(one.get_state(), other.get_state())
 
 
+def test_named_parameters_are_those_of_the_module():
+    inner = nn.Linear(2, 2)
+    model = nn.Sequential(inner, nn.ModuleDict({"again": inner, "bare": nn.PReLU()}), nn.MultiheadAttention(4, 2))
+    model[1]["bare"].register_parameter("none", None)
+    model.register_parameter("tied", inner.weight)
+    found = _private.named_parameters(model)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert all(found[name] is p for name, p in model.named_parameters())
+
+
+def test_leaves_are_told_by_the_class_of_their_nodes():
+    leaves = [leaf(2), nn.Parameter(torch.ones(2))]
+    node = torch.mul(*leaves).grad_fn
+    assert all(_private.leaf_of(n) is t for (n, _), t in zip(node.next_functions, leaves, strict=True))
+    assert _private.leaf_of(node) is None
+
+
 def leaf(*shape):
     return torch.ones(*shape, requires_grad=True)
 

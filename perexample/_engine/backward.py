@@ -28,6 +28,7 @@ from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
+from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .joins import check_joins
 from .shortcuts import shortcut
@@ -72,6 +73,7 @@ class Backward:
         if self.n and mean:
             check_divisors(found, self.n)
         check_joins(loss, found, self.n)
+        check_couplings(loss, found, self.n)
         # A mean is seeded with N where no p.grad nor other gradient is wanted: what is divided by N and rounded, as by
         # autocast, would change with the size of the batch.
         seeded = not context.grad and not found.leaves and loss.dtype in (torch.float32, torch.float64)

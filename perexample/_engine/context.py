@@ -16,7 +16,9 @@ from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import ROOM, Choice
 from .backward import Backward
+from .kinds import HOOKING
 from .record import forget_forwards
+from .state import STATE
 from .walk import walk
 
 _ACTIVE = threading.local()
@@ -96,12 +98,13 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         forget_forwards()
         super().__enter__()
         _ACTIVE.context = self
+        STATE.opened, STATE.once = object(), False
         return self
 
     def __exit__(self, *exc: Any) -> None:
         """Give ``backward`` back."""
         forget_forwards()  # what an interrupt has left above this context would be taken off instead of it
-        _ACTIVE.context = None
+        _ACTIVE.context = STATE.opened = None
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -110,6 +113,8 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             return self._backward(*args, **(kwargs or {}))
         if func is torch.autograd.backward:
             return self._autograd_backward(*args, **(kwargs or {}))
+        if func in HOOKING:  # a user's hook is not called more than once
+            STATE.once = True
         return func(*args, **(kwargs or {}))
 
     def _autograd_backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, shards
+from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, named_parameters, shards
 from .._shards import is_sharded
 from ..errors import (
     BatchAxisError,
@@ -32,7 +32,7 @@ def parameter_names(found: Walk) -> dict[int, tuple[Tensor, str]]:
         Them by the identity of what is computed with, another tensor where parameters are kept in shards.
     """
     used = {id(p): p for source in found.sources.values() for p in source.leaves}
-    models = [(dict(model.named_parameters()), shards(model)) for model in ROOTS]
+    models = [(named_parameters(model), shards(model)) for model in ROOTS]
     models.sort(key=lambda pair: len(pair[0]), reverse=True)  # of a model and a part of it, the model names both
     names: dict[int, tuple[Tensor, str]] = {}
     for model, sharded in models:

@@ -28,7 +28,7 @@ from .._private import (
 from .._tree import PLAIN, tensors_in
 from ..place import Lost, Place
 from .arithmetic import simple_place
-from .kinds import PARTS, TRAITS, Kind, Traits, traits_of
+from .kinds import HOOKING, PARTS, TRAITS, Kind, Traits, traits_of
 from .operation import Operation
 from .state import STATE, resumed
 from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin
@@ -108,6 +108,7 @@ class Follow(TorchFunctionMode):
             kwargs = dict(kwargs)
             args = tuple(kwargs.pop(name) for name in _FIRST if name in kwargs)
         if traits.kind is Kind.IGNORED and traits.plain and not kwargs.get("requires_grad"):
+            STATE.once |= func in HOOKING
             return self._run(func, types, args, kwargs)
         if self.ended or torch.compiler.is_compiling():
             return func(*args, **kwargs)

@@ -46,7 +46,7 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
         return
     doubts = ((node, why) for node in _single_numbers(loss) if (why := _doubt(node, n)))
     for node, why in itertools.islice(doubts, _MOST):
-        together = max((_examples(edge, found) for edge in _inputs(node)), default=0)
+        together = max((examples_of(edge, found) for edge in _inputs(node)), default=0)
         if together > 1:
             raise LossError(
                 f"The loss {why} ({node.name()}), where {together} examples are joined already: how much one of them "
@@ -55,7 +55,7 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
             )
 
 
-def _kind(node: Node) -> str:
+def kind_of(node: Node) -> str:
     return node.name().partition("Backward")[0]
 
 
@@ -73,7 +73,7 @@ def _single_numbers(loss: Tensor) -> Iterator[Node]:
             waiting.extend(node.next_functions)
 
 
-def _shape(node: Node | None, number: int) -> torch.Size | None:
+def shape_of(node: Node | None, number: int) -> torch.Size | None:
     """Shape of a tensor, as far as the graph tells it."""
     shapes = [] if node is None else output_shapes(node)
     return shapes[number] if number < len(shapes) else None
@@ -81,7 +81,7 @@ def _shape(node: Node | None, number: int) -> torch.Size | None:
 
 def _entries(node: Node | None, number: int) -> int:
     """How many entries a tensor has."""
-    shape = _shape(node, number)
+    shape = shape_of(node, number)
     return 0 if shape is None else shape.numel()
 
 
@@ -92,7 +92,7 @@ def _beside_each_other(node: Node) -> Node | None:
         if entries == 1 or _entries(node, 0) != entries or metadata(node).get(KEY):
             return None
         before = [(one, number) for one, number in node.next_functions if one is not None]
-        if _kind(node) in ("Stack", "Cat"):
+        if kind_of(node) in ("Stack", "Cat"):
             return node if all(_entries(one, number) == 1 for one, number in before) else None
         if len(before) != 1:
             return None
@@ -109,7 +109,7 @@ def _inputs(node: Node) -> list[GradientEdge]:
 
 def _doubt(node: Node, n: int) -> str:
     """What may be wrong with an operation that gives one number, if several examples meet in it."""
-    kind, inputs = _kind(node), node.next_functions
+    kind, inputs = kind_of(node), node.next_functions
     if kind in _BENT:
         return "" if kind == "Pow" and saved(node, "exponent") == 1 else "takes a function that is not linear"
     if kind == "Mul" and len(inputs) == 2 and inputs[0][0] is not None and inputs[1][0] is not None:
@@ -131,14 +131,14 @@ def _doubt(node: Node, n: int) -> str:
 
 def _chosen(node: Node | None, number: int) -> int:
     """How many entries were chosen out of more on the way to a mean over them; 0 if none were."""
-    shape = whole = _shape(node, number)
+    shape = whole = shape_of(node, number)
     for _ in range(_MOST):  # what acts on each of them leaves their number as it is
         if node is None or not shape or not whole or shape[0] != whole[0] or number in metadata(node).get(KEY, {}):
             return 0
-        if _kind(node) in _CHOOSES:
+        if kind_of(node) in _CHOOSES:
             return shape[0]
         node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
-        shape = _shape(node, number)
+        shape = shape_of(node, number)
     return 0
 
 
@@ -147,13 +147,14 @@ def _multiple(value: float, n: int) -> bool:
     return value >= n and abs(value / n - round(value / n)) < 1e-6
 
 
-def _examples(edge: GradientEdge, found: Walk) -> int:
-    """On how many examples a tensor depends, by its gradients at the nearest taps."""
-    taps = list(_nearest(edge))
+def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> int:
+    """On how many examples a tensor depends, or its sum with some weights, by its gradients at the nearest taps."""
+    taps = list(nearest_taps(edge))
     if not taps:
         return 0
     edges = [at for at, _, _ in taps]
-    grads = torch.autograd.grad(edge, edges, ones_for(edge), retain_graph=True, allow_unused=True)
+    weights = ones_for(edge) if weights is None else weights
+    grads = torch.autograd.grad(edge, edges, weights, retain_graph=True, allow_unused=True)
     owners = set[int]()
     for (_, tap, index), g in zip(taps, grads, strict=True):
         if g is not None and index in found.taps.get(tap, ()):
@@ -163,7 +164,7 @@ def _examples(edge: GradientEdge, found: Walk) -> int:
     return len(owners - {-1})
 
 
-def _nearest(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Tap, int]]:
+def nearest_taps(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Tap, int]]:
     """The taps that are reached first."""
     stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
     seen: set[tuple[Node, int]] = set()

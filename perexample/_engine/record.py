@@ -75,6 +75,7 @@ class Record:
         refused: Modules called in it that mix examples, with the reason.
         checkpointed: Whether a part of it will be run again.
         wrote: Whether data was written into a tensor that did not depend on the batch before.
+        opened: Stands for the context that was open; ``None`` if none was.
         space: The examples; without rows as long as their number is not known.
     """
 
@@ -91,6 +92,7 @@ class Record:
         self.refused: list[tuple[str, str]] = []
         self.calls: dict[Any, int] = {}
         self.checkpointed = self.wrote = False
+        self.opened = STATE.opened
         self._inputs = [weakref.ref(t) for t in tensors]
         self._places: list[Place | None] = [None] * len(tensors)
         self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)

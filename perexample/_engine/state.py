@@ -51,6 +51,8 @@ class _State(threading.local):
         self.frames: list[Frame] = []
         self.quiet = 0
         self.listener: Callable[..., None] | None = None
+        self.opened: object = None  # stands for the context that is open
+        self.once = False  # whether its losses must not be differentiated but once
 
     def silent(self) -> bool:
         """Whether operations are none of our business now."""
@@ -63,6 +65,16 @@ class _State(threading.local):
 
 
 STATE = _State()
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Inside of a context: losses are differentiated once, whatever they look like."""
+    before, STATE.once = STATE.once, True
+    try:
+        yield
+    finally:
+        STATE.once = before
 
 
 class quiet:  # noqa: N801 - named as a function is; a class, as it is entered often

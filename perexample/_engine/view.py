@@ -173,7 +173,7 @@ class ParameterView:
     def held(self) -> int:
         """Bytes of what is kept for the end."""
         term = self.term
-        return 0 if term is None else sum([t.nbytes for t in term.factors()])
+        return 0 if term is None else sum(t.nbytes for t in term.factors())
 
     def postpone(self) -> None:
         """Let go of all but the norms; sums that are asked for are filled in when the terms have come again."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import handed_through, metadata, reentrant_checkpoint
+from .._private import handed_through, leaf_of, metadata, reentrant_checkpoint
 from ..errors import BatchAxisError, CrossExampleError, LossError
 from ..place import Lost
 from .table import made_inside, place_of
@@ -79,7 +79,7 @@ def walk(roots: Iterable[Tensor]) -> Walk:
             continue
         if _note(found, node).startswith("NllLoss"):
             found.losses.append(node)
-        stack += [edge for edge in node.next_functions if edge[0] is not None]
+        stack += [(after, index) for after, index in node.next_functions if after is not None]
     return found
 
 
@@ -93,15 +93,16 @@ def _enter(found: Walk, tap: Tap, index: int, edge: GradientEdge) -> None:
     if not isinstance(tap.module, nn.Module):
         return  # a function uses what it was given
     own = {id(p) for p in tap.params.values()}
-    borders = {edge.node for edge in tap.inputs} | {p.grad_fn for p in tap.params.values() if p.grad_fn is not None}
-    stack, seen = [edge.node], set()
+    seen = {edge.node for edge in tap.inputs} | {p.grad_fn for p in tap.params.values() if p.grad_fn is not None}
+    stack = [edge.node]
     while stack:
         node = stack.pop()
-        if node in seen or node in borders:
+        if node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) not in own:
-            _note(found, node)
+        if id(leaf_of(node)) in own:
+            continue
+        _note(found, node)
         stack += [after for after, _ in node.next_functions if after is not None]
 
 
@@ -121,9 +122,8 @@ def source_of(tensor: Tensor) -> Source:
         if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            _add_leaf(source, variable)
+        if (leaf := leaf_of(node)) is not None:
+            _add_leaf(source, leaf)
         elif isinstance(node, torch.autograd.function.BackwardCFunction) and not handed_through(node):
             source.opaque = True
         stack.extend((after, index) for after, index in node.next_functions if after is not None)
@@ -157,7 +157,7 @@ def tapped_only(tensor: Tensor, edges: list[GradientEdge]) -> bool:
             stack.extend((edge.node, edge.output_nr) for edge in tapped[0].inputs)
             continue
         seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
+        if isinstance(leaf_of(node), nn.Parameter):
             return False
         stack.extend(node.next_functions)
     return True
@@ -192,11 +192,12 @@ def refuse_lost(found: Walk) -> None:
 
 def _note(found: Walk, node: Node) -> str:
     """Note a leaf, and refuse what hides a graph of its own; returns the node's name."""
-    variable, name = getattr(node, "variable", None), node.name()
-    if isinstance(variable, nn.Parameter):
-        found.uncovered[id(variable)] = variable
-    elif isinstance(variable, Tensor):
-        found.leaves[id(variable)] = variable
+    name = node.name()
+    if (leaf := leaf_of(node)) is not None:
+        if isinstance(leaf, nn.Parameter):
+            found.uncovered[id(leaf)] = leaf
+        else:
+            found.leaves[id(leaf)] = leaf
     elif reentrant_checkpoint(name):
         raise LossError(
             "The loss depends on a reentrant activation checkpoint, whose inner graph cannot be seen; "

@@ -127,7 +127,7 @@ def _far_from_zero(call: Call) -> Tensor | None:
     """Examples of which the mean of a group is large, so that digits of the kernel's sums for the weight are lost."""
     deviations = call.saved["mean"] * call.saved["rstd"]
     least, most = torch.aminmax(deviations)
-    if -_MOST_MEAN <= least.item() and most.item() <= _MOST_MEAN:  # mostly so, and found out in one look
+    if least.item() >= -_MOST_MEAN and most.item() <= _MOST_MEAN:  # mostly so, and found out in one look
         return None
     return ~(deviations.abs().amax(1) <= _MOST_MEAN)
 

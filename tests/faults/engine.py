@@ -15,7 +15,9 @@ OPTIMIZER = "perexample.privacy.optimizer"
 
 def shared_by_threads(state: Any) -> Any:
     """The same without a copy for each thread."""
-    return SimpleNamespace(frames=[], quiet=0, listener=None, silent=type(state).silent.__get__(state))
+    return SimpleNamespace(
+        frames=[], quiet=0, listener=None, opened=None, once=False, silent=type(state).silent.__get__(state)
+    )
 
 
 UNREACHED = "for key, p, name in trainable if any(t is p for tap in found.taps for t in tap.params.values())}"
@@ -32,6 +34,18 @@ MUTANTS = (
         "lets the backward run where an operation has mixed examples",
         Edit("perexample._engine.walk:walk", ("found.lost = found.lost or notes.get(LOST)", "pass")),
         killers="test_faults.py::test_finding_4_a_module_with_parameters_that_subtracts_the_batch_mean",
+    ),
+    mutant(
+        "F10-coupled",
+        "runs the backward of a loss in which examples meet",
+        Body("perexample._engine.couplings:check_couplings", "return None"),
+        killers="test_losses.py::test_examples_that_meet_in_the_loss_are_an_error",
+    ),
+    mutant(
+        "F10-one-half",
+        "compares the examples of two halves only",
+        Edit("perexample._engine.couplings:_couples", ("(n - 1).bit_length()", "1")),
+        killers="test_losses.py::test_examples_that_meet_in_the_loss_are_an_error[a single pair-dtype0]",
     ),
     mutant(
         "F10-common-divisor",

@@ -96,7 +96,7 @@ MUTANTS = (
     mutant(
         "F14-scaled",
         "clips gradients with the factor of the loss in them",
-        Edit(f"{BACKWARD}.__init__", (" / context.loss_scale", "")),
+        Edit(f"{BACKWARD}.__init__", ("self.seed / loss_scale", "self.seed")),
         killers="test_faults.py::test_f14_the_scale_of_the_loss_is_undone_before_clipping[65536.0-scaler]",
     ),
     mutant(
