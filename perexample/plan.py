@@ -17,7 +17,7 @@ from ._table import table
 from ._tree import tensors_in
 from .errors import ConfigurationError
 from .extension import Extension, ParameterView
-from .methods import ROOM, Choice, choose
+from .methods import ROOM, Choice
 from .model import extend
 from .rule import Rule, refusal
 from .terms import Term
@@ -34,7 +34,7 @@ class PlanRow:
         parameters: Its trainable parameters and their shapes.
         note: Why it is refused, or what will happen.
         axis: Of a tap, where it holds the examples: ``axis 0``, ``axis 1 [2 x N x 4]`` if others are folded into it.
-        norm: Of a tap, how the norms of its gradients will be taken.
+        norm: Of a tap, how the norms of its gradients will be taken; and their sum, where that has ways of its own.
     """
 
     path: str
@@ -177,7 +177,7 @@ def _norms(terms: dict[str, Term], choice: Choice) -> str:
     """How norms are taken; which parameter's is said only where they differ."""
     methods: dict[str, list[str]] = {}
     for name, term in terms.items():
-        methods.setdefault(choose(term, choice).name, []).append(name)
+        methods.setdefault(term.described(choice), []).append(name)
     if len(methods) == 1:
         return next(iter(methods))
     return "; ".join(f"{', '.join(names)}: {method}" for method, names in methods.items())

@@ -35,7 +35,7 @@ from ._norms import (
     summed_products,
 )
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
-from .methods import Choice, Method, likeness, sameness, settled
+from .methods import Choice, Method, choose, likeness, sameness, settled
 
 
 class Term:
@@ -106,6 +106,10 @@ class Term:
             Something hashable; ``None`` if they are to be asked each time.
         """
         return None
+
+    def described(self, choice: Choice) -> str:
+        """The method that is chosen, for `plan`; with that of the sum, where the factors leave a choice."""
+        return choose(self, choice).name
 
     def run(self, name: str) -> tuple[Tensor, Term]:
         """What the method of this name returns."""

@@ -222,6 +222,61 @@ def test_gradients_alone_are_formed_by_the_way_that_is_chosen(name, monkeypatch)
     assert torch.equal(found, ways[-1].run()[0])
 
 
+@pytest.mark.parametrize("name", [name for name, options in CONVOLUTIONS.items() if "groups" not in options])
+def test_sums_of_convolutions_as_one_product_with_the_windows(name):
+    """A few images at a time, as their windows take more room than the images; here one or two."""
+    term, w = windows(**CONVOLUTIONS[name]), torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
+    wanted = torch.tensordot(w, term.unfolded().dense(), 1)
+    weighted = term._like(term.x, term.g * w.view(3, *[1] * (term.g.dim() - 1)))
+    for found in (weighted._sum_of_windows(), weighted._sum_native()):
+        assert found.is_contiguous()
+        reference.assert_close_report(found, wanted, 1e-12, name)
+
+
+def test_windows_for_a_sum_take_no_more_room_than_the_weight_or_the_factors(monkeypatch):
+    sizes, unfold = [], conv.windows_by_taps
+    monkeypatch.setattr(conv, "windows_by_taps", lambda *args: sizes.append(len(args[0])) or unfold(*args))
+    windows(size=3)._sum_of_windows()  # 3 images of 36 numbers, 54 of the gradient, 324 of the windows; the weight 216
+    windows(size=3, o=54)._sum_of_windows()  # the weight 1944
+    assert sizes == [1, 1, 1, 3]
+
+
+def test_the_way_of_a_sum_is_chosen_for_few_positions_and_remembered(monkeypatch):
+    asked = []
+
+    def choose(term, choice, methods):
+        asked.append((choice.strategy, [method.name for method in methods]))
+        return methods[-1]
+
+    def total(term, strategy="measure"):
+        _, kept = term.settled(Choice(strategy, sums=True))
+        return kept.weighted_sum(torch.ones(3, dtype=torch.float64))
+
+    monkeypatch.setattr(conv, "choose", choose)
+    monkeypatch.setattr(Windows, "run", lambda self, name: Windows._by_windows(self))
+    ways = [conv._SUM_NATIVE, conv._SUM_OF_WINDOWS]
+    for strategy in ("measure", "measure", "model", "model"):
+        term = windows(size=8)
+        reference.assert_close_report(total(term, strategy), term.unfolded().dense().sum(0), 1e-12, strategy)
+    assert asked == [("measure", ways), ("model", ways)]
+    for options in ({"size": 9}, {"size": 8, "groups": 2}):  # too many positions; no product for groups
+        total(windows(**options))
+    assert len(asked) == 2
+    total(windows(size=8, o=7))
+    assert len(asked) == 3
+
+
+def test_the_model_takes_a_product_for_many_channels_over_few_positions():
+    few, more = windows(c=128, o=128, size=2), windows(c=64, o=64, size=8)
+    few = few._like(few.x.repeat(20, 1, 1, 1), few.g.repeat(20, 1, 1, 1))
+    ways = [min(term._sums(), key=lambda method: method.seconds).name for term in (few, more)]
+    assert ways == [conv._SUM_OF_WINDOWS, conv._SUM_NATIVE]
+    for method in few._sums():
+        total, term = method.run()
+        reference.assert_close_report(total, few.unfolded().dense().sum(0), 1e-12, method.name)
+        assert term is few
+
+
 @pytest.mark.parametrize("cached", [1, 3500, 2**20])
 @pytest.mark.parametrize("make", [outer, windows, lambda: windows(groups=2)], ids=["outer", "windows", "grouped"])
 def test_gram_matrices_of_a_few_examples_at_once(make, cached, monkeypatch):
@@ -519,6 +574,15 @@ def test_plan_says_what_is_taken():
     assert rows["10"] == "weight: product of the factors' norms; bias: per-example gradients"
     assert "Gram" in rows["7"] or "gradients" in rows["7"]
     assert rows["3"].startswith("weight: per-example gradients, ")
+
+
+def test_plan_says_how_a_sum_is_formed_where_that_is_chosen_too(monkeypatch):
+    model, x = nn.Conv2d(32, 64, 3, padding=1, bias=False), torch.randn(4, 32, 2, 2)
+    kept = {conv._BY_PIXELS: ", then product with the windows", conv._UNFOLDED: ""}
+    for norms, then in kept.items():
+        monkeypatch.setattr(terms, "choose", lambda term, choice, norms=norms: Method(norms, None))
+        monkeypatch.setattr(conv, "choose", lambda term, choice, methods: methods[-1])
+        assert plan(model, x, strategy="model")[0].norm == norms + then
 
 
 class Watch(Extension):

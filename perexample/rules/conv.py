@@ -307,16 +307,22 @@ class Windows(Term):
     def weighted_sum(self, w: Tensor) -> Tensor:
         """One native weight gradient for the whole batch, of ``w_n g_n``, or its product with the unfolded inputs."""
         weighted = self._like(self.x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)))
-        return weighted._summed(self.strategy)
+        return weighted._sum_of_windows() if weighted._way_of_sum(self.strategy) else weighted._sum_native()
 
-    def _summed(self, strategy: str) -> Tensor:
-        """The sum of all gradients, by the faster way."""
+    def _way_of_sum(self, strategy: str) -> str:
+        """The faster way to the sum of all gradients, if it is not the native one."""
         few, same = self.g.shape[2:].numel() <= _FEW_POSITIONS, self.sameness()
         if not few or self.geometry.groups > 1 or not self.n or same is None:
-            return self._sum_native()
+            return ""
         choice = Choice(strategy)
         name = taken("sum", same, choice, lambda: choose(self, choice, self._sums()))
-        return self._sum_of_windows() if name == _SUM_OF_WINDOWS else self._sum_native()
+        return "" if name == _SUM_NATIVE else name
+
+    def described(self, choice: Choice) -> str:
+        """With the way of the sum, unless the gradients are formed."""
+        norms = super().described(choice)
+        way = "" if norms in _FORMS else self._way_of_sum(choice.strategy)
+        return f"{norms}, then {way}" if way else norms
 
     def _sums(self) -> list[Method]:
         """Both ways."""
@@ -342,7 +348,7 @@ class Windows(Term):
             total = torch.mm(*factors) if total is None else total.addmm_(*factors)
         assert total is not None
         channels_last = total.view(geometry.shape[0], *geometry.kernel, geometry.shape[1])
-        return channels_last.movedim(-1, 1).reshape(self.shape)
+        return channels_last.movedim(-1, 1).contiguous().view(self.shape)
 
 
 _ARRANGED = 2**20  # numbers of gradients that may be formed in another order first; with more, room is what takes time
