@@ -362,6 +362,17 @@ def saved(node: Node, name: str) -> Any:
         return None
 
 
+_OPTIONS: dict[type, list[str]] = {}
+
+
+def options_of(node: Node) -> list[Any]:
+    """What a graph node has saved that is no tensor: axes, sizes, numbers; without names."""
+    if type(node) not in _OPTIONS:
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        _OPTIONS[type(node)] = [name for name in names if not hasattr(type(node), f"_raw{name}")]
+    return [saved(node, name.removeprefix("_saved_")) for name in _OPTIONS[type(node)]]
+
+
 def is_python_number(scalar: Tensor) -> bool:
     """Whether a tensor without axes stands for a number that was given as such: it yields to all other types."""
     other = torch.int8 if scalar.dtype != torch.int8 else torch.uint8

@@ -227,7 +227,7 @@ APART = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", MEETING.values(), ids=MEETING)
 def test_examples_that_meet_in_the_loss_are_an_error(loss, dtype):
-    for _ in range(2):  # and nothing is remembered of it
+    for _ in range(4):  # and nothing is remembered of it
         with pytest.raises(CrossExampleError, match=r"couples examples.*Backward.*own outputs"):
             joined(lambda out: loss(out.to(dtype).float()))
 
@@ -255,23 +255,47 @@ def test_two_forwards_of_the_same_examples_may_meet():
             F.cosine_similarity(model(x[0])[:, None], model(x[1])[None], dim=2).mean().backward()
 
 
-def test_a_form_of_a_loss_is_looked_at_once(monkeypatch):
+def test_a_form_of_a_loss_is_looked_at_ever_more_seldom(monkeypatch):
     asked = []
     monkeypatch.setattr(couplings, "_couples", lambda *args: asked.append(args) or False)
-    monkeypatch.setattr(couplings, "_FINE", set())
+    monkeypatch.setattr(couplings, "_SEEN", {})
     model = extend(nn.Linear(3, 4))
 
     def step(n, loss):
         with perex(BatchGrad()):
             loss(model(torch.randn(n, 3))).backward()
 
-    for n in (5, 7, 5, 6):
+    looks = []
+    for n in (5, 7, 5, 6, 9, 5, 5, 8, 5):
         step(n, lambda out: out.square().mean(0).sum())
-    assert len(asked) == 1
+        looks.append(len(asked))
+    assert looks == [1, 2, 2, 3, 3, 3, 3, 4, 4]
     step(5, lambda out: out.square().mean(1).sum())  # along each example: no cause for doubt
-    assert len(asked) == 1
+    assert len(asked) == 4
     step(5, lambda out: out.square().mean(0, keepdim=True).sum())
-    assert len(asked) == 2
+    step(5, lambda out: out.roll(1, 0).exp().mean())
+    step(5, lambda out: out.roll(2, 0).exp().mean())
+    assert len(asked) == 7
+    monkeypatch.setattr(couplings, "_MOST", len(couplings._SEEN))
+    step(5, lambda out: out.roll(3, 0).exp().mean())
+    assert len(couplings._SEEN) == 1
+
+
+def test_examples_that_begin_to_meet_are_found():
+    """A loss of one form, in which they meet only once they are near."""
+    model = extend(nn.Linear(3, 4))
+    near = torch.randn(1, 3) + 0.1 * torch.randn(N, 3)
+
+    def step(x):
+        with perex(BatchGrad(), grad=False):
+            out = model(x)
+            F.relu(1 - (out - out.roll(1, 0)).square().sum(1)).mean().backward()
+
+    for _ in range(5):
+        step(100 * torch.randn(N, 3))
+    with pytest.raises(CrossExampleError, match="couples examples"):
+        for _ in range(4):
+            step(near)
 
 
 def test_hooks_of_users_are_called_once():

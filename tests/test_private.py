@@ -40,6 +40,14 @@ def test_named_parameters_are_those_of_the_module():
     assert all(found[name] is p for name, p in model.named_parameters())
 
 
+def test_options_of_a_node_are_what_it_has_saved_beside_tensors():
+    x = leaf(5, 4)
+    assert _private.options_of(x.roll(2, 1).grad_fn) == [(1,), (2,)]
+    assert _private.options_of((x * leaf(4)).grad_fn) == []
+    assert _private.options_of(x.sum(1).grad_fn) == [(1,), False, (5, 4)]
+    assert _private.options_of(x[torch.tensor([1])].grad_fn) == [(5, 4)]
+
+
 def test_leaves_are_told_by_the_class_of_their_nodes():
     leaves = [leaf(2), nn.Parameter(torch.ones(2))]
     node = torch.mul(*leaves).grad_fn

@@ -2,10 +2,11 @@
 
 What the loss function does to the model's outputs is not followed. Where its graph shows an operation in which examples
 may meet (products of outputs, softmax over the batch, means over the batch, permutations), the loss is differentiated
-twice, once for each form of its graph: it is a sum of the examples' own losses only if ``d^2 loss / dz_n dz_m`` is zero
+twice: it is a sum of the examples' own losses only if ``d^2 loss / dz_n dz_m`` is zero
 for the outputs ``z`` of any two examples. For half of the examples at a time, those whose number has a bit set, the
 gradients are summed with random weights and differentiated by the outputs of the other half; each two examples differ
-in a bit.
+in a bit. That is done at the first backward of each form of the graph, at the second, the fourth, and so on, as examples
+may have to do with each other by a permutation that is drawn, or only beyond a threshold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, ones_for, saved
+from .._private import metadata, ones_for, options_of, saved
 from ..errors import CrossExampleError
 from .joins import examples_of, kind_of, nearest_taps, shape_of
 from .kinds import names
@@ -45,7 +46,7 @@ _FEW = 2**24  # entries of the largest tensor up to which a loss is differentiat
 _MOST = 4096  # nodes, and forms that are remembered
 _SOME = 4  # entries of distances that are looked at
 _SHARE = 1e-5  # of the largest second derivative: what is below is rounding
-_FINE: set[Any] = set()  # forms of losses that couple no examples
+_SEEN: dict[Any, int] = {}  # how many backwards there were of each form in which examples may have met
 
 
 def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
@@ -69,18 +70,24 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     if not places or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
     form = tuple(_form(node, n) for node in nodes)
-    if form in _FINE or not _can_be_differentiated(nodes):
+    if not _is_due(form) or not _can_be_differentiated(nodes):
         return
     if _couples(loss, found, n) or any(_meet_in(node, found) for node in places if kind_of(node) in _DISTANCES):
+        del _SEEN[form]  # it is due the next time too
         raise CrossExampleError(
             f"The loss couples examples: the gradient of one changes with the outputs of others, for which "
             f"{places[-1].name()} is the likely place, so none has a loss of its own, and clipping bounds nothing. "
             f"Contrastive losses, statistics and distances over the batch have no per-example gradients; use a loss of "
             f"each example's own outputs, or let one example be a whole group that is compared within itself."
         )
-    if len(_FINE) >= _MOST:
-        _FINE.clear()
-    _FINE.add(form)
+
+
+def _is_due(form: Any) -> bool:
+    """Whether it is the first, second, fourth, ... loss of a form."""
+    if len(_SEEN) >= _MOST:
+        _SEEN.clear()
+    count = _SEEN[form] = _SEEN.get(form, 0) + 1
+    return count & (count - 1) == 0
 
 
 def _nodes(loss: Tensor) -> Iterator[Node]:
@@ -130,11 +137,15 @@ def _dims(node: Node, axes: int) -> set[int]:
 
 
 def _form(node: Node, n: int) -> Any:
-    """What makes one loss like another: its operations, and shapes up to the number of examples."""
-    shape = shape_of(node, 0)
-    sizes = None if shape is None else tuple((size // n, "N") if size % n == 0 else size for size in shape)
+    """What makes one loss like another: its operations with their options, and sizes up to the number of examples."""
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(relative, value))
+        return (value // n, "N") if type(value) is int and value and value % n == 0 else str(value)
+
     given = tuple(before is not None for before, _ in node.next_functions)
-    return node.name(), sizes, given, str(saved(node, "dim"))
+    return node.name(), relative(shape_of(node, 0)), given, relative(options_of(node))
 
 
 def _can_be_differentiated(nodes: list[Node]) -> bool:
