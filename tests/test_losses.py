@@ -286,16 +286,15 @@ def test_examples_that_begin_to_meet_are_found():
     model = extend(nn.Linear(3, 4))
     near = torch.randn(1, 3) + 0.1 * torch.randn(N, 3)
 
-    def step(x):
-        with perex(BatchGrad(), grad=False):
-            out = model(x)
-            F.relu(1 - (out - out.roll(1, 0)).square().sum(1)).mean().backward()
+    def steps(count, x):
+        for _ in range(count):
+            with perex(BatchGrad(), grad=False):
+                out = model(x)
+                F.relu(1 - (out - out.roll(1, 0)).square().sum(1)).mean().backward()
 
-    for _ in range(5):
-        step(100 * torch.randn(N, 3))
+    steps(5, 100 * torch.randn(N, 3))
     with pytest.raises(CrossExampleError, match="couples examples"):
-        for _ in range(4):
-            step(near)
+        steps(4, near)
 
 
 def test_hooks_of_users_are_called_once():

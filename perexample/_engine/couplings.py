@@ -5,8 +5,8 @@ may meet (products of outputs, softmax over the batch, means over the batch, per
 twice: it is a sum of the examples' own losses only if ``d^2 loss / dz_n dz_m`` is zero
 for the outputs ``z`` of any two examples. For half of the examples at a time, those whose number has a bit set, the
 gradients are summed with random weights and differentiated by the outputs of the other half; each two examples differ
-in a bit. That is done at the first backward of each form of the graph, at the second, the fourth, and so on, as examples
-may have to do with each other by a permutation that is drawn, or only beyond a threshold.
+in a bit. That is done at the first backward of each form of the graph, at the second, the fourth, and so on, as
+examples may have to do with each other by a permutation that is drawn, or only beyond a threshold.
 """
 
 from __future__ import annotations
