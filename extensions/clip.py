@@ -111,8 +111,8 @@ def bounded(clip: Clip, norms: Tensor, bound: float) -> Tensor:
             f"ClippedGrad(clip=...): the function returned {got} for norms of shape {list(norms.shape)}; it must "
             f"return a tensor with one factor for each norm."
         )
-    if type(clip) is Flat:  # is so already
-        return factors
+    if type(clip) is Flat:  # within bounds already
+        return factors.nan_to_num_(0.0)
     return factors.to(norms).clamp(min=0.0).minimum(bound / norms).nan_to_num(0.0, 0.0, 0.0)
 
 

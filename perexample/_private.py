@@ -41,7 +41,8 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
-_LEAF: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+with torch.inference_mode(False), torch.enable_grad():  # whatever holds where this is imported
+    _LEAF: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 
 
 def leaf_of(node: Any) -> Tensor | None:
@@ -323,6 +324,8 @@ def is_bare(module: nn.Module) -> bool:
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """What ``model.named_parameters()`` gives, which is asked for in every step and takes several times as long."""
+    if type(model).named_parameters is not nn.Module.named_parameters:  # wrappers may give other names
+        return dict(model.named_parameters())
     found: dict[str, Tensor] = {}
     seen = set[int]()
     for prefix, module in model.named_modules():

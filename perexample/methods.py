@@ -179,6 +179,8 @@ def _measured(term: Term, methods: list[Method], choice: Choice) -> str:
     if len(likely) == 1:
         return likely[0].name
     w = torch.ones(term.n, dtype=term.dtype, device=term.device)
+    if choice.sums:
+        term.weighted_sum(w)  # which may have to find out how itself
     grams, term.grams = term.grams, None  # what others have formed already would come for nothing
     times = [_timed(method, term, w, sums=choice.sums) for method in likely]
     term.grams = grams

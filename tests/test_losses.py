@@ -186,6 +186,14 @@ def similarities(out):
     return unit @ unit.T / 0.5
 
 
+WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 1.0, torch.inf])[:, None]
+
+
+def alignment(out):
+    steps = out.view(N, 2, 2).log_softmax(2).transpose(0, 1)
+    return F.ctc_loss(steps, torch.ones(N, 1, dtype=torch.long), (2,) * N, (1,) * N)
+
+
 MEETING = {
     "contrastive": lambda out: F.cross_entropy(similarities(out).fill_diagonal_(-9.0), NEXT),
     "two sides": lambda out: F.cross_entropy(out[:, :2] @ out[:, 2:].T, torch.arange(N)),
@@ -204,6 +212,17 @@ MEETING = {
     "turned": lambda out: out.t().softmax(1)[0].mean(),
     "a single pair": lambda out: each(out).mean() + out[1] @ out[3],
     "rows as batches": lambda out: torch.bmm(out[None], out.T[None]).exp().mean(),
+    "around the mean of all": lambda out: (out - out.mean()).square().mean(),
+    "relative": lambda out: F.softplus(out[:, 1].mean() - out[:, 0]).mean(),
+    "by the sum of all": lambda out: (out.exp() / out.exp().sum()).square().mean(),
+    "pairs, repeated": lambda out: (out.repeat(N, 1) * out[:, None].expand(-1, N, -1).reshape(-1, 4)).mean(),
+    "pairs, looked up": lambda out: (F.embedding(NEXT, out) * out).mean(),
+    "one normalisation": lambda out: F.layer_norm(out, out.shape).pow(3).mean(),
+    "singular values": lambda out: torch.linalg.svdvals(out).sum(),
+    "frequencies": lambda out: torch.fft.fft(out, dim=0).abs().mean(),
+    "the next": lambda out: (out[1:] * out[:-1]).sum() / N,
+    "beside what has no second derivative": lambda out: 0.5 * (alignment(out) + 2 * out.std(0).mean()),
+    "beside what is infinite": lambda out: out.std(0).mean() + (out * WEIGHTS).square().sum(1).mean(),
 }
 APART = {
     "roots of each": lambda out: (out - AIMS).square().mean(1).sqrt().mean(),
@@ -218,9 +237,10 @@ APART = {
     "distances to constants": lambda out: torch.cdist(out, AIMS).exp().mean(),
     "by constants": lambda out: (AIMS @ out.T).diagonal().exp().mean(),
     "means that are not followed": lambda out: (out - out.mean(0).detach()).square().mean(),
-    "no second derivative": lambda out: F.ctc_loss(
-        out.view(N, 2, 2).log_softmax(2).transpose(0, 1), torch.ones(N, 1, dtype=torch.long), (2,) * N, (1,) * N
-    ),
+    "no second derivative": alignment,
+    "distances of partners": lambda out: torch.cdist(out, out + ANGLES).diagonal().exp().mean(),
+    "parts of each": lambda out: out.view(2 * N, 2).log_softmax(1)[:, 0].mean(),
+    "a constant of all": lambda out: (out - out.mean().detach()).square().mean(),
 }
 
 
@@ -236,6 +256,82 @@ def test_examples_that_meet_in_the_loss_are_an_error(loss, dtype):
 def test_what_only_looks_as_if_examples_met_is_no_cause_for_doubt(loss):
     rows, grad = joined(loss)
     torch.testing.assert_close(rows.mean(0), grad)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out: (out[0] * out[1]).mean(),
+        lambda out: (out.t()[:, 1:] * out.t()[:, :-1]).mean(),
+        lambda out: out.movedim(0, 1).prod(1).mean(),
+        lambda out: F.avg_pool1d(out.t(), 2).exp().mean(),
+        lambda out: (out[:, :4] * out[:, :4].t()).mean(),
+        lambda out: (out[:, :4] * out[:, 5]).mean(),
+        lambda out: (out.view(8, 4)[:4] * out.view(8, 4)[4:]).mean(),
+        lambda out: out.view(2, 16).softmax(1).log().mean(),
+    ],
+)
+def test_sizes_that_examples_divide_hide_nothing(loss):
+    model = extend(nn.Linear(3, 8))
+    with pytest.raises(CrossExampleError, match="couples examples"), perex(BatchGrad()):
+        loss(model(torch.randn(4, 3))).backward()
+
+
+class Scaled(nn.Module):
+    """One number for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(3, 1), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.inner(x).squeeze(1) * self.scale
+
+
+@pytest.mark.parametrize("model", [Scaled(), nn.LSTM(3, 4, batch_first=True)], ids=["numbers", "sequences"])
+def test_outputs_of_any_number_of_axes(model):
+    model, x = extend(model), torch.randn(N, 3) if isinstance(model, Scaled) else torch.randn(N, 5, 3)
+
+    def output():
+        out = model(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    with perex(BatchGrad()):
+        F.softplus(-output()[torch.arange(N)]).mean().backward()
+        with pytest.raises(CrossExampleError, match="couples examples"):
+            output().softmax(0).square().mean().backward()
+        with pytest.raises((CrossExampleError, LossError)):  # of single numbers it is a function of one
+            output().std(0).mean().backward()
+
+
+def test_functions_below_another_output_are_called_once():
+    """An output may be computed from another one, of which the gradient goes through a function of a user."""
+    calls = []
+
+    class Counting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            calls.append(g)
+            return g
+
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            z = self.encoder(x)
+            return z, self.decoder(Counting.apply(z) * 1.0)
+
+    model = extend(Coder())
+    with perex(BatchGrad()):
+        z, out = model(torch.randn(N, 3))
+        (z.square().mean(0).sum() + out.square().mean(0).sum()).backward()
+    assert len(calls) == 1
 
 
 def test_examples_that_meet_on_another_axis():

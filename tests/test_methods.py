@@ -222,15 +222,16 @@ def test_gradients_alone_are_formed_by_the_way_that_is_chosen(name, monkeypatch)
     assert torch.equal(found, ways[-1].run()[0])
 
 
+@pytest.mark.parametrize("n", [1, 3, 50])
 @pytest.mark.parametrize("name", [name for name, options in CONVOLUTIONS.items() if "groups" not in options])
-def test_sums_of_convolutions_as_one_product_with_the_windows(name):
-    """A few images at a time, as their windows take more room than the images; here one or two."""
-    term, w = windows(**CONVOLUTIONS[name]), torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
-    wanted = torch.tensordot(w, term.unfolded().dense(), 1)
-    weighted = term._like(term.x, term.g * w.view(3, *[1] * (term.g.dim() - 1)))
-    for found in (weighted._sum_of_windows(), weighted._sum_native()):
+def test_sums_of_convolutions_as_one_product_with_the_windows(name, n):
+    """A few images at a time, as their windows take more room than the images."""
+    one = windows(**CONVOLUTIONS[name])
+    x, g = (torch.randn(n, *t.shape[1:], dtype=torch.float64) for t in (one.x, one.g))
+    term = one._like(x, g)
+    for found in (term._sum_of_windows(), term._sum_native()):
         assert found.is_contiguous()
-        reference.assert_close_report(found, wanted, 1e-12, name)
+        reference.assert_close_report(found, term.unfolded().dense().sum(0), 1e-12, name)
 
 
 def test_windows_for_a_sum_take_no_more_room_than_the_weight_or_the_factors(monkeypatch):
@@ -261,6 +262,8 @@ def test_the_way_of_a_sum_is_chosen_for_few_positions_and_remembered(monkeypatch
     assert asked == [("measure", ways), ("model", ways)]
     for options in ({"size": 9}, {"size": 8, "groups": 2}):  # too many positions; no product for groups
         total(windows(**options))
+    nobody = windows(size=8).select(torch.zeros(3, dtype=torch.bool))
+    assert not nobody.weighted_sum(torch.ones(0, dtype=torch.float64)).any()
     assert len(asked) == 2
     total(windows(size=8, o=7))
     assert len(asked) == 3
@@ -275,6 +278,45 @@ def test_the_model_takes_a_product_for_many_channels_over_few_positions():
         total, term = method.run()
         reference.assert_close_report(total, few.unfolded().dense().sum(0), 1e-12, method.name)
         assert term is few
+
+
+def test_what_the_choice_of_a_sum_takes_does_not_count(monkeypatch):
+    """It is made when a sum is asked for first, which methods of norms are timed with."""
+    clock, known = [0.0], []
+
+    class Asking(Outer):
+        def methods(self):
+            return [
+                Method("a", lambda: self._spent(0.1), 2e9, held=1),
+                Method("b", lambda: self._spent(0.3), 1e9, held=1),
+            ]
+
+        def _spent(self, seconds):
+            clock[0] += seconds
+            return torch.zeros(self.n), Formed(self.dense()[None].flatten(2), self.shape) if seconds > 0.2 else self
+
+        def weighted_sum(self, w):
+            clock[0] += 0.01 if known else 1.0
+            known.append(w)
+            return torch.zeros(self.shape)
+
+    monkeypatch.setattr(choosing, "_now", lambda device: clock[0])
+    one = outer()
+    assert choose(Asking(one.g, one.x, one.shape), Choice(sums=True)).name == "a"
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 7])
+@pytest.mark.parametrize("behind", [0, 2, 7])
+@pytest.mark.parametrize(("k", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (4, 3, 2), (2, 5, 1), (3, 1, 3)])
+def test_gram_matrices_of_pixels_without_what_is_padded(k, stride, dilation, before, behind):
+    size, reach = 5, dilation * (k - 1) + 1
+    positions = max(0, size + before + behind - reach) // stride + 1
+    geometry = Geometry(torch.Size((2, 3, k, k)), (stride,) * 2, (dilation,) * 2, 1)
+    torch.manual_seed(0)
+    x, g = (torch.randn(3, c, s, s, dtype=torch.float64) for c, s in ((3, size), (2, positions)))
+    term = Windows(x, g, geometry, [(before, max(behind, reach - size - before))] * 2)
+    wanted = term.unfolded().dense().flatten(1).square().sum(1)
+    reference.assert_close_report(_conv.pixel_gram(x, g, geometry, [before] * 2).l2, wanted, 1e-12, "norms")
 
 
 @pytest.mark.parametrize("cached", [1, 3500, 2**20])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perexample import extend, perex
+from perexample import _norms, _trust, extend, perex, terms
 from perexample._conv import Geometry
 from perexample._engine.state import listening
 from perexample._engine.tap import Tap
 from perexample._engine.view import ParameterView, Weights
 from perexample._norms import drift, gram_drift, norms_of, norms_of_each, short_drift, short_sums
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
+from perexample.rules import norm
 from perexample.rules.conv import Windows
 from perexample.terms import Dense, Outer, Regrouped, Sum
 
@@ -314,3 +319,54 @@ def test_terms_of_factors_that_need_gradients_are_values():
     torch.testing.assert_close(term.dense().detach(), plain.dense())
     torch.testing.assert_close(term.weighted_sum(w).detach(), plain.weighted_sum(w))
     torch.testing.assert_close(term.batch_l2().detach(), plain.batch_l2())
+
+
+@pytest.mark.parametrize("share", [1e-4, 2e-5])
+def test_doubt_is_found_in_one_look(share):
+    numbers = [0.0, -0.0, 1e-300, 1.0, 1e4, 1e300, math.inf, math.nan]
+    for error, of, other in itertools.product(numbers, numbers, [0.0, 1.0]):
+        errors, wholes = (torch.tensor(pair, dtype=torch.float64) for pair in ((error, other), (of, 1.0)))
+        wanted = ~((errors <= share * wholes) & torch.isfinite(wholes))
+        found = _trust._in_doubt(errors, share, wholes)
+        assert (found is None) == (not wanted.any())
+        assert found is None or torch.equal(found, wanted), (error, of)
+    nobody = torch.zeros(0, dtype=torch.float64)
+    assert _trust._in_doubt(nobody, share, nobody) is None
+
+
+def test_what_only_a_loose_bound_puts_in_doubt_is_not_computed_again():
+    class Loose(terms.Dense):
+        def select(self, rows):
+            return Loose(self.value[rows])
+
+        def magnitude(self):
+            return self.value.double().flatten(1).norm(dim=1)
+
+        def magnitude_bound(self):
+            return self.magnitude() * 1e9
+
+        def double(self):
+            pytest.fail("was computed again")
+
+    term = Loose(torch.randn(3, 4, 5))
+    l2 = term.magnitude().square()
+    raised, doubtful = _trust.direct(term, l2)
+    assert doubtful is None
+    reference.assert_close_report(raised, l2, 1e-5, "direct")
+    raised, doubtful = _trust.inner(term, _norms.Inner(l2, term.magnitude_bound(), products=0))
+    assert doubtful is None
+    reference.assert_close_report(raised, l2, 1e-5, "inner")
+
+
+@pytest.mark.parametrize("mean", [300.0, -300.0])
+def test_means_far_from_zero_on_either_side_take_the_other_way(mean, monkeypatch):
+    far, found = norm._far_from_zero, []
+    monkeypatch.setattr(norm, "_far_from_zero", lambda call: found.append(far(call)) or found[-1])
+    torch.manual_seed(0)
+    model, x = extend(nn.GroupNorm(2, 4)), torch.randn(3, 4, 8)
+    x[1, :2] += mean
+    for batch in (x, x[::2].contiguous()):
+        with perex(BatchGrad(), grad=False):
+            model(batch).sin().sum((1, 2)).mean().backward()
+    assert found[0].tolist() == [False, True, False]
+    assert found[1] is None

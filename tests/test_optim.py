@@ -568,6 +568,18 @@ def test_factors_that_are_not_finite_become_zero(value):
     assert bounded(lambda norms, bound: torch.ones_like(norms), -norms[:1], 1.0).tolist() == [0.0]  # of -0.0
 
 
+def test_flat_factors_are_within_bounds_as_they_are():
+    norms = torch.tensor([0.0, -0.0, 1e-320, 0.5, 4.0, 1e300, math.inf, math.nan], dtype=torch.float64)
+    assert bounded(Flat(), norms, 2.0).tolist() == [1.0, 0.0, 1.0, 1.0, 0.5, 2e-300, 0.0, 0.0]
+
+    class Long(Flat):
+        def __call__(self, norms, bound):
+            return 3.0 * super().__call__(norms, bound)
+
+    found = bounded(Long(), norms[3:6], 2.0)
+    assert (found * norms[3:6] <= 2.0 * (1 + 1e-12)).all()
+
+
 @pytest.mark.parametrize(
     "values", [[-2.0, 1.0, 0.5], [-1e-40, 1.0, 0.5], [0.0, 1.0, 0.5], [1e-40, 1.0, 0.5], [0, 0, 0]]
 )

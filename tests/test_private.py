@@ -3,6 +3,8 @@
 import ast
 import inspect
 import math
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,19 @@ def test_named_parameters_are_those_of_the_module():
     found = _private.named_parameters(model)
     assert list(found) == [name for name, _ in model.named_parameters()]
     assert all(found[name] is p for name, p in model.named_parameters())
+
+
+def test_parameters_have_the_names_that_a_model_gives_them():
+    class Renamed(nn.Sequential):
+        def named_parameters(self, *args, **kwargs):
+            return ((f"my.{name}", p) for name, p in super().named_parameters(*args, **kwargs))
+
+    assert list(_private.named_parameters(Renamed(nn.Linear(2, 2)))) == ["my.0.weight", "my.0.bias"]
+
+
+def test_the_library_can_be_imported_in_inference_mode():
+    code = "import torch\nwith torch.inference_mode():\n    import perexample"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_options_of_a_node_are_what_it_has_saved_beside_tensors():

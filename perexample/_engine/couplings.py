@@ -1,17 +1,18 @@
 """Whether a loss couples the examples: whether one example's gradient changes with what another one is.
 
-What the loss function does to the model's outputs is not followed. Where its graph shows an operation in which examples
-may meet (products of outputs, softmax over the batch, means over the batch, permutations), the loss is differentiated
-twice: it is a sum of the examples' own losses only if ``d^2 loss / dz_n dz_m`` is zero
-for the outputs ``z`` of any two examples. For half of the examples at a time, those whose number has a bit set, the
-gradients are summed with random weights and differentiated by the outputs of the other half; each two examples differ
-in a bit. That is done at the first backward of each form of the graph, at the second, the fourth, and so on, as
+What the loss function does to the model's outputs is not followed. Where its graph has operations that might let
+examples meet, it is differentiated twice: it is a sum of the examples' own losses only if ``d^2 loss / dz_n dz_m`` is
+zero for the outputs ``z`` of any two examples. For half of the examples at a time, those whose number has a bit set,
+the gradients are summed with random weights and differentiated by the outputs of the other half; each two examples
+differ in a bit. That is done at the first backward of each form of the graph, at the second, the fourth, and so on, as
 examples may have to do with each other by a permutation that is drawn, or only beyond a threshold.
+
+Nothing is differentiated where each operation is known to leave the examples side by side on the first axis, as most
+losses do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,36 +25,42 @@ from ..errors import CrossExampleError
 from .joins import examples_of, kind_of, nearest_taps, shape_of
 from .kinds import names
 from .state import STATE
-from .tap import KEY
+from .tap import KEY, Tap
 from .walk import Walk
 
-_MIXES = names(
-    "Index IndexSelect Gather TakeAlongDim Take Roll Flip Sort Msort IndexAdd IndexReduce ScatterAdd ScatterReduce Put "
-    "SegmentReduce NativeBatchNorm CudnnBatchNorm MiopenBatchNorm Cdist EuclideanDist Pdist Dot Mv Addmv Addr Ger "
-    "LinalgVecdot Bilinear Cov Corrcoef"
+_LOSSES = names(  # of each entry or row, and then a sum over everything, or none
+    "NllLoss NllLoss2D MseLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss SmoothL1Loss SoftMarginLoss "
+    "MultiMarginLoss MultilabelMarginLoss"
+)
+_EACH = names(
+    "Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Abs Sign Sigmoid "
+    "Tanh Relu LeakyRelu Elu Gelu Silu Mish Softplus LogSigmoid Hardtanh Hardsigmoid Hardswish Clamp ClampMin ClampMax "
+    "Maximum Minimum Where MaskedFill Erf Sin Cos Tan Atan Asin Acos Sinh Cosh Xlogy Xlog1Py Lerp Addcmul Addcdiv "
+    "Lgamma Digamma Copy ToCopy Clone Alias NativeDropout Fmod Remainder Trunc Round Floor Ceil NanToNum"
 )
 _ALONG = names(
-    "Sum Mean Nansum Prod Std Var StdMean VarMean Softmax LogSoftmax Logsumexp Norm LinalgVectorNorm Amax Amin Max Min "
-    "Median Nanmedian Kthvalue Mode Topk Cumsum Cumprod Logcumsumexp Cummax Cummin Renorm Unfold"
+    "Sum Mean Softmax LogSoftmax Logsumexp LinalgVectorNorm Norm Std Var Amax Amin Max Min Gather Select Slice "
+    "Unsqueeze Squeeze Cumsum Prod"
 )
-_HARMLESS = names(  # by the names of their nodes, which tell sums over everything from others
-    "MeanBackward0 SumBackward0 NllLossBackward0 NllLoss2DBackward0 MseLossBackward0 BinaryCrossEntropyBackward0 "
-    "BinaryCrossEntropyWithLogitsBackward0 HuberLossBackward0 SmoothL1LossBackward0"
-)
-_PRODUCTS = {"Mm": 0, "Addmm": 1, "Matmul": 0, "Bmm": 0, "Baddbmm": 1, "Addbmm": 1}  # which input has the rows
+_SHAPES = names("View UnsafeView Reshape Flatten Unflatten")
+_PRODUCTS = {"Mm": 0, "Addmm": 1, "Bmm": 0, "Baddbmm": 1}  # which input has the rows
+_SCALED = names("Add Sub Neg Mul Div ToCopy Clone View Squeeze Stack Cat Sum Mean")  # numbers that are added
 _DISTANCES = names("Cdist Pdist")  # which torch differentiates only once
-_FEW = 2**24  # entries of the largest tensor up to which a loss is differentiated twice
+_FEW = 2**22  # entries of the largest tensor up to which a loss is differentiated twice
 _MOST = 4096  # nodes, and forms that are remembered
+_SMALL = 8  # numbers below are axes and the like; larger ones are sizes, which differ from batch to batch
+_AXES = 3  # up to which a number that N divides may well be an axis
 _SOME = 4  # entries of distances that are looked at
-_SHARE = 1e-5  # of the largest second derivative: what is below is rounding
-_SEEN: dict[Any, int] = {}  # how many backwards there were of each form in which examples may have met
+_SEEN: dict[int, int] = {}  # how many backwards there were of each form in which examples may have met
+
+Near = tuple[GradientEdge, Tap, int]
 
 
 def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     """Refuse losses in which examples meet before they are joined.
 
-    Nothing is differentiated where the graph shows no such operation, or one that a user wrote; where the forward ran
-    outside of the context; or where a hook was put on a tensor inside of it.
+    Nothing is differentiated where the graph shows that they do not, or a function that a user wrote; where the forward
+    ran outside of the context; or where a hook was put on a tensor inside of it.
 
     Args:
         loss: The loss.
@@ -65,24 +72,26 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2 or STATE.once or STATE.opened is None:
         return
-    nodes = list(_nodes(loss))
-    places = [node for node in nodes if _may_couple(node, n)] if len(nodes) <= _MOST else []
-    if not places or any(tap.record.opened is not STATE.opened for tap in found.taps):
+    nodes = _nodes(loss)
+    places = [node for node, alone in nodes.items() if not _apart(node, alone, n)] if len(nodes) <= _MOST else []
+    taps = _nearest(loss, found) if places or not _all_by_rows(found) else []
+    if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
-    form = tuple(_form(node, n) for node in nodes)
-    if not _is_due(form) or not _can_be_differentiated(nodes):
+    form = hash(tuple(_form(node, n) for node in nodes))
+    if not _is_due(form) or not _can_be_differentiated(list(nodes), taps, loss):
         return
-    if _couples(loss, found, n) or any(_meet_in(node, found) for node in places if kind_of(node) in _DISTANCES):
+    if _couples(loss, taps, n) or any(_meet_in(node, loss, found) for node in places if kind_of(node) in _DISTANCES):
         del _SEEN[form]  # it is due the next time too
+        where = f", for which {places[-1].name()} is a likely place" if places else ""
         raise CrossExampleError(
-            f"The loss couples examples: the gradient of one changes with the outputs of others, for which "
-            f"{places[-1].name()} is the likely place, so none has a loss of its own, and clipping bounds nothing. "
-            f"Contrastive losses, statistics and distances over the batch have no per-example gradients; use a loss of "
-            f"each example's own outputs, or let one example be a whole group that is compared within itself."
+            f"The loss couples examples: the gradient of one changes with the outputs of others{where}, so none has a "
+            f"loss of its own, and clipping bounds nothing. Contrastive losses, statistics and distances over the "
+            f"batch have no per-example gradients; use a loss of each example's own outputs, or let one example be a "
+            f"whole group that is compared within itself."
         )
 
 
-def _is_due(form: Any) -> bool:
+def _is_due(form: int) -> bool:
     """Whether it is the first, second, fourth, ... loss of a form."""
     if len(_SEEN) >= _MOST:
         _SEEN.clear()
@@ -90,41 +99,61 @@ def _is_due(form: Any) -> bool:
     return count & (count - 1) == 0
 
 
-def _nodes(loss: Tensor) -> Iterator[Node]:
-    """The nodes between the loss and the taps."""
-    stack: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
-    seen: set[Node] = set()
+def _nodes(loss: Tensor) -> dict[Node, bool]:
+    """The nodes between the loss and the taps, and whether each is used only for what has a single entry."""
+    stack: list[tuple[Node | None, int, bool]] = [(loss.grad_fn, loss.output_nr, True)]
+    seen: dict[Node, bool] = {}
     while stack:
-        node, number = stack.pop()
-        if node is None or node in seen or number in metadata(node).get(KEY, {}):
+        node, number, alone = stack.pop()
+        if node is None or number in metadata(node).get(KEY, {}):
             continue
-        seen.add(node)
-        yield node
-        stack += node.next_functions
+        if node in seen:
+            seen[node] &= alone
+            continue
+        seen[node] = alone
+        shape = shape_of(node, 0)
+        single = shape is not None and shape.numel() == 1
+        stack += [(before, at, single) for before, at in node.next_functions]
+    return seen
 
 
-def _may_couple(node: Node, n: int) -> bool:
-    """Whether examples may meet in an operation, as far as shapes tell; they are thought to be on the first axis."""
-    if node.name() in _HARMLESS:
+def _all_by_rows(found: Walk) -> bool:
+    """Whether all taps hold the examples on the first axis, one after another."""
+    places = [place for tap in found.taps for place in tap.places]
+    return all(place.axis == 0 and place.outer == 1 and place.space.owner is None for place in places)
+
+
+def _apart(node: Node, alone: bool, n: int) -> bool:
+    """Whether an operation surely leaves the examples one after another on the first axis, if its inputs have them so.
+
+    Args:
+        node: The operation.
+        alone: Whether it is used only for what has a single entry.
+        n: Number of examples.
+
+    Returns:
+        Whether that is sure.
+    """
+    kind, shape = kind_of(node), shape_of(node, 0)
+    given = [edge for edge in node.next_functions if edge[0] is not None]
+    if kind in _LOSSES:
+        return len(given) == 1
+    shapes = [shape_of(*edge) for edge in given]
+    if shape is None or None in shapes or not shapes:
         return False
-    shape, inputs = shape_of(node, 0), node.next_functions
-    if shape is None:
+    if shape.numel() == 1 and kind in _SCALED:  # what is done to single numbers is looked at elsewhere
+        return alone or all(known is not None and known.numel() == 1 for known in shapes)
+    if kind in _EACH:
+        return all(known == shape for known in shapes)
+    before = shapes[0]
+    assert before is not None
+    if len(shapes) > 1 or not before or not shape:
         return False
-    kind, given = kind_of(node), [edge for edge in inputs if edge[0] is not None]
-    if kind in _MIXES:
-        return True
-    if kind in _PRODUCTS:
-        return [edge[0] is not None for edge in inputs].index(True) != _PRODUCTS[kind] or len(given) > 1
-    shapes = [known for edge in given if (known := shape_of(*edge)) is not None]
-    if kind in _ALONG and shapes and len(shapes[0]) and (shape.numel() > 1 or kind not in ("Sum", "Mean")):
-        return 0 in _dims(node, len(shapes[0])) or _lost(shapes[0], n)
-    grown = len(shapes) > 1 and all(known != shape and known.numel() > 1 for known in shapes)
-    return grown or (shape.numel() > 1 and _lost(shape, n) and any(not _lost(known, n) for known in shapes))
-
-
-def _lost(shape: torch.Size, n: int) -> bool:
-    """Whether the first axis cannot count the examples."""
-    return not shape or shape[0] % n != 0
+    if kind in _ALONG:
+        return 0 not in _dims(node, len(before))
+    if kind in _SHAPES:
+        return shape[0] % n == before[0] % n == 0
+    return kind in _PRODUCTS and node.next_functions[_PRODUCTS[kind]][0] is not None
 
 
 def _dims(node: Node, axes: int) -> set[int]:
@@ -137,55 +166,99 @@ def _dims(node: Node, axes: int) -> set[int]:
 
 
 def _form(node: Node, n: int) -> Any:
-    """What makes one loss like another: its operations with their options, and sizes up to the number of examples."""
+    """What makes one loss like another: its operations with their options; of sizes whether they count examples."""
 
     def relative(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(map(relative, value))
-        return (value // n, "N") if type(value) is int and value and value % n == 0 else str(value)
+        if type(value) is int and value and value % n == 0 and n > _AXES:
+            return "N"
+        return "size" if type(value) is int and abs(value) >= _SMALL else str(value)
 
     given = tuple(before is not None for before, _ in node.next_functions)
     return node.name(), relative(shape_of(node, 0)), given, relative(options_of(node))
 
 
-def _can_be_differentiated(nodes: list[Node]) -> bool:
+def _nearest(loss: Tensor, found: Walk) -> list[Near]:
+    node = loss.grad_fn
+    assert node is not None
+    near = nearest_taps(GradientEdge(node, loss.output_nr))
+    return [(edge, tap, index) for edge, tap, index in near if index in found.taps.get(tap, ())]
+
+
+def _can_be_differentiated(nodes: list[Node], taps: list[Near], loss: Tensor) -> bool:
     """Whether nothing but time is spent: what users wrote may do anything, and large tensors may leave no room."""
     largest = max((shape.numel() for node in nodes if (shape := shape_of(node, 0)) is not None), default=0)
+    if len({id(tap) for _, tap, _ in taps}) > 1:
+        nodes = nodes + _between(loss, {edge.node for edge, _, _ in taps})
     return largest <= _FEW and not any(isinstance(node, BackwardCFunction) for node in nodes)
 
 
-def _couples(loss: Tensor, found: Walk, n: int) -> bool:
+def _between(loss: Tensor, ends: set[Node]) -> list[Node]:
+    """All nodes on the way from the loss to some of them: one tap may lie below another."""
+    order, stack, seen = list[Node](), [(loss.grad_fn, False)], set[Node]()
+    while stack:
+        node, over = stack.pop()
+        if node is None:
+            continue
+        if over:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(before, False) for before, _ in node.next_functions]
+    reached = set[Node]()
+    for node in order:  # what is below comes first
+        if any(before in ends or before in reached for before, _ in node.next_functions):
+            reached.add(node)
+    return list(reached)
+
+
+def _couples(loss: Tensor, taps: list[Near], n: int) -> bool:
     """Whether a second derivative across two examples is not zero, as far as torch can differentiate twice."""
     node = loss.grad_fn
     assert node is not None
-    taps = [near for near in nearest_taps(GradientEdge(node, loss.output_nr)) if near[2] in found.taps.get(near[1], ())]
+    whole = GradientEdge(node, loss.output_nr)
+    found = _coupled(whole, taps, n)
+    if found is None:  # of what is added there may be parts that can be
+        return any(_coupled(part, taps, n) for part in _added(whole))
+    return found
+
+
+def _added(edge: GradientEdge) -> list[GradientEdge]:
+    """The numbers of which a number is the sum, but for constants."""
+    parts, stack = list[GradientEdge](), [(edge.node, edge.output_nr)]
+    while stack and len(parts) < _MOST:
+        node, number = stack.pop()
+        given = [(before, at) for before, at in node.next_functions if before is not None]
+        single = all((shape := shape_of(*one)) is not None and shape.numel() == 1 for one in given)
+        if given and single and kind_of(node) in _SCALED and (kind_of(node) != "Mul" or len(given) == 1):
+            stack += given
+        else:
+            parts.append(GradientEdge(node, number))
+    return parts if len(parts) > 1 else []
+
+
+def _coupled(number: GradientEdge, taps: list[Near], n: int) -> bool | None:
+    """The same of one number; ``None`` if it cannot be differentiated twice."""
     edges = [edge for edge, _, _ in taps]
     try:
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss, edges, create_graph=True, allow_unused=True)
+            ones = ones_for(number)
+            gradients = torch.autograd.grad(number, edges, ones, create_graph=True, allow_unused=True)
             draws = torch.Generator().manual_seed(0)
             rows = [_rows(near, g) for near, g in zip(taps, gradients, strict=True) if g is not None]
-            sums = [((r * _noise(r, draws)).flatten(1).sum(1), owner) for r, owner in rows if r.requires_grad]
-            return any(_across(taps, edges, sums, bit) for bit in range((n - 1).bit_length())) if sums else False
+            sums = [((r * _noise(r, draws)).sum(1), owner) for r, owner in rows if r.requires_grad]
+            return any(_across(taps, sums, bit) for bit in range((n - 1).bit_length())) if sums else False
     except (RuntimeError, NotImplementedError):  # what has no second derivative, or no room for it
-        return False
+        return None
 
 
-def _meet_in(node: Node, found: Walk) -> bool:
-    """Whether an entry of what an operation gives depends on several examples; some entries are looked at."""
-    edge = GradientEdge(node, 0)
-    ones = ones_for(edge)
-    chosen = [torch.zeros_like(ones) for _ in range(min(_SOME, ones.numel()))]
-    for number, weights in enumerate(chosen):
-        weights.view(-1)[min(ones.numel() * number // len(chosen) + number % 2, ones.numel() - 1)] = 1.0
-    return any(examples_of(edge, found, weights) > 1 for weights in chosen)
-
-
-def _rows(near: tuple[GradientEdge, Any, int], g: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of a tap's output by rows, and the example of each."""
+def _rows(near: Near, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of a tap's output by rows, ``[M, F]``, and the example of each."""
     _, tap, index = near
     place = tap.places[index]
-    return place.rows_first(tap.in_shape(index, g)), place.space.owners(g.device)
+    return place.rows_first(tap.in_shape(index, g)).unsqueeze(-1).flatten(1), place.space.owners(g.device)
 
 
 def _noise(like: Tensor, draws: torch.Generator) -> Tensor:
@@ -193,23 +266,36 @@ def _noise(like: Tensor, draws: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=draws).to(like.device, like.dtype)
 
 
-def _across(taps: list, edges: list[GradientEdge], sums: list[tuple[Tensor, Tensor]], bit: int) -> bool:
+def _across(taps: list[Near], sums: list[tuple[Tensor, Tensor]], bit: int) -> bool:
     """Whether what is computed from the gradients of half of the examples depends on the others."""
     total = torch.stack([of_rows[_half(owner, bit)].sum() for of_rows, owner in sums]).sum()
-    found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
-    largest, others = 0.0, 0.0
+    found = torch.autograd.grad(total, [edge for edge, _, _ in taps], retain_graph=True, allow_unused=True)
+    largest, others, share = 0.0, 0.0, 1e-5
     for near, h in zip(taps, found, strict=True):
         if h is None or not h.numel():
             continue
         rows, owner = _rows(near, h.detach())
-        size = rows.abs().flatten(1).amax(1)
-        if not bool(size.isfinite().all()):  # as of masks that are infinite
-            return False
-        largest = max(largest, size.max().item())
-        others = max([others, *size[~_half(owner, bit) & (owner >= 0)].tolist()])
-    return others > _SHARE * largest
+        size = rows.abs().amax(1)
+        known = size.isfinite() & (owner >= 0)  # it is not where masks are infinite
+        half, share = _half(owner, bit), min(share, torch.finfo(h.dtype).eps ** 0.75)
+        largest = max([largest, *size[known].tolist()])
+        others = max([others, *size[known & ~half].tolist()])
+    return others > share * largest
 
 
 def _half(owner: Tensor, bit: int) -> Tensor:
     """Which rows belong to examples whose number has a bit set."""
     return (owner >= 0) & (owner.bitwise_right_shift(bit) % 2 == 1)
+
+
+def _meet_in(node: Node, loss: Tensor, found: Walk) -> bool:
+    """Whether an entry of what an operation gives, and the loss uses, depends on several examples; some are tried."""
+    edge = GradientEdge(node, 0)
+    used = torch.autograd.grad(loss, edge, retain_graph=True)[0].flatten().nonzero()[:, 0]
+    for number in range(min(_SOME, len(used))):  # not all on a diagonal
+        at = int(used[min(len(used) * number // _SOME + number, len(used) - 1)])
+        weights = torch.zeros_like(ones_for(edge))
+        weights.view(-1)[at] = 1.0
+        if examples_of(edge, found, weights) > 1:
+            return True
+    return False

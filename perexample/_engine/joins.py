@@ -159,7 +159,7 @@ def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) 
     for (_, tap, index), g in zip(taps, grads, strict=True):
         if g is not None and index in found.taps.get(tap, ()):
             place = tap.places[index]
-            rows = (place.rows_first(tap.in_shape(index, g)) != 0).flatten(1).any(1)
+            rows = (place.rows_first(tap.in_shape(index, g)) != 0).unsqueeze(-1).flatten(1).any(1)
             owners.update(place.space.owners(rows.device)[rows].tolist())
     return len(owners - {-1})
 
