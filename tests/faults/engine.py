@@ -44,7 +44,7 @@ MUTANTS = (
     mutant(
         "F10-one-half",
         "compares the examples of two halves only",
-        Edit("perexample._engine.couplings:_couples", ("(n - 1).bit_length()", "1")),
+        Edit("perexample._engine.couplings:_coupled", ("(n - 1).bit_length()", "1")),
         killers="test_losses.py::test_examples_that_meet_in_the_loss_are_an_error[a single pair-dtype0]",
     ),
     mutant(
