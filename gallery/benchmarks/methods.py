@@ -28,6 +28,11 @@ CONVOLUTIONS = [
     (64, 128, 32, 3, 2, 1), (64, 64, 32, 1, 1, 1), (64, 64, 32, 3, 1, 64), (256, 256, 8, 3, 1, 256),
     (1, 16, 28, 8, 2, 1),
 ]  # fmt: skip
+# The same of those whose sums alone are timed: over few positions
+SUMS = [
+    (512, 512, 2, 3, 1, 1), (512, 512, 4, 3, 1, 1), (256, 512, 4, 3, 1, 1), (256, 512, 8, 3, 2, 1),
+    (256, 256, 8, 3, 1, 1),
+]  # fmt: skip
 # N, T, I, O
 LINEAR = [(16, 128, 256, 1024), (8, 512, 256, 1024), (64, 64, 192, 768), (32, 16, 512, 512)]
 N = 32
@@ -73,12 +78,23 @@ def measured(term: Term, plain: Callable[[], Tensor], repeats: int) -> dict[str,
     return found
 
 
+def described(c: int, o: int, size: int, k: int, stride: int, groups: int) -> str:
+    """A convolution in words."""
+    name = f"conv {c} to {o}, {size}x{size}, k={k}" + (f", stride {stride}" if stride > 1 else "")
+    return name + (f", {groups} groups" if groups > 1 else "")
+
+
+def sums(args: tuple[int, int, int, int, int, int], repeats: int) -> dict[str, float]:
+    """Milliseconds of each way to the weighted sum of a convolution, without the weights."""
+    term, _ = convolution(*args)
+    return {method.name: 1e3 * seconds(method.run, repeats) for method in term._sums()}
+
+
 def cases() -> dict[str, Callable[[], tuple[Term, Callable[[], Tensor]]]]:
     """All layers by their description."""
     found: dict[str, Callable[[], tuple[Term, Callable[[], Tensor]]]] = {}
     for c, o, size, k, stride, groups in CONVOLUTIONS:
-        name = f"conv {c} to {o}, {size}x{size}, k={k}" + (f", stride {stride}" if stride > 1 else "")
-        name += f", {groups} groups" if groups > 1 else ""
+        name = described(c, o, size, k, stride, groups)
         found[name] = lambda *a, args=(c, o, size, k, stride, groups): convolution(*args)
     for n, t, i, o in LINEAR:
         found[f"linear {i} to {o}, N={n}, T={t}"] = lambda *a, args=(n, t, i, o): linear(*args)
@@ -96,7 +112,7 @@ SHORT = {
 
 
 def rst(data: dict) -> list[str]:
-    """A table for convolutions and one for linear layers."""
+    """A table for convolutions, one for linear layers, and one for the sums of convolutions."""
     lines: list[str] = []
     for start in ("conv", "linear"):
         rows = {name: found for name, found in data["milliseconds"].items() if name.startswith(start)}
@@ -106,6 +122,11 @@ def rst(data: dict) -> list[str]:
             least = min(value for key, value in found.items() if key != "plain")
             table.append([name, *(cell(found.get(key), found.get(key) == least) for key in columns)])
         lines += [*report.rst_table(table), ""]
+    ways = list(next(iter(data["sums"].values())))
+    table = [["sum of", *ways]]
+    for name, found in data["sums"].items():
+        table.append([name, *(cell(found[way], found[way] == min(found.values())) for way in ways)])
+    lines += [*report.rst_table(table), ""]
     rule = (
         f"Convolutions have N={N}. A method is left out where the model expects over {HOPELESS} times the least time."
     )
@@ -121,11 +142,12 @@ def cell(value: float | None, best: bool) -> str:
 
 def everything(repeats: int) -> dict:
     """All layers."""
-    return {"milliseconds": {name: measured(*make(), repeats) for name, make in tqdm(cases().items())}}
+    times = {name: measured(*make(), repeats) for name, make in tqdm(cases().items())}
+    return {"milliseconds": times, "sums": {described(*args): sums(args, repeats) for args in tqdm(SUMS)}}
 
 
 def tables(data: dict, options: argparse.Namespace) -> None:
-    """Both tables, for the documentation."""
+    """The tables, for the documentation."""
     report.put(report.PAGE, "methods", rst(data), options.out)
 
 
