@@ -346,9 +346,34 @@ def test_two_forwards_of_the_same_examples_may_meet():
     """Example n of one with example n of the other."""
     model, x = extend(nn.Linear(3, 4)), torch.randn(2, N, 3)
     with perex(BatchGrad()):
+        F.mse_loss(model(x[0]), model(x[1])).backward()
         F.cosine_similarity(model(x[0]), model(x[1]), dim=1).mean().backward()
         with pytest.raises(CrossExampleError, match="couples examples"):
             F.cosine_similarity(model(x[0])[:, None], model(x[1])[None], dim=2).mean().backward()
+
+
+TOKENS = torch.arange(15).view(5, 3) % 4
+ORDINARY = {
+    "classes": lambda out: F.cross_entropy(out[:, 0], CLASSES),
+    "tokens": lambda out: F.cross_entropy(out.flatten(0, 1), TOKENS.flatten()),
+    "tokens, classes first": lambda out: F.cross_entropy(out.transpose(1, 2), TOKENS, reduction="none").mean(1).mean(),
+    "the next token": lambda out: F.cross_entropy(out[:, :-1].reshape(-1, 4), TOKENS[:, 1:].reshape(-1)),
+    "by hand": lambda out: -out.log_softmax(2).gather(2, TOKENS[:, :, None]).squeeze(2).mean(1).mean(),
+    "squares": lambda out: F.mse_loss(out, torch.ones(5, 3, 4)),
+    "squares of each": lambda out: (out - 1).square().sum((1, 2)).mean(),
+    "two": lambda out: F.mse_loss(out, out.detach() + 1) + 0.1 * out.abs().mean(),
+}
+
+
+@pytest.mark.parametrize("loss", ORDINARY.values(), ids=ORDINARY)
+def test_ordinary_losses_are_differentiated_once(loss, monkeypatch):
+    """A second time takes as much memory again."""
+    monkeypatch.setattr(couplings, "_couples", lambda *args: pytest.fail("was differentiated twice"))
+    model = extend(
+        nn.Sequential(nn.Linear(3, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Linear(4, 4))
+    )
+    with perex(BatchGrad()):
+        loss(model(torch.randn(5, 3, 3))).backward()
 
 
 def test_a_form_of_a_loss_is_looked_at_ever_more_seldom(monkeypatch):

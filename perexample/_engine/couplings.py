@@ -40,7 +40,7 @@ _EACH = names(
 )
 _ALONG = names(
     "Sum Mean Softmax LogSoftmax Logsumexp LinalgVectorNorm Norm Std Var Amax Amin Max Min Gather Select Slice "
-    "Unsqueeze Squeeze Cumsum Prod"
+    "Unsqueeze Squeeze Cumsum Prod Transpose"
 )
 _SHAPES = names("View UnsafeView Reshape Flatten Unflatten")
 _PRODUCTS = {"Mm": 0, "Addmm": 1, "Bmm": 0, "Baddbmm": 1}  # which input has the rows
@@ -72,9 +72,9 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2 or STATE.once or STATE.opened is None:
         return
-    nodes = _nodes(loss)
+    nodes, by_rows = _nodes(loss)
     places = [node for node, alone in nodes.items() if not _apart(node, alone, n)] if len(nodes) <= _MOST else []
-    taps = _nearest(loss, found) if places or not _all_by_rows(found) else []
+    taps = _nearest(loss, found) if places or not by_rows else []
     if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
     form = hash(tuple(_form(node, n) for node in nodes))
@@ -99,13 +99,23 @@ def _is_due(form: int) -> bool:
     return count & (count - 1) == 0
 
 
-def _nodes(loss: Tensor) -> dict[Node, bool]:
-    """The nodes between the loss and the taps, and whether each is used only for what has a single entry."""
+def _nodes(loss: Tensor) -> tuple[dict[Node, bool], bool]:
+    """The nodes between the loss and the nearest taps, and whether each is used only for what has a single entry.
+
+    Returns:
+        These; and whether all of the taps hold the examples on the first axis, one after another.
+    """
     stack: list[tuple[Node | None, int, bool]] = [(loss.grad_fn, loss.output_nr, True)]
     seen: dict[Node, bool] = {}
+    by_rows = True
     while stack:
         node, number, alone = stack.pop()
-        if node is None or number in metadata(node).get(KEY, {}):
+        if node is None:
+            continue
+        tapped = metadata(node).get(KEY, {}).get(number)
+        if tapped is not None:
+            place = tapped[0].places[tapped[1]]
+            by_rows &= place.axis == 0 and place.outer == 1 and place.space.owner is None
             continue
         if node in seen:
             seen[node] &= alone
@@ -114,13 +124,7 @@ def _nodes(loss: Tensor) -> dict[Node, bool]:
         shape = shape_of(node, 0)
         single = shape is not None and shape.numel() == 1
         stack += [(before, at, single) for before, at in node.next_functions]
-    return seen
-
-
-def _all_by_rows(found: Walk) -> bool:
-    """Whether all taps hold the examples on the first axis, one after another."""
-    places = [place for tap in found.taps for place in tap.places]
-    return all(place.axis == 0 and place.outer == 1 and place.space.owner is None for place in places)
+    return seen, by_rows
 
 
 def _apart(node: Node, alone: bool, n: int) -> bool:
@@ -136,9 +140,9 @@ def _apart(node: Node, alone: bool, n: int) -> bool:
     """
     kind, shape = kind_of(node), shape_of(node, 0)
     given = [edge for edge in node.next_functions if edge[0] is not None]
-    if kind in _LOSSES:
-        return len(given) == 1
     shapes = [shape_of(*edge) for edge in given]
+    if kind in _LOSSES:
+        return len(set(shapes)) == 1
     if shape is None or None in shapes or not shapes:
         return False
     if shape.numel() == 1 and kind in _SCALED:  # what is done to single numbers is looked at elsewhere
@@ -159,6 +163,8 @@ def _apart(node: Node, alone: bool, n: int) -> bool:
 def _dims(node: Node, axes: int) -> set[int]:
     """The axes that an operation goes along; all of them if it does not tell."""
     dims = saved(node, "dim")
+    if dims is None and kind_of(node) == "Transpose":
+        dims = saved(node, "dim0"), saved(node, "dim1")
     if dims is None or dims == ():
         return set(range(axes))
     wrapped = [dims] if isinstance(dims, int) else dims
