@@ -227,7 +227,7 @@ class ClippedGrad(Extension):
         members: dict[str, list[ParameterView]] = {}
         for view in views:
             members.setdefault(self._group(view.name), []).append(view)
-        squares = {g: _total([v.batch_l2() for v in vs], device) for g, vs in members.items()}
+        squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
         total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else next(iter(squares.values()))
         finite = None if math.isfinite(total.sum().item()) else torch.isfinite(total)  # a sum of squares hides nothing
         staged = self._staged
@@ -347,11 +347,6 @@ class ClippedGrad(Extension):
         return value
 
 
-def _total(values: list[Tensor], device: torch.device) -> Tensor:
-    """Their sum, on one device."""
-    return torch.stack([value if value.device == device else value.to(device) for value in values]).sum(0)
-
-
 def _refuse_written(entry: _Entry, value: Tensor) -> None:
     if version(value) != entry.writes:
         raise StaleGradientError(
@@ -362,8 +357,6 @@ def _refuse_written(entry: _Entry, value: Tensor) -> None:
 
 def _freeing(views: list[ParameterView]) -> list[ParameterView]:
     """Those first whose sums take the least room beside what they let go, so that the peak is not in between."""
-    if len(views) < 2 or any(
-        view.sharded for view in views
-    ):  # all processes sum in one order, and may hold different things
+    if any(view.sharded for view in views):  # all processes sum in one order, and may hold different things
         return views
     return sorted(views, key=lambda view: view.param.nbytes - view.held())

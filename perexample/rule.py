@@ -362,7 +362,7 @@ def _where(rule: Rule, call: Call, kind: str) -> str:
 
 
 def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
-    if type(result) is not dict and not isinstance(result, Mapping):
+    if not isinstance(result, Mapping):
         raise RuleContractError(
             f"{_where(rule, call, kind)} returned {type(result).__name__}; return a dict with one entry for each "
             f"parameter name."

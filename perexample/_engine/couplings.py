@@ -73,15 +73,15 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     if n < 2 or STATE.once or STATE.opened is None:
         return
     nodes, by_rows = _nodes(loss)
-    places = [node for node, alone in nodes.items() if not _apart(node, alone, n)] if len(nodes) <= _MOST else []
+    places = [node for node in nodes if not _apart(node, n)] if len(nodes) <= _MOST else []
     taps = _nearest(loss, found) if places or not by_rows else []
     if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
     form = hash(tuple(_form(node, n) for node in nodes))
-    if not _is_due(form) or not _can_be_differentiated(list(nodes), taps, loss):
+    if not _is_due(form) or not _can_be_differentiated(nodes, taps, loss):
         return
     if _couples(loss, taps, n) or any(_meet_in(node, loss, found) for node in places if kind_of(node) in _DISTANCES):
-        del _SEEN[form]  # it is due the next time too
+        _SEEN.pop(form, None)  # it is due the next time too
         where = f", for which {places[-1].name()} is a likely place" if places else ""
         raise CrossExampleError(
             f"The loss couples examples: the gradient of one changes with the outputs of others{where}, so none has a "
@@ -99,17 +99,13 @@ def _is_due(form: int) -> bool:
     return count & (count - 1) == 0
 
 
-def _nodes(loss: Tensor) -> tuple[dict[Node, bool], bool]:
-    """The nodes between the loss and the nearest taps, and whether each is used only for what has a single entry.
-
-    Returns:
-        These; and whether all of the taps hold the examples on the first axis, one after another.
-    """
-    stack: list[tuple[Node | None, int, bool]] = [(loss.grad_fn, loss.output_nr, True)]
-    seen: dict[Node, bool] = {}
+def _nodes(loss: Tensor) -> tuple[list[Node], bool]:
+    """The nodes between the loss and the nearest taps, and whether all of these have the examples on the first axis."""
+    stack: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
+    seen: dict[Node, None] = {}  # in order
     by_rows = True
     while stack:
-        node, number, alone = stack.pop()
+        node, number = stack.pop()
         if node is None:
             continue
         tapped = metadata(node).get(KEY, {}).get(number)
@@ -117,27 +113,14 @@ def _nodes(loss: Tensor) -> tuple[dict[Node, bool], bool]:
             place = tapped[0].places[tapped[1]]
             by_rows &= place.axis == 0 and place.outer == 1 and place.space.owner is None
             continue
-        if node in seen:
-            seen[node] &= alone
-            continue
-        seen[node] = alone
-        shape = shape_of(node, 0)
-        single = shape is not None and shape.numel() == 1
-        stack += [(before, at, single) for before, at in node.next_functions]
-    return seen, by_rows
+        if node not in seen:
+            seen[node] = None
+            stack += node.next_functions
+    return list(seen), by_rows
 
 
-def _apart(node: Node, alone: bool, n: int) -> bool:
-    """Whether an operation surely leaves the examples one after another on the first axis, if its inputs have them so.
-
-    Args:
-        node: The operation.
-        alone: Whether it is used only for what has a single entry.
-        n: Number of examples.
-
-    Returns:
-        Whether that is sure.
-    """
+def _apart(node: Node, n: int) -> bool:
+    """Whether an operation surely leaves the examples one after another on the first axis, where they were before."""
     kind, shape = kind_of(node), shape_of(node, 0)
     given = [edge for edge in node.next_functions if edge[0] is not None]
     shapes = [shape_of(*edge) for edge in given]
@@ -145,8 +128,8 @@ def _apart(node: Node, alone: bool, n: int) -> bool:
         return len(set(shapes)) == 1
     if shape is None or None in shapes or not shapes:
         return False
-    if shape.numel() == 1 and kind in _SCALED:  # what is done to single numbers is looked at elsewhere
-        return alone or all(known is not None and known.numel() == 1 for known in shapes)
+    if shape.numel() == 1 and kind in _SCALED:  # single numbers have a check of their own; others would grow by them
+        return True
     if kind in _EACH:
         return all(known == shape for known in shapes)
     before = shapes[0]
@@ -186,6 +169,7 @@ def _form(node: Node, n: int) -> Any:
 
 
 def _nearest(loss: Tensor, found: Walk) -> list[Near]:
+    """The live taps that are reached first."""
     node = loss.grad_fn
     assert node is not None
     near = nearest_taps(GradientEdge(node, loss.output_nr))

@@ -56,6 +56,7 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
 
 
 def kind_of(node: Node) -> str:
+    """The operation that a graph node differentiates, without the number of its variant."""
     return node.name().partition("Backward")[0]
 
 

@@ -31,7 +31,7 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-HOOKING = frozenset({Tensor.register_hook, Tensor.retain_grad})
+HOOKING = frozenset({Tensor.register_hook, Tensor.retain_grad})  # after which a second backward would be seen
 _IGNORED = names(
     "size dim ndim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous item "
     "tolist numpy backward register_hook retain_grad __len__ __bool__ __int__ __float__ __index__ __repr__ __str__ "
