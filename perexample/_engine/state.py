@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._precision import full_precision, reduced
 from .._private import undispatched
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class plain:  # noqa: N801
         if torch.is_grad_enabled():
             self._open.append(torch.no_grad())
         self._open += [torch.autocast(kind, enabled=False) for kind in devices if torch.is_autocast_enabled(kind)]
+        if reduced(devices):
+            self._open.append(full_precision())
 
     def __enter__(self) -> None:
         """All at once."""
