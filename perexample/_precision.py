@@ -79,7 +79,7 @@ class full_precision(contextlib.AbstractContextManager):  # noqa: N801 - named a
 
 
 def reduced(devices: Iterable[str]) -> bool:
-    """Whether products may be in less than float32 on one of these kinds of devices, or are for a moment as they are not."""
+    """Whether products may be in less than float32 on one of these kinds of devices, or just are not for a moment."""
     if _LOWERED.users:
         return True
     return any(float32_precision(*setting) not in _FULL for kind in devices for setting in _SETTINGS.get(kind, ()))

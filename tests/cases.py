@@ -82,7 +82,7 @@ class ModuleCase:
         for number, (t, axis) in enumerate(zip(outputs, axes, strict=True)):
             t = t.movedim(axis, 0)
             flat = t.reshape(t.shape[0], t.shape[1:].numel())
-            fixed = torch.arange(flat.shape[1], dtype=flat.dtype).add(1 + number).mul(1.7).cos()
+            fixed = torch.arange(flat.shape[1], dtype=flat.dtype, device=flat.device).add(1 + number).mul(1.7).cos()
             total = total + (flat * fixed + flat**2 / 2).sum(1)
         return total
 

@@ -124,7 +124,7 @@ def losses(output: Any, axis: int = 0) -> Tensor:
     total: Any = 0.0
     for number, t in enumerate(reference.tensors(output)):
         rows = t.movedim(axis, 0).flatten(1) if t.dim() > 1 else t.unsqueeze(1)
-        fixed = torch.arange(rows.shape[1], dtype=rows.dtype).add(1 + number).mul(1.7).cos()
+        fixed = torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device).add(1 + number).mul(1.7).cos()
         total = total + (rows * fixed + rows**2 / 2).sum(1)
     return total
 

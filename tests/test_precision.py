@@ -137,9 +137,12 @@ def batch(positions):
     return x, g
 
 
+MAKERS = [lambda: nn.Linear(40, 30), lambda: nn.Conv1d(40, 30, 1), lambda: nn.Conv1d(40, 30, 3)]
+
+
 @pytest.mark.parametrize("options", [{"strategy": "model"}, {"room": 1e6}, {"max_memory": 0}])
 @pytest.mark.parametrize("positions", ["of any kind", "that cancel"])
-@pytest.mark.parametrize("make", [lambda: nn.Linear(40, 30), lambda: nn.Conv1d(40, 30, 1), lambda: nn.Conv1d(40, 30, 3)])
+@pytest.mark.parametrize("make", MAKERS)
 def test_norms_and_sums_are_those_of_full_float32(allowed, make, positions, options):
     x, g = batch(positions)
     layer, double = extend(make()), extend(make().double())

@@ -767,3 +767,17 @@ def test_a_hook_is_brought_behind_all_others():
     assert _private.runs_last(module, Hook)
     module(torch.ones(1, 1))
     assert order == ["theirs", "ours"]
+
+
+@pytest.mark.parametrize("what", ["matmul", "conv", "rnn"])
+@pytest.mark.parametrize("library", ["cuda", "mkldnn"])
+def test_float32_precision_is_what_torch_backends_tells(library, what):
+    module = {"cuda": torch.backends.cudnn, "mkldnn": torch.backends.mkldnn}[library]
+    shown = torch.backends.cuda.matmul if (library, what) == ("cuda", "matmul") else getattr(module, what)
+    before = _private.float32_precision(library, what)
+    try:
+        for value in ("tf32", "ieee"):
+            _private.set_float32_precision(library, what, value)
+            assert _private.float32_precision(library, what) == shown.fp32_precision == value
+    finally:
+        _private.set_float32_precision(library, what, before)
