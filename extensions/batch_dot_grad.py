@@ -30,3 +30,7 @@ class BatchDotGrad(Extension):
     def compute(self, view: ParameterView) -> Tensor:
         """The view's inner products."""
         return view.batch_dot()
+
+    def of_first(self, field: Tensor, n: int) -> Tensor:
+        """Their rows and columns."""
+        return field[:n, :n]

@@ -32,3 +32,7 @@ class BatchGrad(Extension):
     def compute(self, view: ParameterView) -> Tensor:
         """The view's gradients."""
         return view.grad_batch()
+
+    def of_first(self, field: Tensor, n: int) -> Tensor:
+        """Their rows."""
+        return field[:n]

@@ -34,3 +34,7 @@ class BatchL2Grad(Extension):
     def compute(self, view: ParameterView) -> Tensor:
         """The view's squared norms, in the parameter's precision."""
         return view.batch_l2().to(torch.promote_types(view.param.dtype, torch.float32))
+
+    def of_first(self, field: Tensor, n: int) -> Tensor:
+        """Their rows."""
+        return field[:n]

@@ -7,17 +7,18 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from perexample._arguments import positive
-from perexample._private import version
+from perexample._looks import holds
+from perexample._private import added_up, version
 from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
 
-from .clip import Clip, bounded, make_clip
+from .clip import Clip, Flat, bounded, make_clip
 
 
 @dataclass
@@ -29,10 +30,15 @@ class _Entry:
     sum: weakref.ref[Tensor]
     used: bool = False
     writes: int = -1
+    lent: bool = False  # whether it is overwritten when a recorded step is replayed
 
     def alive(self) -> bool:
         """Whether the parameter and its sum still exist."""
         return self.param() is not None and self.sum() is not None
+
+
+class _Forward:
+    """Stands for the forward of a step that was replayed."""
 
 
 @dataclass
@@ -126,6 +132,7 @@ class ClippedGrad(Extension):
         self._examples = 0
         self._staged = _Staged({})
         self._warned = False
+        self._lent: dict[str, Tensor] | None = None  # the bounds by group, in what a `RecordedStep` asks
 
     def know(self, names: Iterable[str]) -> None:
         """Find the groups of a model before its first backward, as a first batch may be empty; `make_private` does.
@@ -229,14 +236,15 @@ class ClippedGrad(Extension):
             members.setdefault(self._group(view.name), []).append(view)
         squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
         total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else next(iter(squares.values()))
-        finite = None if math.isfinite(total.sum().item()) else torch.isfinite(total)  # a sum of squares hides nothing
+        finite = None if holds(torch.isfinite(total.sum())) else torch.isfinite(total)  # a sum of squares hides nothing
         staged = self._staged
         staged.norms, staged.nonfinite = total.sqrt(), 0 if finite is None else int((~finite).sum())
         staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         results = {}
         for group, vs in members.items():
-            bound = self._bound(group)
-            weights = Weights(self._weights(staged.group_norms[group], finite, bound), most=bound)
+            factors = self._weights(staged.group_norms[group], finite, self._limit(group, device))
+            largest = 1.0 if type(self.clip) is Flat else None
+            weights = Weights(factors, most=self._bound(group), largest=largest)
             for view in _freeing(vs):
                 value = view.summed(weights, self._before(view.param))
                 view.let_go()
@@ -264,7 +272,59 @@ class ClippedGrad(Extension):
         self._staged = _Staged({})
         self._warn()
 
-    def _weights(self, norms: Tensor, finite: Tensor | None, bound: float) -> Tensor:
+    def recording(self) -> ClippedGrad:
+        """Clips as this does, to bounds that are tensors, in which those of the day are put before each replay.
+
+        Returns:
+            It.
+
+        Raises:
+            StaleGradientError: If sums are under way.
+        """
+        if self.examples:
+            raise StaleGradientError(
+                "ClippedGrad has sums that no step has used; call zero_grad before a step is recorded with it."
+            )
+        own = ClippedGrad(self.max_norm, clip=self.clip, groups=self.groups)
+        own._lent = {}
+        return own
+
+    def prepare(self, recording: Extension) -> None:
+        """Hand over the bounds; sums under way that lie where the next ones are written are copied first."""
+        assert isinstance(recording, ClippedGrad)
+        assert recording._lent is not None
+        for group, tensor in recording._lent.items():
+            tensor.fill_(self._bound(group))
+        kept = [entry for entry in self._entries.values() if entry.lent and not entry.used and entry.alive()]
+        sums = [cast(Tensor, entry.sum()) for entry in kept]
+        for entry, total in zip(kept, sums, strict=True):
+            _refuse_written(entry, total)
+        for entry, total in zip(kept, [total.clone() for total in sums], strict=True):
+            p = cast(Tensor, entry.param())
+            if getattr(p, self.field, None) is entry.sum():
+                setattr(p, self.field, total)
+            entry.sum, entry.writes, entry.lent = weakref.ref(total), version(total), False
+
+    def replayed(
+        self, recording: Extension, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
+    ) -> Mapping[str, Tensor]:
+        """As after a backward: the sums, added to those under way."""
+        assert isinstance(recording, ClippedGrad)
+        assert recording.norms is not None
+        forward = frozenset([_Forward()])
+        self.start([ParameterView(name, p, n, forwards=forward) for name, (p, _) in fields.items()])
+        staged = self._staged
+        staged.norms = recording.norms[:n].clone()
+        staged.group_norms = {group: norms[:n].clone() for group, norms in recording.group_norms.items()}
+        before = {name: total for name, (p, _) in fields.items() if (total := self._before(p)) is not None}
+        together = added_up(list(before.values()), [fields[name][1] for name in before])
+        found = {name: field for name, (_, field) in fields.items()} | dict(zip(before, together, strict=True))
+        for name, (p, _) in fields.items():
+            entry = _Entry(weakref.ref(p), name, weakref.ref(found[name]), lent=name not in before)
+            staged.entries[id(p)] = entry
+        return found
+
+    def _weights(self, norms: Tensor, finite: Tensor | None, bound: Any) -> Tensor:
         """Clip factors; exactly 0 for an example that is not ``finite``, whatever the clip function says."""
         if finite is None:
             return bounded(self.clip, norms, bound)
@@ -280,6 +340,15 @@ class ClippedGrad(Extension):
                 NonFiniteExampleWarning,
                 stacklevel=2,
             )
+
+    def _limit(self, group: str, device: torch.device) -> Any:
+        """The bound on a group, a tensor in what a `RecordedStep` asks."""
+        bound = self._bound(group)
+        if self._lent is None:
+            return bound
+        if group not in self._lent:
+            self._lent[group] = torch.full((), bound, dtype=torch.float64, device=device)
+        return self._lent[group]
 
     def _before(self, p: Tensor) -> Tensor | None:
         """The sum under way; none after a step, or where the field is not ours any more."""

@@ -23,6 +23,7 @@ from .extension import Extension, ParameterView
 from .model import extend, unextend
 from .optim import DP_SGD, privatize
 from .plan import Plan, plan
+from .recorded import RecordedStep
 from .rule import Bound, Call, Rule, Sizes, register_rule, registered_functions, registered_rules
 from .rules import GenericRule
 
@@ -47,6 +48,7 @@ __all__ = [
     "PerExampleError",
     "Plan",
     "PrivacyBudgetError",
+    "RecordedStep",
     "Rule",
     "RuleContractError",
     "Sizes",

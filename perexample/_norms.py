@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._looks import blind
+
 _SHORT = 1024  # float32 squares added up at once: long sums drift
 _FEW = 2**16  # elements whose squares are added up in float64 at once
 BLOCK = 2**24  # elements formed at once where a norm alone is wanted
@@ -17,8 +19,12 @@ _UNFOLDED = 2**21  # and of unfolded images
 
 def norms_of(flat: Tensor) -> Tensor:
     """Norms along the last axis in float64, also where a float32 square would over- or underflow."""
-    if flat.numel() <= _FEW:  # fewer calls are worth more than speed
+    few = _FEW if flat.device.type == "cpu" else BLOCK
+    if flat.numel() <= few:  # fewer calls are worth more than speed
         return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
+    if blind():
+        parts = flat.split(max(1, few * len(flat) // flat.numel()))
+        return torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts])
     norms = _blockwise(flat)
     if flat.dtype == torch.float64:
         return norms

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._looks import holds
 from ._norms import norms_of
 from .methods import Method
 from .terms import Term
@@ -77,7 +78,7 @@ class Placed(Term):
             return torch.zeros_like(self.value)
         total = self.value * self._along(w[self.owner.clamp_min(0)])
         known = self.owner >= 0
-        return total if bool(known.all()) else torch.where(self._along(known), total, 0)
+        return total if holds(known) else torch.where(self._along(known), total, 0)
 
     def batch_dot(self) -> Tensor:
         """No two examples share an entry; what is not finite is not zero times zero either."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._looks import blind, within
 from ._norms import BLOCK, Inner, squared_norms
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
     def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor | None]:
         error = magnitude.square().mul_(unit).add_(lost)
         raised = torch.maximum(error, found.drift * l2).add_(l2)
-        return raised, _in_doubt(error, TRUSTED, raised)
+        return raised, _in_doubt(error, TRUSTED, raised, _NOTHING)
 
     raised, doubtful = judged(l2, found.magnitude)
     if doubtful is not None:  # that magnitude is raised where a factor is zero, or too small for its square
@@ -61,12 +62,13 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
     return mended(term, raised, doubtful)
 
 
-def _in_doubt(error: Tensor, share: float, of: Tensor) -> Tensor | None:
+_NOTHING = 1e-20  # squared norm below which a recorded step, that cannot look, takes what it is raised to for it
+
+
+def _in_doubt(error: Tensor, share: float, of: Tensor, nothing: float = 0.0) -> Tensor | None:
     """Where an error is above a share of a number, or that is not finite; ``None`` if nowhere, found in one look."""
-    if not of.numel():
-        return None
-    least, most = torch.aminmax(torch.sub(error, of, alpha=share))
-    if most.item() <= 0.0 and least.item() > -math.inf:
+    excess = torch.sub(error, of, alpha=share)
+    if within(excess.sub_(nothing) if nothing and blind() else excess):
         return None
     return ~((error <= share * of) & (of < math.inf))  # NaN is in doubt too
 

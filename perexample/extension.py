@@ -17,6 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ._engine.view import ParameterView, Weights
+from .errors import ExtensionError
 
 
 class Extension:
@@ -49,6 +50,64 @@ class Extension:
 
     def commit(self) -> None:
         """Called when all fields are written: the place to change what the extension itself remembers."""
+
+    def recording(self) -> Extension:
+        """What a `RecordedStep` asks in place of this; called once, before it records.
+
+        Returns:
+            By default this extension itself, if it remembers nothing.
+
+        Raises:
+            ExtensionError: If it does, and has not said what is to be asked.
+        """
+        if type(self).commit is not Extension.commit:
+            raise ExtensionError(
+                f"{type(self).__name__} remembers what its backwards have found (commit), and cannot be recorded; "
+                f"override recording, prepare and replayed."
+            )
+        return self
+
+    def prepare(self, recording: Extension) -> None:
+        """Called before a recorded step is replayed, whose fields are overwritten then; see `recording`."""
+
+    def replayed(
+        self, recording: Extension, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
+    ) -> Mapping[str, Tensor]:
+        """Called after it was replayed.
+
+        Args:
+            recording: What `recording` has returned.
+            fields: By the names of the parameters: the parameter, and its field as it was recorded.
+            n: How many examples there were.
+            size: How many it was recorded with; the rest of them had losses of 0.
+
+        Returns:
+            The fields of these examples.
+
+        Raises:
+            ExtensionError: If there are fewer, and what that means for the field was not said.
+        """
+        if n == size:
+            return {name: field for name, (_, field) in fields.items()}
+        found = {name: self.of_first(field, n) for name, (_, field) in fields.items()}
+        if any(field is None for field in found.values()):
+            raise ExtensionError(
+                f"{type(self).__name__} does not tell what its field is for {n} examples out of {size}; give a "
+                f"recorded step as many as it was recorded with, or override of_first."
+            )
+        return {name: field for name, field in found.items() if field is not None}
+
+    def of_first(self, field: Tensor, n: int) -> Tensor | None:
+        """A field of the first n examples, of one that others have part in whose gradients are zero.
+
+        Args:
+            field: As it was recorded.
+            n: How many examples.
+
+        Returns:
+            The field; ``None`` if it cannot be told from this one.
+        """
+        return None
 
 
 __all__ = ["Extension", "ParameterView", "Weights"]

@@ -23,6 +23,7 @@ import torch
 from torch import Size, Tensor
 
 from ._grams import Grams
+from ._looks import blind, holds, look
 from ._norms import (
     BLOCK,
     Inner,
@@ -138,7 +139,7 @@ class Term:
     def regrouped(self, owner: Tensor, n: int) -> Term:
         """The same with the rows of each example added up: row m belongs to example ``owner[m]``, -1 for none."""
         kept = owner >= 0
-        return Regrouped(self, owner, n) if bool(kept.all()) else Regrouped(self.select(kept), owner[kept], n)
+        return Regrouped(self, owner, n) if holds(kept) else Regrouped(self.select(kept), owner[kept], n)
 
     def magnitude(self) -> Tensor:
         """Sum of the norms of the pieces that are added up, ``[N]``, float64; at least the norm itself."""
@@ -174,7 +175,7 @@ def keeping(term: Term, formed: Formed, drift: float | None = None) -> tuple[Ten
 
 def blockwise(term: Term, form: Callable[[Any], Tensor], drift: float | None = None) -> tuple[Tensor, Term]:
     """Norms of gradients that are formed block by block and let go; ``drift`` is that of the term by default."""
-    masks = blocks(term)
+    masks = [torch.ones(term.n, dtype=torch.bool)] if blind() else blocks(term)
     parts = [squared_norms(form(term.select(one) if len(masks) > 1 else term)) for one in masks]
     l2 = torch.cat(parts) if parts else term.factors()[0].new_zeros(0, dtype=torch.float64)
     return remembering(term, direct(term, l2, term.drift() if drift is None else drift))
@@ -207,7 +208,7 @@ class Dense(Term):
         """Added up at once."""
         owner = owner.to(self.value.device)
         kept = owner >= 0
-        value, owner = (self.value, owner) if bool(kept.all()) else (self.value[kept], owner[kept])
+        value, owner = (self.value, owner) if holds(kept) else (self.value[kept], owner[kept])
         return Dense(added(value, owner, n))
 
 
@@ -350,7 +351,7 @@ def _each(owner: Tensor, n: int) -> int:
     if rest or not each:
         return 0
     in_order = owner.view(n, each) == torch.arange(n, device=owner.device).unsqueeze(1)
-    return each if bool(in_order.all()) else 0
+    return each if holds(in_order) else 0
 
 
 def rows_together(owner: Tensor, n: int) -> Callable[[Tensor], Tensor] | None:
@@ -362,6 +363,7 @@ def rows_together(owner: Tensor, n: int) -> Callable[[Tensor], Tensor] | None:
     each = _each(owner, n)
     if each:
         return lambda rows: rows.unflatten(0, (n, each))
+    look("examples have different numbers of rows")
     kept = owner[owner >= 0]
     most = int(torch.bincount(kept).max()) if kept.numel() else 0
     if most * n > 4 * max(owner.numel(), 1) or not most:
@@ -378,6 +380,7 @@ def rows_together(owner: Tensor, n: int) -> Callable[[Tensor], Tensor] | None:
 
 def padded_rows(owner: Tensor, n: int) -> Tensor:
     """Rows of each example, ``[N, K]``, filled up with -1 to the largest number of them."""
+    look("examples have different numbers of entries")
     counts = torch.bincount(owner, minlength=n)
     order = torch.argsort(owner, stable=True)
     starts = counts.cumsum(0) - counts
@@ -578,6 +581,7 @@ class Rows(Term):
 
     def _summed(self) -> tuple[Tensor, Tensor]:
         """Entries that meet in one row of one example added up: flat positions ``[U]`` and rows ``[U, E]``."""
+        look("how many rows of a table were touched depends on the ids")
         flat = self.example * self.shape[0] + self.ids
         where, inverse, counts = torch.unique(flat, return_inverse=True, return_counts=True)
         self.many = bool(len(counts)) and counts.max().item() > _MANY
@@ -619,7 +623,24 @@ class Rows(Term):
 
     def methods(self) -> list[Method]:
         """From the rows that were touched, never over the whole table."""
+        if blind():
+            return [Method("inner products of the rows of each example", self._by_inner_products)]
         return [Method("rows that were touched", self._norms)]
+
+    def _side_by_side(self) -> tuple[Tensor, Tensor]:
+        """Ids ``[N, K]`` and rows ``[N, K, E]`` of each example, without a look at any value."""
+        together = rows_together(self.example, self.n)
+        assert together is not None
+        return together(self.ids), together(self.rows)
+
+    def _by_inner_products(self) -> tuple[Tensor, Term]:
+        """``sum over m, k of example n with id_m = id_k of <row_m, row_k>``; sizes do not depend on the ids."""
+        ids, rows = self._side_by_side()
+        same = ids.unsqueeze(1) == ids.unsqueeze(2)
+        l2 = (rows @ rows.mT).mul_(same).sum(2).sum(1, dtype=torch.float64).clamp_min_(0.0)
+        self.many = True
+        off = gram_drift(self.dtype, self.shape[1])
+        return remembering(self, inner(self, Inner(l2, self.magnitude(), rows.shape[1] ** 2, off)))
 
     def _norms(self) -> tuple[Tensor, Term]:
         where, summed = self._summed()
@@ -631,13 +652,23 @@ class Rows(Term):
         out = self.rows.new_zeros(self.shape)
         if not self.many:
             return out.index_add_(0, self.ids, self.rows * w[self.example].unsqueeze(1))
+        if blind():
+            weighted = self.rows.double() * w[self.example].unsqueeze(1)
+            return out.double().index_add_(0, self.ids, weighted).to(out.dtype)
         where, summed = self._summed()
         weighted = summed * w[where // self.shape[0]].unsqueeze(1)
         return out.index_add_(0, where % self.shape[0], weighted.to(out.dtype))
 
+    def _table(self) -> Tensor:
+        """The entries of each example, ``[N, K]``."""
+        each = _each(self.example, self.n)
+        if each:
+            return torch.arange(self.n * each, device=self.example.device).view(self.n, each)
+        return padded_rows(self.example, self.n)
+
     def inner(self, other: Outer) -> Tensor:
         """``<G_n, G'_n>`` with an `Outer` of the same table, as of a tied output layer, ``[N]``, float64."""
-        table = padded_rows(self.example, self.n)  # [N, K]
+        table = self._table()  # [N, K]
         left, right = other.g[:, 0], other.x[:, 0]  # [N, S, V] and [N, S, E]
         sums, block = [], max(1, BLOCK // max(1, table.shape[1] * (right.shape[1] + right.shape[2])))
         for entries, g, x in zip(table.split(block), left.split(block), right.split(block), strict=True):

@@ -60,6 +60,10 @@ def skip_what_makes_tensors_on_the_cpu(run) -> None:
         raise
 
 
+def on_cpu_too(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.cpu() for name, t in tensors.items()}
+
+
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     assert all(t.is_cuda for t in tensors.values())
     return {name: t.cpu() for name, t in tensors.items()}
@@ -67,7 +71,8 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", cases.CASES, ids=ids)
 def test_all_quantities(case):
-    gradients = case.reference(*case.build())
+    reference_on_gpu = "weight-norm" in case.id  # of which torch's kernel is less exact than float64
+    gradients = on_cpu_too(case.reference(*(on_gpu(*case.build()) if reference_on_gpu else case.build())))
     bound = reference.bound_near_median(gradients, case.n)
     model, inputs = on_gpu(*case.build())
     skip_what_makes_tensors_on_the_cpu(lambda: case.run(*on_gpu(*case.build())))
@@ -96,7 +101,9 @@ def test_all_quantities(case):
 def test_operations(row):
     n = 4
     model, inputs = row.build(n, deep=True)
-    wanted = harness.Problem(model, inputs, **row.settings()).wanted()
+    if "weight_norm" in row.id:
+        model, inputs = on_gpu(model, inputs)
+    wanted = on_cpu_too(harness.Problem(model, inputs, **row.settings()).wanted())
     bound = reference.bound_near_median(wanted, n)
     plain = harness.Problem(*on_gpu(*row.build(n, deep=True)), **row.settings())
     skip_what_makes_tensors_on_the_cpu(lambda: plain.run(*plain.inputs))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from models import Case
 from torch import Tensor, nn
 
-from perexample import extend, perex
+from perexample import RecordedStep, extend, perex
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 
 BOUND = 1.0  # the norm that gradients are clipped to
@@ -24,6 +24,10 @@ BOUND = 1.0  # the norm that gradients are clipped to
 
 class NotInstalledError(Exception):
     """A peer that is not there."""
+
+
+class NotOnGpuError(Exception):
+    """What there is on GPUs only."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,51 @@ class OursClipped(System):
 
     def norms(self) -> Tensor | None:
         return self.asked.norms
+
+
+class PlainRecorded(System):
+    """The plain step as a CUDA graph."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        if not self.x.is_cuda:
+            raise NotOnGpuError("there are CUDA graphs on GPUs only")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                super().step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        super().zero()
+        with torch.cuda.graph(self.graph):
+            self.losses().mean().backward()
+
+    def zero(self) -> None:
+        """Nothing: a replay overwrites."""
+
+    def step(self) -> None:
+        self.graph.replay()
+
+
+class OursRecorded(OursClipped):
+    """This library's clipped sums by a recorded step."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        if not self.x.is_cuda:
+            raise NotOnGpuError("recorded for GPUs")
+
+        def losses(x: Tensor, y: Tensor) -> Tensor:
+            return problem.case.losses(self.model(x), y)
+
+        self.recorded = RecordedStep(self.model, losses, self.x, self.y, extensions=self.asked)
+
+    def step(self) -> None:
+        self.zero()
+        self.recorded(self.x, self.y)
+        if self.recorded.repeated:
+            raise RuntimeError("a step had to be run as usual")
 
 
 class OursRoomy(OursClipped):
@@ -394,7 +443,9 @@ class Vmap(System):
 
 SYSTEMS: dict[str, type[System]] = {
     "plain": System,
+    "plain, recorded": PlainRecorded,
     "ClippedGrad": OursClipped,
+    "ClippedGrad, recorded": OursRecorded,
     "ClippedGrad, roomy": OursRoomy,
     "BatchL2Grad": OursNorms,
     "BatchGrad": OursRows,

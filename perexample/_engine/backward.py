@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._grams import Grams
+from .._looks import blind, holds
 from .._placed import merged
 from .._private import version
 from .._shards import freed
@@ -66,17 +67,13 @@ class Backward:
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
         mean = context.loss_reduction == "mean"
-        n = float(self.n) if mean and self.n else 1.0  # what an example's own loss is divided by
         loss_scale = context.loss_scale
-        if self.n:
-            check_sums(loss, found, self.n, loss_scale / n)
-        if self.n and mean:
-            check_divisors(found, self.n)
-        check_joins(loss, found, self.n)
-        check_couplings(loss, found, self.n)
+        if not blind():  # else what came before has been looked at, whose graph was the same
+            self._check_loss(loss, mean, loss_scale)
         # A mean is seeded with N where no p.grad nor other gradient is wanted: what is divided by N and rounded, as by
         # autocast, would change with the size of the batch.
         seeded = not context.grad and not found.leaves and loss.dtype in (torch.float32, torch.float64)
+        n = float(self.n) if mean and self.n else 1.0  # what an example's own loss is divided by
         self.seed = n if seeded else 1.0
         scale = (self.n if mean else 1.0) / self.seed / loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
@@ -108,6 +105,20 @@ class Backward:
         self.twice = self.joint and context.max_memory is not None and self._most_held() > context.max_memory
         self.grams = Grams({tap: (tap.rule, tap.kept()) for tap in found.taps})
         self.devices = {view.param.device.type for view in self.views.values()}
+
+    def _check_loss(self, loss: Tensor, mean: bool, loss_scale: float) -> None:
+        """Whether it is a sum or mean of the examples' own losses, as far as that can be seen."""
+        if loss.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ConfigurationError(
+                "A backward in perex looks at values, so torch.cuda.graph cannot capture it; use "
+                "perexample.RecordedStep, which can."
+            )
+        if self.n:
+            check_sums(loss, self.found, self.n, loss_scale / (self.n if mean else 1.0))
+        if self.n and mean:
+            check_divisors(self.found, self.n)
+        check_joins(loss, self.found, self.n)
+        check_couplings(loss, self.found, self.n)
 
     def _most_held(self) -> int:
         """At most how many bytes will be held for the end, as far as can be told now."""
@@ -235,7 +246,7 @@ class Backward:
         leaves = [p for p in source.leaves if id(p) in self.views]
         cotangents = term.dense().to(source.tensor.dtype)
         gradients = pulled_back([source.tensor], leaves, [cotangents])
-        if not all(bool(rows.isfinite().all()) for rows in gradients):
+        if not all(holds(rows.isfinite()) for rows in gradients):
             self._refuse_spoiled(source, leaves, cotangents)
         for p, rows in zip(leaves, gradients, strict=True):
             self.views[id(p)].add(Dense(at_least_float32(rows)))

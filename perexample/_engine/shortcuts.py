@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._looks import holds
 from .._placed import Placed
 from .._private import gradient_hooks, looked_up, memory_order, shown_by
 from ..terms import Dense, Outer, Rows, Term
@@ -48,7 +49,7 @@ def _lookup(tensor: Tensor, table: Tensor) -> Callable[[Term], Term] | None:
     found = None if node is None or table.dim() != 2 else looked_up(node)
     if found is None or tensor.shape != (*found[0].shape, table.shape[1]):
         return None
-    ids, padding_idx = found
+    ids, padding_idx = found[0].to(table.device), found[1]  # which a table on a GPU may be given on the CPU
 
     def rows(term: Term) -> Term:
         if isinstance(term, Placed) and term.axis < ids.dim():
@@ -60,7 +61,7 @@ def _lookup(tensor: Tensor, table: Tensor) -> Callable[[Term], Term] | None:
             example = torch.arange(term.n, device=ids.device).view(-1, *[1] * ids.dim()).expand(entries.shape)
         example, entries = example.reshape(-1), entries.reshape(-1)
         kept, value = (example >= 0) & (entries != padding_idx), value.reshape(-1, table.shape[1])
-        if not bool(kept.all()):
+        if not holds(kept):
             example, entries, value = example[kept], entries[kept], value[kept]
         return Rows(example, entries, value, term.n, table.shape)
 

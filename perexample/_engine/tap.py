@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .._looks import holds
 from .._private import gradient_hooks, memory_order, metadata, saves_otherwise, version, whole_base
 from .._tree import map_tensors
 from ..errors import StaleGradientError
@@ -217,7 +218,7 @@ class Tap:
         for index, g in gradients.items():
             place = self.places[index]
             owner = place.space.owner
-            if owner is None or not bool((owner < 0).any()):
+            if owner is None or holds(owner >= 0):
                 continue
             entries = place.owner_of_entry(g.device) < 0
             part = g if place.axis is None else g.movedim(place.axis, 0)[entries]

@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from .._looks import blind, holds
 from .._private import version
 from .._shards import is_sharded, summed_into_shards
 from .._trust import blocks
@@ -39,6 +40,7 @@ class Weights:
     Args:
         values: The weights.
         most: What no ``|w_n g_n|`` exceeds, if that is known from the norms of the gradients.
+        largest: What no weight exceeds, if that is known.
 
     Attributes:
         values: The weights.
@@ -47,17 +49,17 @@ class Weights:
         tiny: Which are too small for float32, ``None`` if none is.
     """
 
-    def __init__(self, values: Tensor, most: float = math.inf) -> None:
+    def __init__(self, values: Tensor, most: float = math.inf, largest: float | None = None) -> None:
         """Look at the weights."""
         self.values, self.all, self.none = values, True, not values.numel()
         self.tiny: Tensor | None = None
         self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
-        self._most, self._largest = most * values.numel(), math.inf
+        self._most, self._largest = most * values.numel(), math.inf if largest is None else largest
         if self.none:
             return
-        least, largest = torch.aminmax(values)
-        self._largest = largest.item()
-        if least.item() >= _TINY:  # mostly so, and found out in one look; in float16 it would be 0
+        if largest is None and not blind():
+            self._largest = values.max().item()
+        if holds(values.min() >= _TINY):  # mostly so; in float16 it would be 0
             return
         used = self.used
         self.all, self.none = bool(used.all()), not bool(used.any())
@@ -122,7 +124,7 @@ def _times(term: Term, scale: float, choice: Choice) -> Tensor:
 
 def _finite(total: Tensor) -> bool:
     """Whether a sum has no NaN or infinity, for which its own sum is enough; False also where that overflows."""
-    return math.isfinite(total.sum().item())
+    return holds(torch.isfinite(total.sum()))
 
 
 class ParameterView:

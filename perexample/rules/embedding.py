@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from .._looks import blind, holds
 from .._norms import squared_norms
 from ..methods import Method
 from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
@@ -52,7 +53,7 @@ class EmbeddingRule(_TableRule):
         if function is Tensor.__getitem__:
             weight, ids = args
             whole = isinstance(ids, Tensor) and ids.dtype in (torch.long, torch.int) and weight.dim() == 2
-            if not whole or bool((ids < 0).any()):
+            if not whole or not holds(ids >= 0):
                 return None
             options: dict[str, Any] = {}
         else:
@@ -83,14 +84,17 @@ class EmbeddingRule(_TableRule):
         """The rows that were looked up."""
         ids = call.x.reshape(-1).long()
         rows = g.reshape(-1, g.shape[-1])
-        example = torch.arange(call.n, device=ids.device).repeat_interleave(ids.numel() // max(call.n, 1))
+        each = ids.numel() // max(call.n, 1)
+        example = torch.arange(call.n, device=ids.device).unsqueeze(1).expand(-1, each).reshape(-1)
         return {"weight": _rows(call, example, ids, rows)}
 
 
 def _rows(call: Call, example: Tensor, ids: Tensor, rows: Tensor) -> Rows:
     """Entries without those of the padding index."""
     padding_idx = call.module.padding_idx
-    if padding_idx is not None:
+    if padding_idx is not None and blind():
+        rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0)
+    elif padding_idx is not None:
         kept = ids != padding_idx
         example, ids, rows = example[kept], ids[kept], rows[kept]
     return Rows(example, ids, rows, call.n, call.params["weight"].shape)

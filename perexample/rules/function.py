@@ -15,6 +15,7 @@ import torch
 from torch import Size, Tensor
 from torch.func import vjp, vmap
 
+from .._looks import holds
 from .._norms import BLOCK
 from .._placed import Placed, merged
 from .._tree import map_tensors, tensors_in
@@ -171,7 +172,7 @@ class FunctionRule(Rule):
         """The whole batch once more, pulled back with the gradient of all rows but one set to zero."""
         tensors = list(tensors_in(call.saved["arguments"]))
         outputs, found = self._one_at_a_time(call, upstream, tensors)
-        if all(bool(rows.isfinite().all()) for rows in found.values()):
+        if all(holds(rows.isfinite()) for rows in found.values()):
             return found
         pairs = list(zip(call.saved["places"], tensors, strict=True))
         pairs += zip(call.saved["out_places"] * 2, [*outputs, *upstream], strict=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from .._looks import holds
 from .._private import kept_state, version, without_forward_hooks
 from .._tree import map_tensors, tensors_in
 from ..errors import CrossExampleError, UnsupportedModuleError
@@ -186,7 +187,7 @@ class GenericRule(Rule):
                 f"`{call.name}` ({type(call.module).__name__}) draws random numbers that cannot be drawn again, so its "
                 f"forward cannot be repeated. Register a rule for it (@register_rule)."
             )
-        if all(bool(rows.isfinite().all()) for rows in found.values()):
+        if all(holds(rows.isfinite()) for rows in found.values()):
             return found
         held = [t.movedim(a, 0) for t, a in zip(tensors, axes, strict=True) if a is not None and _holds(t, a, call.n)]
         held += [t.movedim(a, 0) for t, a in zip([*outputs, *upstream], out_axes * 2, strict=True)]
@@ -288,7 +289,7 @@ def _adds_up(gradients: dict[str, Tensor], whole: dict[str, Tensor], dtypes: Seq
     for name, rows in gradients.items():
         total, scale = rows.sum(0), rows.abs().sum(0).amax() if rows.numel() else rows.new_zeros(())
         difference = (total - whole[name]).abs().amax() if total.numel() else total.new_zeros(())
-        if difference > tolerance * scale + 1e-300 and torch.isfinite(rows).all():
+        if not holds((difference <= tolerance * scale + 1e-300) | ~torch.isfinite(rows).all()):
             return False
     return True
 
@@ -365,6 +366,6 @@ def _same(prints: Sequence[Tensor], originals: Sequence[Tensor], dtypes: Sequenc
             return False
         tolerance = torch.finfo(dtype).eps ** 0.5 * old[:, 1]
         close = (new - old).abs().amax(1) <= tolerance + 1e-300
-        if not (close | ~old.isfinite().all(1)).all():
+        if not holds(close | ~old.isfinite().all(1)):
             return False
     return True

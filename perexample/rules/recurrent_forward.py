@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .._looks import holds
 from .._private import graph_task, transforms_active, undispatched, version, will_be_executed
 from .generic import random_state, restored
 from .unrolled import GRU, KINDS, LSTM, Kind, Layout, Relu, Stack, Tanh, Unrolled
@@ -50,7 +51,7 @@ def _same(t: Tensor | None, before: Tensor, count: int) -> bool:
     if version(before) != count:
         return False
     if t is None:
-        return not before.any()
+        return holds(before == 0)
     return t.shape == before.shape and t.dtype == before.dtype and (_one_memory(t, before) or torch.equal(t, before))
 
 

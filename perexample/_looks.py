@@ -1,0 +1,92 @@
+"""Looks at values on a device, for each of which the host has to wait.
+
+Where a step is recorded nothing can be looked at. What mostly holds is then taken to hold, and noted, so that one look
+after the step tells whether it did.
+"""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+
+class Notes:
+    """What was taken to hold.
+
+    Attributes:
+        conditions: Boolean tensors that should be true.
+        excesses: Tensors whose entries should be at most 0, and finite.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.conditions: list[Tensor] = []
+        self.excesses: list[Tensor] = []
+
+    def all_hold(self, device: torch.device) -> Tensor:
+        """Whether all of it does, a single boolean on the device."""
+        held = [condition.to(device) for condition in self.conditions]
+        if self.excesses:
+            together = torch.cat([excess.to(device, torch.float64).flatten() for excess in self.excesses])
+            held.append(((together <= 0) & (together > -math.inf)).all())
+        return torch.stack(held).all() if held else torch.ones((), dtype=torch.bool, device=device)
+
+
+_NOTING: list[Notes] = []  # of the process: autograd computes in threads of its own
+
+
+class noting:  # noqa: N801 - named as a function is
+    """Nothing is looked at inside; what was taken to hold is noted."""
+
+    def __enter__(self) -> Notes:
+        """Begin."""
+        _NOTING.append(Notes())
+        return _NOTING[-1]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End."""
+        _NOTING.pop()
+
+
+def blind() -> bool:
+    """Whether nothing can be looked at."""
+    return bool(_NOTING)
+
+
+def look(why: str) -> None:
+    """Say that values are about to be looked at whatever they are.
+
+    Args:
+        why: What for, an explanation that continues "This step cannot be recorded: ".
+
+    Raises:
+        ConfigurationError: If nothing can be looked at.
+    """
+    if _NOTING:
+        raise ConfigurationError(f"This step cannot be recorded: {why}. Run it as usual.")
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether something is true that mostly is; ``condition`` is boolean, all of it should be true."""
+    if _NOTING:
+        _NOTING[-1].conditions.append(condition.all())
+        return True
+    return bool(condition if condition.dim() == 0 else condition.all())
+
+
+def within(excess: Tensor) -> bool:
+    """Whether no entry is above 0, NaN or infinite, found in one look."""
+    if not excess.numel():
+        return True
+    if _NOTING:
+        _NOTING[-1].excesses.append(excess)
+        return True
+    least, most = torch.aminmax(excess)
+    return most.item() <= 0.0 and least.item() > -math.inf

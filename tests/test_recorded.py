@@ -1,0 +1,465 @@
+"""Recorded steps leave what a backward leaves; on a GPU they are CUDA graphs, on a CPU they run without a look."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perexample import (
+    BatchAxisError,
+    ConfigurationError,
+    Extension,
+    ExtensionError,
+    LossError,
+    NonFiniteExampleWarning,
+    RecordedStep,
+    StaleGradientError,
+    extend,
+    perex,
+    privatize,
+)
+from perexample.extensions import (
+    AdaptiveClippedGrad,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    SumGradSquared,
+    Variance,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N = 6
+
+
+class Tied(nn.Module):
+    """Tokens in, the next ones out, by one table."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.place = nn.Embedding(11, 8, padding_idx=3), nn.Embedding(5, 8)
+        self.body = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        return self.head(self.body(self.tokens(ids) + self.place(torch.arange(5, device=ids.device)))).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.lstm, self.head = nn.Embedding(11, 8), nn.LSTM(8, 9, 2, batch_first=True), nn.Linear(9, 11)
+
+    def forward(self, ids):
+        return self.head(self.lstm(self.tokens(ids))[0][:, -1])
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 3, 2, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(72, 11),
+    )  # fmt: skip
+
+
+def images(n):
+    return torch.randn(n, 3, 8, 8)
+
+
+def tokens(n):
+    return torch.randint(11, (n, 5))
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 11)), lambda n: torch.randn(n, 7)),
+    "cnn": (cnn, images),
+    "tied": (Tied, tokens),
+    "lstm": (Recurrent, tokens),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(7, 9)), nn.PReLU(), nn.Linear(9, 11)),
+        lambda n: torch.randn(n, 7),
+    ),
+    "layers by positions": (lambda: nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 9), nn.Flatten(), nn.Linear(45, 11)),
+                            lambda n: torch.randn(n, 5, 7)),
+}  # fmt: skip
+
+
+def made(name="mlp", dtype=torch.float32):
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    model = extend(make().to(DEVICE, dtype))
+    x, y = inputs(N).to(DEVICE), torch.randint(11, (N,), device=DEVICE)
+    return model, x.to(dtype) if x.is_floating_point() else x, y
+
+
+def per_class(model):
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
+
+
+def usual(model, x, y, *extensions):
+    with perex(*extensions, loss_reduction="sum", grad=False):
+        losses = per_class(model)(x, y)
+        losses.sum().backward()
+    return losses.detach()
+
+
+def fields(model, *names):
+    return {(name, field): getattr(p, field).clone() for name, p in model.named_parameters() for field in names}
+
+
+def near(found, wanted, tolerance=1e-5):
+    assert found.keys() == wanted.keys()
+    scale = max(t.abs().max().item() for t in wanted.values() if t.numel())
+    for key, value in wanted.items():
+        assert found[key].shape == value.shape, key
+        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance * max(scale, 1e-3), msg=str(key))
+
+
+class Looks(TorchDispatchMode):
+    """Raises where the host would wait for a value."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "equal", "masked_select", "bincount", "masked_scatter")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        masks = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        assert not masks, "a mask as an index looks at values"
+        assert name not in self.NAMES, f"{name} looks at values"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_as_a_backward_for_any_number_of_examples(name):
+    model, x, y = made(name)
+    rows = [BatchGrad(), BatchL2Grad(), SumGradSquared(), BatchDotGrad()]
+    clipping, other = ClippedGrad(1.0), ClippedGrad(1.0)
+    names = [e.field for e in (*rows, clipping)]
+    step = RecordedStep(model, per_class(model), x, y, extensions=[*rows, clipping])
+    assert not fields_left(model)
+    for n in (N, 2, 5, 1, N):
+        torch.manual_seed(n)
+        some = torch.randperm(N, device=DEVICE)[:n]
+        losses = step(x[some], y[some])
+        found, norms = fields(model, *names), clipping.norms
+        assert clipping.examples == n
+        clipping.zero_grad()
+        torch.testing.assert_close(losses, usual(model, x[some], y[some], *rows, other))
+        near(found, fields(model, *names))
+        torch.testing.assert_close(norms, other.norms, rtol=1e-5, atol=1e-6)
+        other.zero_grad()
+    assert step.repeated == 0
+
+
+def fields_left(model):
+    return [field for p in model.parameters() for field in vars(p)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_value_is_looked_at(name):
+    model, x, y = made(name)
+    step = RecordedStep(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
+    with Looks():
+        step._run()
+
+
+def test_what_looks_at_values_is_noticed():
+    model, x, y = made("tied")
+    with pytest.raises(AssertionError, match="looks at values"), Looks():
+        usual(model, x, y, ClippedGrad(1.0))
+
+
+def test_no_example_at_all():
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    step(x, y)
+    clipping.zero_grad()
+    assert step(x[:0], y[:0]).shape == (0,)
+    assert clipping.examples == 0
+    assert clipping.norms.shape == (0,)
+    assert all(bool((p.clipped_sum == 0).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("pieces", [[3, 3], [N, 2, 1], [1, 0, 4]])
+def test_sums_of_several_pieces_add_up(pieces):
+    model, x, y = made()
+    clipping, other = ClippedGrad(0.3), ClippedGrad(0.3)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    for _ in range(2):
+        for n in pieces:
+            step(x[:n], y[:n])
+        found = fields(model, "clipped_sum")
+        assert clipping.examples == sum(pieces)
+        clipping.zero_grad()
+        for n in pieces:
+            usual(model, x[:n], y[:n], other)
+        near(found, fields(model, "clipped_sum"))
+        other.zero_grad()
+
+
+def test_a_recorded_piece_and_a_usual_one_add_up():
+    model, x, y = made()
+    clipping, other = ClippedGrad(0.3), ClippedGrad(0.3)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    step(x, y)
+    usual(model, x[:2], y[:2], clipping)
+    step(x[:1], y[:1])
+    found = fields(model, "clipped_sum")
+    clipping.zero_grad()
+    for n in (N, 2, 1):
+        usual(model, x[:n], y[:n], other)
+    near(found, fields(model, "clipped_sum"))
+
+
+def test_a_sum_that_was_written_to_is_not_added_to():
+    model, x, y = made()
+    clipping = ClippedGrad(0.3)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    step(x, y)
+    model[0].weight.clipped_sum.mul_(2)
+    with pytest.raises(StaleGradientError, match="written to"):
+        step(x, y)
+
+
+@pytest.mark.parametrize("kind", [ClippedGrad, AdaptiveClippedGrad])
+def test_private_training_is_the_same(kind):
+    def trained(recorded):
+        model, x, y = made()
+        options = {"expected_batch_size": N} if kind is AdaptiveClippedGrad else {}
+        clipping = kind(0.5, **options)
+        noise = torch.Generator(DEVICE).manual_seed(3)
+        sgd = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+        optimizer = privatize(sgd, clipping=clipping, noise_multiplier=0.1, expected_batch_size=N, generator=noise)
+        step = RecordedStep(model, per_class(model), x, y, extensions=clipping) if recorded else None
+        bounds = []
+        for n in (N, 3, 5, N, 1, N):
+            if step is None:
+                usual(model, x[:n], y[:n], clipping)
+            else:
+                step(x[:n], y[:n])
+            optimizer.step()
+            bounds.append(clipping.max_norm)
+            if n == 5 and kind is ClippedGrad:
+                clipping.max_norm = 0.25
+        return dict(model.named_parameters()), bounds, step
+
+    found, bounds, step = trained(True)
+    wanted, other, _ = trained(False)
+    assert bounds == pytest.approx(other)
+    assert len(set(bounds)) > 1
+    near({k: p.detach() for k, p in found.items()}, {k: p.detach() for k, p in wanted.items()})
+    assert step.repeated == 0
+
+
+def test_a_sum_serves_one_step():
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = privatize(sgd, clipping=clipping, noise_multiplier=0.0, expected_batch_size=N)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    with pytest.raises(StaleGradientError):
+        optimizer.step()  # what was run to record it is nobody's
+    step(x, y)
+    optimizer.step()
+    with pytest.raises(StaleGradientError):
+        optimizer.step()
+    step(x, y)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_an_example_that_is_not_finite_is_left_out(value):
+    model, x, y = made()
+    clipping, other = ClippedGrad(1.0), ClippedGrad(1.0)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    bad = x.clone()
+    bad[1] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonFiniteExampleWarning)
+        step(bad, y)
+        found, norms, nonfinite = fields(model, "clipped_sum"), clipping.norms, clipping.nonfinite
+        clipping.zero_grad()
+        usual(model, bad, y, other)
+    near(found, fields(model, "clipped_sum"))
+    assert nonfinite == other.nonfinite
+    torch.testing.assert_close(norms, other.norms, equal_nan=True)
+    repeated = step.repeated
+    assert repeated == (value != 1e30)
+    clipping.zero_grad()
+    step(x[:1], y[:1])  # the row that was not finite is not part of it, whatever lies there
+    assert step.repeated == repeated
+    assert clipping.nonfinite == 0
+    assert torch.isfinite(clipping.norms).all()
+
+
+def test_norms_of_positions_that_cancel_are_exact():
+    torch.manual_seed(0)
+    model = extend(nn.Linear(16, 12, bias=False).to(DEVICE))
+    g = torch.randn(N, 1, 12, device=DEVICE) * (-1.0) ** torch.arange(32, device=DEVICE).view(1, -1, 1)
+    x = torch.randn(N, 1, 16, device=DEVICE) * (1 + 1e-5 * torch.randn(N, 32, 1, device=DEVICE))
+
+    def losses(x, g):
+        return (model(x) * g).sum((1, 2))
+
+    clipping = ClippedGrad(1e-6)
+    step = RecordedStep(model, losses, torch.randn_like(x), torch.randn_like(g), extensions=clipping)
+    step(x, g)
+    true = torch.linalg.matrix_norm(g.double().mT @ x.double())
+    assert step.repeated == 1
+    assert (clipping.norms / true - 1).abs().max() < 1e-4
+    assert (clipping.norms / true - 1).min() > -1e-6
+
+
+def test_a_warning_if_that_happens_often():
+    model, x, y = made()
+    step = RecordedStep(model, per_class(model), x, y, extensions=(clipping := ClippedGrad(1.0)))
+    x[0] = float("nan")
+    with pytest.warns(NonFiniteExampleWarning):
+        step(x, y)
+    for _ in range(8):
+        step(x, y)
+    with pytest.warns(UserWarning, match="10 batches as usual"):
+        step(x, y)
+    assert clipping.nonfinite == 1
+    step(x, y)
+    assert step.repeated == 11
+
+
+@pytest.mark.parametrize("groups", ["per-parameter", "per-module", {"0": "first", "2": "second"}])
+@pytest.mark.parametrize("clip", ["automatic", "global", lambda norms: 1 / (1 + norms)])
+def test_groups_and_clip_functions(groups, clip):
+    model, x, y = made()
+    clipping, other = (ClippedGrad(0.2, clip=clip, groups=groups) for _ in range(2))
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    step(x[:4], y[:4])
+    found = fields(model, "clipped_sum")
+    assert clipping.sensitivity() > 0
+    clipping.zero_grad()
+    usual(model, x[:4], y[:4], other)
+    near(found, fields(model, "clipped_sum"))
+    for group, norms in other.group_norms.items():
+        torch.testing.assert_close(clipping.group_norms[group], norms)
+
+
+def test_batches_may_be_nested_and_the_model_compute_in_less():
+    model, x, y = made("cnn")
+
+    def losses(batch):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return F.cross_entropy(model(batch["x"]).float(), batch["y"][0], reduction="none")
+
+    clipping, other = ClippedGrad(1.0), ClippedGrad(1.0)
+    step = RecordedStep(model, losses, {"x": x, "y": (y,)}, extensions=clipping)
+    step({"x": x[:3], "y": (y[:3],)})
+    found = fields(model, "clipped_sum")
+    clipping.zero_grad()
+    with perex(other, loss_reduction="sum", grad=False):
+        losses({"x": x[:3], "y": (y[:3],)}).sum().backward()
+    near(found, fields(model, "clipped_sum"), 3e-2)
+
+
+def test_frozen_parameters_and_what_is_left_alone():
+    model, x, y = made()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.clipped_sum = kept = torch.ones(3)
+    step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    step(x, y)
+    assert not hasattr(model[0].weight, "grad_batch")
+    assert model[2].bias.clipped_sum is kept
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Remembering(Extension):
+    field = "remembered"
+
+    def compute(self, view):
+        return view.batch_l2()
+
+    def commit(self):
+        self.done = True
+
+
+def test_arguments_without_meaning():
+    model, x, y = made()
+    losses = per_class(model)
+    with pytest.raises(LossError, match=r"returned \[\] for 6 examples"):
+        RecordedStep(model, lambda x, y: losses(x, y).mean(), x, y, extensions=BatchGrad())
+    with pytest.raises(LossError, match="returned int"):
+        RecordedStep(model, lambda x, y: 3, x, y, extensions=BatchGrad())
+    with pytest.raises(BatchAxisError, match="one example or more"):
+        RecordedStep(model, losses, x[:0], y[:0], extensions=BatchGrad())
+    with pytest.raises(BatchAxisError, match="on the first axis of each"):
+        RecordedStep(model, losses, x, y[:2], extensions=BatchGrad())
+    with pytest.raises(ExtensionError, match="Remembering remembers"):
+        RecordedStep(model, losses, x, y, extensions=Remembering())
+    with pytest.raises(ExtensionError, match="at least one extension"):
+        RecordedStep(model, losses, x, y, extensions=[])
+    clipping = ClippedGrad(1.0)
+    usual(model, x, y, clipping)
+    with pytest.raises(StaleGradientError, match="no step has used"):
+        RecordedStep(model, losses, x, y, extensions=clipping)
+
+
+def test_batches_of_another_form():
+    model, x, y = made()
+    step = RecordedStep(model, per_class(model), x, y, extensions=Variance())
+    step(x, y)
+    for batch in [(torch.cat([x, x]), torch.cat([y, y])), (x[:, :3], y), (x.double(), y), (x,), (x, y[:2])]:
+        with pytest.raises(BatchAxisError, match=r"recorded with .*was called with"):
+            step(*batch)
+    with pytest.raises(ExtensionError, match="Variance does not tell"):
+        step(x[:2], y[:2])
+
+
+def test_a_model_that_has_changed():
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    model.eval()
+    with pytest.raises(StaleGradientError, match="mode of a module"):
+        step(x, y)
+    model.train()
+    step(x, y)
+    clipping.clip = copy.copy(clipping.clip)
+    with pytest.raises(StaleGradientError, match="clip function"):
+        step(x, y)
+    step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(StaleGradientError, match="trainable"):
+        step(x, y)
+    model[0].bias.requires_grad_(True)
+    step(x, y)
+    model[0].weight.data = model[0].weight.data.clone()
+    with pytest.raises(StaleGradientError, match="memory of a parameter"):
+        step(x, y)
+
+
+def test_sizes_that_depend_on_values():
+    torch.manual_seed(0)
+    lstm, head = nn.LSTM(4, 5), nn.Linear(5, 3)
+    model = extend(nn.ModuleList([lstm, head]).to(DEVICE))
+    lengths = torch.tensor([5, 3, 2])
+
+    def losses(x):
+        packed = nn.utils.rnn.pack_padded_sequence(x.transpose(0, 1), lengths)
+        return head(lstm(packed)[1][0][-1]).square().sum(1)
+
+    with pytest.raises((ConfigurationError, RuntimeError)):
+        RecordedStep(model, losses, torch.randn(3, 5, 4, device=DEVICE), extensions=BatchGrad())
+
+
+def test_double_precision():
+    model, x, y = made("cnn", torch.float64)
+    clipping, other = ClippedGrad(1.0), ClippedGrad(1.0)
+    step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
+    step(x[:4], y[:4])
+    found = fields(model, "clipped_sum")
+    clipping.zero_grad()
+    usual(model, x[:4], y[:4], other)
+    near(found, fields(model, "clipped_sum"), 1e-12)
