@@ -205,6 +205,23 @@ def from_offsets(value: Tensor, geometry: Geometry) -> Tensor:
     return value.reshape(n, *geometry.shape)
 
 
+def by_products(x: Tensor, g: Tensor, geometry: Geometry, out: Tensor) -> None:
+    """One product of what each tap meets and ``g``, entry by entry, and its sums; for groups of one input channel.
+
+    Args:
+        x: The padded input.
+        g: Gradient of the output.
+        geometry: One with ``C_in / groups`` of 1.
+        out: Where to write the gradients, tap by tap, ``[K, N, C_out]``; see `from_offsets`.
+    """
+    factor = g.unflatten(1, (geometry.groups, -1))
+    for into, offset in zip(out, geometry.offsets(), strict=True):
+        met = x
+        for axis, (o, step, length) in enumerate(zip(offset, geometry.stride, g.shape[2:], strict=True), start=2):
+            met = met[(slice(None),) * axis + (slice(o, o + (length - 1) * step + 1, step),)]
+        torch.sum((met.unsqueeze(2) * factor).flatten(3), 3, out=into.view(factor.shape[:3]))
+
+
 def has_rows(geometry: Geometry) -> bool:
     """Whether `by_rows` can be asked: several axes, no dilation, and kernels that strides divide."""
     divided = all(k % s == 0 for k, s in zip(geometry.kernel, geometry.stride, strict=True))

@@ -88,5 +88,6 @@ def within(excess: Tensor) -> bool:
     if _NOTING:
         _NOTING[-1].excesses.append(excess)
         return True
-    least, most = torch.aminmax(excess)
-    return most.item() <= 0.0 and least.item() > -math.inf
+    extremes = torch.aminmax(excess)
+    least, most = (t.item() for t in extremes) if excess.device.type == "cpu" else torch.stack(extremes).tolist()
+    return most <= 0.0 and least > -math.inf

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._looks import blind
+from ._looks import blind, holds
 
 _SHORT = 1024  # float32 squares added up at once: long sums drift
-_FEW = 2**16  # elements whose squares are added up in float64 at once
+_FEW, _FEW_ON_GPU = 2**16, 2**22  # elements whose squares are added up in float64 at once
 BLOCK = 2**24  # elements formed at once where a norm alone is wanted
 _CACHED = 2**20  # the same of Gram matrices on a CPU
 _UNFOLDED = 2**21  # and of unfolded images
@@ -19,14 +19,10 @@ _UNFOLDED = 2**21  # and of unfolded images
 
 def norms_of(flat: Tensor) -> Tensor:
     """Norms along the last axis in float64, also where a float32 square would over- or underflow."""
-    few = _FEW if flat.device.type == "cpu" else BLOCK
-    if flat.numel() <= few:  # fewer calls are worth more than speed
+    if flat.numel() <= (_FEW if flat.device.type == "cpu" else _FEW_ON_GPU):  # fewer calls are worth more than speed
         return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
-    if blind():
-        parts = flat.split(max(1, few * len(flat) // flat.numel()))
-        return torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts])
     norms = _blockwise(flat)
-    if flat.dtype == torch.float64:
+    if flat.dtype == torch.float64 or (blind() and holds(norms < 1e18)):  # there what is too small counts as nothing
         return norms
     least, most = torch.aminmax(norms)
     if not (least.item() > 1e-17 and most.item() < 1e18):
@@ -62,7 +58,8 @@ def norms_of_each(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms_of(t).flatten(1), dim=1)
 
 
-_SHORT_PRODUCT = 128  # float32 products added up at once in a matrix product, as kernels drift over more
+# Float32 products added up at once in a matrix product, as kernels drift over more; on GPUs short ones take longer.
+_SHORT_PRODUCT, _SHORT_ON_GPU = 128, 512
 _LONG = 2**13  # and in float32 at all
 
 
@@ -82,11 +79,16 @@ def drift(length: int, dtype: torch.dtype) -> float:
     return length * torch.finfo(dtype).eps / 2
 
 
-def short_drift(length: int, dtype: torch.dtype) -> float:
-    """`drift` of `short_sums`."""
-    if length <= 2 * _SHORT_PRODUCT:
-        return drift(length, dtype)
-    return drift(_SHORT_PRODUCT + min(length, _LONG) // _SHORT_PRODUCT, dtype)
+def _piece(device: torch.device) -> int:
+    return _SHORT_PRODUCT if device.type == "cpu" else _SHORT_ON_GPU
+
+
+def short_drift(length: int, like: Tensor) -> float:
+    """`drift` of `short_sums` of tensors like this one."""
+    piece = _piece(like.device)
+    if length <= 2 * piece:
+        return drift(length, like.dtype)
+    return drift(piece + min(length, _LONG) // piece, like.dtype)
 
 
 @torch.no_grad()  # values only: what writes into tensors at hand cannot be differentiated again
@@ -98,9 +100,10 @@ def short_sums(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor
         for a, b in zip(left.split(_LONG, 2), right.split(_LONG, 1), strict=True):
             summed += short_sums(a, b)
         return summed.float() if out is None else out.copy_(summed)
-    if left.dtype == torch.float64 or length <= 2 * _SHORT_PRODUCT or not len(left):
+    piece = _piece(left.device)
+    if left.dtype == torch.float64 or length <= 2 * piece or not len(left):
         return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
-    parts = list(zip(left.split(_SHORT_PRODUCT, 2), right.split(_SHORT_PRODUCT, 1), strict=True))
+    parts = list(zip(left.split(piece, 2), right.split(piece, 1), strict=True))
     total = torch.bmm(*parts[0], out=out)
     product = torch.empty_like(total)
     for part in parts[1:]:  # baddbmm would go on from the total, one product after another, where one factor is a row
@@ -187,9 +190,9 @@ def unfold_block(like: Tensor, entries: int) -> int:
 
 def of_grams(left: Tensor, right: Tensor, off: float) -> Inner:
     """The same of Gram matrices ``[N, groups, T, T]``, the second of which is written to, with their `gram_drift`."""
-    least = 1e-26 if left.dtype == torch.float32 else 1e-290  # below that products of parts are lost
-    norms = [t.diagonal(dim1=2, dim2=3).double().clamp_min(least) for t in (left, right)]
-    magnitude = norms[0].mul_(norms[1]).sqrt_().sum((1, 2))
+    least = 1e-13 if left.dtype == torch.float32 else 1e-145  # below that products of squares of parts are lost
+    norms = [t.diagonal(dim1=2, dim2=3).sqrt().clamp_min_(least) for t in (left, right)]
+    magnitude = norms[0].mul_(norms[1]).sum((1, 2), dtype=torch.float64)
     return Inner(_sum(right.mul_(left)), magnitude, left.shape[1:].numel(), off)
 
 

@@ -45,9 +45,10 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
     unit, lost = term.unit(), found.products * kind.tiny  # what products may underflow to
 
     def judged(l2: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor | None]:
-        error = magnitude.square().mul_(unit).add_(lost)
-        raised = torch.maximum(error, found.drift * l2).add_(l2)
-        return raised, _in_doubt(error, TRUSTED, raised, _NOTHING)
+        raised = torch.add(l2, magnitude.square(), alpha=unit).add_(lost)
+        raised = torch.maximum(raised, l2 * (1 + found.drift))
+        excess = torch.sub(raised, l2, alpha=1 / (1 - TRUSTED))  # above 0 where what was added is too large a share
+        return raised, _in_doubt(excess.sub_(_NOTHING) if blind() else excess, raised)
 
     raised, doubtful = judged(l2, found.magnitude)
     if doubtful is not None:  # that magnitude is raised where a factor is zero, or too small for its square
@@ -62,17 +63,12 @@ def inner(term: Term, found: Inner) -> tuple[Tensor, Tensor | None]:
     return mended(term, raised, doubtful)
 
 
+def _in_doubt(excess: Tensor, of: Tensor) -> Tensor | None:
+    """Where an error is too large a share of a number, or that is not finite; ``None`` if nowhere, in one look."""
+    return None if within(excess) else ~((excess <= 0) & (of < math.inf))  # NaN is in doubt too
+
+
 _NOTHING = 1e-20  # squared norm below which a recorded step, that cannot look, takes what it is raised to for it
-
-
-def _in_doubt(error: Tensor, share: float, of: Tensor, nothing: float = 0.0) -> Tensor | None:
-    """Where an error is above a share of a number, or that is not finite; ``None`` if nowhere, found in one look."""
-    excess = torch.sub(error, of, alpha=share)
-    if within(excess.sub_(nothing) if nothing and blind() else excess):
-        return None
-    return ~((error <= share * of) & (of < math.inf))  # NaN is in doubt too
-
-
 TRUSTED = 1e-4  # share of a squared norm that rounding may account for before it is computed again in float64
 
 
@@ -101,7 +97,8 @@ def direct_norms(l2: Tensor, magnitude: Tensor, drift: float, dtype: torch.dtype
         Squared norms, and which of them are in doubt, if any.
     """
     norms, error = l2.sqrt(), torch.finfo(dtype).eps / 2 * magnitude
-    return torch.add(error, norms, alpha=1 + drift).square_(), _in_doubt(error, _TRUSTED_SHARE, norms)
+    excess = torch.sub(error, norms, alpha=_TRUSTED_SHARE)
+    return torch.add(error, norms, alpha=1 + drift).square_(), _in_doubt(excess, norms)
 
 
 _TRUSTED_SHARE = 2e-5  # share of a norm that rounding may account for before it is computed again in float64

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from ._arguments import real
+from ._looks import blind
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
     from .terms import Term
 
 STRATEGIES = ("measure", "model")
-_RATE = 7e10  # multiply-adds in a second, of a matrix product on two CPU cores
-_MOVED = 1.5e9  # numbers written and read again in a second
-_CALL = 8e-6  # seconds for one call of an operation
-_SHORT = 1e-4  # below these estimated seconds a measurement is worth less than it takes
+# By kind of device: multiply-adds in a second of a matrix product, numbers written and read again in a second, and the
+# seconds that one call of an operation takes; on two CPU cores, and on a GPU.
+_RATES = {"cpu": (7e10, 1.5e9, 8e-6), "gpu": (2e13, 5e11, 8e-6)}
+_SHORT = 1e-4  # below these estimated seconds a measurement on a CPU is worth less than it takes
 _CHANCE = 6.0  # a method estimated to take this many times the least one is not tried
 _LONG = 0.1  # what takes this many seconds is tried once
 _MOST = 4096  # choices remembered
@@ -57,10 +58,10 @@ class Method:
     calls: int = 1
     held: int = 0
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, device: torch.device) -> float:
         """The model's estimate. Only its order counts, so it does not know the machine."""
-        return self.products / _RATE + self.moved / _MOVED + self.calls * _CALL
+        rate, moved, call = _RATES["cpu" if device.type == "cpu" else "gpu"]
+        return self.products / rate + self.moved / moved + self.calls * call
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def taken(what: str, same: Any, choice: Choice, choosing: Callable[[], Method]) 
     Returns:
         The name.
     """
-    key = what, same, choice.strategy, choice.sums, choice.room, torch.get_num_threads()
+    key = what, same, choice.strategy, choice.sums, choice.room, torch.get_num_threads(), blind()
     name = _TAKEN.get(key)
     if name is None:
         name = choosing().name
@@ -152,11 +153,12 @@ def choose(term: Term, choice: Choice, methods: list[Method] | None = None) -> M
     methods = _that_fit(methods, choice) if len(methods) > 1 else methods
     if len(methods) == 1:
         return methods[0]
-    methods.sort(key=lambda method: method.seconds)
-    if choice.strategy == "model" or methods[0].seconds < _SHORT:
+    device = term.device
+    methods.sort(key=lambda method: method.seconds(device))
+    if choice.strategy == "model" or (device.type == "cpu" and methods[0].seconds(device) < _SHORT):
         return methods[0]
     names = frozenset(method.name for method in methods)  # what fits may differ between the sizes of one form
-    key = (*term.form(), names, choice, torch.get_num_threads())
+    key = (*term.form(), names, choice, torch.get_num_threads(), blind())
     name = _FOUND.get(key)
     if name is None:
         if len(_FOUND) >= _MOST:
@@ -175,7 +177,8 @@ def _that_fit(methods: list[Method], choice: Choice) -> list[Method]:
 
 def _measured(term: Term, methods: list[Method], choice: Choice) -> str:
     """The name of the fastest of those that have a chance."""
-    likely = [method for method in methods if method.seconds <= _CHANCE * methods[0].seconds]
+    most = _CHANCE * methods[0].seconds(term.device)
+    likely = [method for method in methods if method.seconds(term.device) <= most]
     if len(likely) == 1:
         return likely[0].name
     w = torch.ones(term.n, dtype=term.dtype, device=term.device)
@@ -208,21 +211,41 @@ class Timed:
 def _timed(method: Method, term: Term, w: Tensor, *, sums: bool) -> Timed:
     """How long a method takes, with the sum that follows, if one does."""
     least = Timed()
+    clock = _GpuClock(w.device) if w.is_cuda and blind() else _Clock(w.device)
     for _ in range(3):
         found: Any = None  # what the run before has formed goes first
-        start = _now(w.device)
+        clock.start()
         try:
             found = method.run()
-            between = _now(w.device)
+            clock.mark()
             if sums:
                 found[1].weighted_sum(w)
         except torch.OutOfMemoryError:
             return Timed()
-        norms, total, of_factors = between - start, _now(w.device) - start, found[1] is term
+        (norms, total), of_factors = clock.stop(), found[1] is term
         least = Timed(min(least.norms, norms), min(least.sum, total - norms) if sums else 0.0, of_factors)
         if total > _LONG:
             break
     return least
+
+
+class _Clock:
+    """Seconds until all work that was begun is done, from a start to a mark and to a stop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, [0.0, 0.0]
+
+    def start(self) -> None:
+        """Begin."""
+        self.times[0] = _now(self.device)
+
+    def mark(self) -> None:
+        """In between."""
+        self.times[1] = _now(self.device)
+
+    def stop(self) -> tuple[float, float]:
+        """The seconds to the mark, and to now."""
+        return self.times[1] - self.times[0], _now(self.device) - self.times[0]
 
 
 def _now(device: torch.device) -> float:
@@ -230,3 +253,27 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class _GpuClock:
+    """The same without what the host takes to launch operations, which a step that is recorded does not wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        self.busy = torch.zeros(4096, 4096, device=device)
+
+    def start(self) -> None:
+        """Give the GPU something to do for some milliseconds, in which the host gets ahead."""
+        torch.mm(self.busy, self.busy)
+        self.events[0].record()
+
+    def mark(self) -> None:
+        """In between."""
+        self.events[1].record()
+
+    def stop(self) -> tuple[float, float]:
+        """The seconds to the mark, and to now."""
+        self.events[2].record()
+        self.events[2].synchronize()
+        norms, total = (self.events[0].elapsed_time(event) / 1e3 for event in self.events[1:])
+        return norms, total

@@ -489,7 +489,7 @@ class Outer(Term):
 
     def drift(self) -> float:
         """By the length of the products."""
-        return short_drift(self.g.shape[2], self.g.dtype)
+        return short_drift(self.g.shape[2], self.g)
 
     def _of_one_position(self) -> tuple[Tensor, Term]:
         if self.g.shape[1] == 1:

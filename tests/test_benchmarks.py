@@ -155,12 +155,16 @@ def test_half_of_a_symmetric_matrix_is_all_of_it():
     assert torch.allclose(parts @ torch.tensor([1.0, 1, 2]).double(), tried.norms(x @ x.mT, g @ g.mT).square())
 
 
-@pytest.mark.parametrize("name", ["suite", "growth", "seeds", "overhead", "bounded", "methods", "tried"])
+SUITES = {"suite": {}, "suite-cuda": {"device": "cuda"}, "suite-cuda-x16": {"device": "cuda", "times": 16}}
+
+
+@pytest.mark.parametrize("name", [*SUITES, "growth", "seeds", "overhead", "bounded", "methods", "tried"])
 def test_tables_are_those_of_the_numbers(name, tmp_path):
-    module, report = importlib.import_module(name), importlib.import_module("report")
+    module = importlib.import_module("suite" if name in SUITES else name)
+    report = importlib.import_module("report")
     data = report.load(FOLDER / f"{name}.json")
-    module.tables(data, argparse.Namespace(out=tmp_path))
-    pages = [report.PAGE, report.README] if name == "suite" else [report.PAGE]
+    module.tables(data, argparse.Namespace(**{"out": tmp_path, "device": "cpu", "times": 1} | SUITES.get(name, {})))
+    pages = [report.PAGE, report.README] if name in SUITES else [report.PAGE]
     for page in pages:
         assert (
             report.between(page.read_text(), name, page.suffix)

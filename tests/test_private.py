@@ -781,3 +781,11 @@ def test_float32_precision_is_what_torch_backends_tells(library, what):
             assert _private.float32_precision(library, what) == shown.fp32_precision == value
     finally:
         _private.set_float32_precision(library, what, before)
+
+
+def test_several_sums_at_once():
+    left, right = [torch.ones(2, 3), torch.arange(4.0)], [torch.full((2, 3), 2.0), torch.ones(4)]
+    found = _private.added_up(left, right)
+    assert [t.tolist() for t in found] == [(a + b).tolist() for a, b in zip(left, right, strict=True)]
+    assert left[0].eq(1).all()
+    assert _private.added_up([], []) == []

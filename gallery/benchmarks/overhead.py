@@ -142,7 +142,8 @@ def least_seconds(problem: Problem, repeats: int) -> dict[str, float]:
 
 def likely(methods: list[Method]) -> list[Method]:
     """Those that are worth trying."""
-    return [m for m in methods if m.seconds <= 6 * min(m.seconds for m in methods)]
+    seconds = [m.seconds(torch.device("cpu")) for m in methods]
+    return [m for m, estimate in zip(methods, seconds, strict=True) if estimate <= 6 * min(seconds)]
 
 
 def seconds_of(term: Term, method: Method, repeats: int) -> float:

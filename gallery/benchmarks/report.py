@@ -27,7 +27,9 @@ NOT_YET = "Not measured yet."
 GRAY = "#8a8f98"
 COLOURS = {
     "plain": "#8a8f98",
+    "plain, recorded": "#b9bdc4",
     "ClippedGrad": "#c8664f",
+    "ClippedGrad, recorded": "#a34a36",
     "ClippedGrad, roomy": "#e39b8a",
     "BatchL2Grad": "#d99a4e",
     "BatchGrad": "#b0728f",
@@ -40,7 +42,7 @@ COLOURS = {
 }
 OURS = "ClippedGrad"
 PEERS = ("opacus", "backpack-for-pytorch")  # packages
-MARKERS = dict(zip(COLOURS, "ospDPv^<>Xd", strict=True))
+MARKERS = dict(zip(COLOURS, "ohsHpDPv^<>Xd", strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:

@@ -12,6 +12,7 @@ some models or systems replaces only their numbers::
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import warnings
 from pathlib import Path
@@ -23,13 +24,24 @@ from models import SUITE
 from systems import SYSTEMS, Problem
 from tqdm import tqdm
 
-OTHERS = [name for name in SYSTEMS if name != "plain"]
+RECORDED = ("plain, recorded", "ClippedGrad, recorded")  # on GPUs only
+
+
+def others(data: dict) -> list[str]:
+    """All systems but the plain step, those of the device."""
+    on_gpu = data["system"]["device"] != "cpu"
+    return [name for name in SYSTEMS if name != "plain" and (on_gpu or name not in RECORDED)]
+
+
+def sized(model: str, options: argparse.Namespace) -> int:
+    """Number of examples."""
+    return options.n or options.times * SUITE[model].n
 
 
 def times(data: dict, options: argparse.Namespace) -> None:
     """Measure seconds of all that was asked for."""
     for model in tqdm(options.models, desc="time", disable=None):
-        problem = Problem.of(SUITE[model], options.n, options.device)
+        problem = Problem.of(SUITE[model], sized(model, options), options.device)
         found = measure.timings(problem, options.systems, options.repeats, options.seconds, options.device)
         entries = data["models"].setdefault(model, {})
         for name, entry in found.items():
@@ -45,6 +57,14 @@ def memory(data: dict, options: argparse.Namespace) -> None:
         for name in tqdm(options.systems, desc=model, leave=False, disable=None):
             entry = entries.setdefault(name, {})
             if "failed" in entry:
+                continue
+            if options.device != "cpu":  # whose allocator keeps the records of peaks
+                gc.collect()
+                torch.cuda.empty_cache()
+                problem = Problem.of(SUITE[model], sized(model, options), options.device)
+                found = measure.peaks(problem, [name], options.device)
+                entry["peak_failed" if isinstance(found[name], str) else "peak"] = found[name]
+                store(data, options)
                 continue
             more = [] if options.n is None else ["--n", str(options.n)]
             settings = ["--device", options.device, "--threads", str(options.threads), *more]
@@ -86,18 +106,25 @@ def with_ratios(data: dict) -> dict[str, dict[str, dict]]:
     return {model: entries for model, entries in found.items() if entries}
 
 
+def shown(model: str, data: dict) -> str:
+    """The model's name, with the number of examples."""
+    case, times = SUITE[model], data.get("times", 1)
+    return case.name if times == 1 else case.name.replace(f"N={case.n}", f"N={times * case.n}")
+
+
 def rows(data: dict, key: str, spread: bool = False) -> list[list[str]]:
     """The table of one ratio: a row for each model, and geometric means over the models that a system can do."""
     entries = with_ratios(data)
     plain_key, plain_name = ("seconds", "plain, ms") if key == "ratio" else ("peak", "plain, MiB")
-    table = [["model", plain_name, *OTHERS]]
+    table = [["model", plain_name, *others(data)]]
     for model, found in entries.items():
         plain = found.get("plain", {})
         amount = ratio(plain, plain_key) * (1e3 if key == "ratio" else 1.0) if plain_key in plain else None
-        cells = [cell(found.get(name, {}), key, spread) for name in OTHERS]
-        table.append([SUITE[model].name, "" if amount is None else f"{amount:.0f}", *cells])
+        cells = [cell(found.get(name, {}), key, spread) for name in others(data)]
+        digits = 2 if amount is not None and amount < 10 else 0
+        table.append([shown(model, data), "" if amount is None else f"{amount:.{digits}f}", *cells])
     last = ["geometric mean", ""]
-    for name in OTHERS:
+    for name in others(data):
         ratios = [ratio(found[name], key) for found in entries.values() if key in found.get(name, {})]
         counted = f" ({len(ratios)} of {len(entries)})" if len(ratios) < len(entries) else ""
         last.append(f"{measure.geometric_mean(ratios):.2f}{counted}" if ratios else "")
@@ -153,7 +180,7 @@ def plot(data: dict, key: str, label: str, path: Path) -> None:
     """A dot for each system on each model's line."""
     entries = with_ratios(data)
     with report.drawing(path, 1, 1, (8.2, 1.4 + 0.42 * len(entries))) as (axis,):
-        for name in OTHERS:
+        for name in others(data):
             points = [
                 (ratio(found[name], key), y) for y, found in enumerate(entries.values()) if key in found.get(name, {})
             ]
@@ -170,8 +197,37 @@ def plot(data: dict, key: str, label: str, path: Path) -> None:
         axis.figure.legend(loc="outside upper center", ncols=5)
 
 
+ON_GPU = (
+    "Ratios to the plain step beside each (median), on the GPU named below; recorded: the step as a CUDA graph, by "
+    "torch.cuda.graph and by RecordedStep. All else is as in the table of the CPU. Convolutions of the models are in "
+    "TF32 and matrix products in float32, as torch sets them; systems are checked without TF32. Peak memory is that of "
+    "torch's allocator; of recorded steps with what it takes to record them."
+)
+
+
+def tables_of_gpus(data: dict, options: argparse.Namespace) -> None:
+    """Write the tables of numbers that were measured on a GPU."""
+    name = json_path(options).stem
+    lines = [ON_GPU, "", *report.rst_table(rows(data, "ratio", spread=True)), "", MEMORY, ""]
+    lines += [*report.rst_table(rows(data, "peak_ratio")), ""]
+    found = remarks(data)
+    if len(found) > 1:
+        lines += ["What systems cannot do, and what was changed for them:", "", *report.rst_table(found), ""]
+    command = "suite.py --device cuda" + (f" --times {options.times}" if options.times > 1 else "")
+    lines.append(report.sentence(command, data["system"]).replace("`", "``"))
+    report.put(report.PAGE, name, lines, options.out)
+    names = ["plain, recorded", "ClippedGrad", "ClippedGrad, recorded", "Opacus hooks", "Opacus ghost", "vmap"]
+    whole = rows(data, "ratio")
+    columns = [0, 1, *(whole[0].index(one) for one in names)]
+    short = report.markdown_table([[row[column] for column in columns] for row in whole])
+    report.put(report.README, name, [*short, "", report.sentence(command, data["system"])], options.out)
+
+
 def tables(data: dict, options: argparse.Namespace) -> None:
     """Write tables and plots of all numbers there are."""
+    if options.device != "cpu":
+        tables_of_gpus(data, options)
+        return
     if not data.get("models"):
         report.put(report.README, "suite", [report.NOT_YET], options.out)
         report.put(report.PAGE, "suite", [report.NOT_YET], options.out)
@@ -184,8 +240,9 @@ def tables(data: dict, options: argparse.Namespace) -> None:
 
 
 def json_path(options: argparse.Namespace) -> Path:
-    """Where the numbers are: those of GPUs beside those of the CPU."""
-    return (options.out or report.HERE) / ("suite.json" if options.device == "cpu" else "suite-cuda.json")
+    """Where the numbers are: those of GPUs, and those of larger batches, beside those of the CPU."""
+    kind = "" if options.device == "cpu" else f"-{options.device}"
+    return (options.out or report.HERE) / f"suite{kind}{f'-x{options.times}' if options.times > 1 else ''}.json"
 
 
 def store(data: dict, options: argparse.Namespace) -> None:
@@ -206,14 +263,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks (default)")
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="measure time (default)")
     parser.add_argument("--n", type=int, help="examples (default: each model's own number)")
+    parser.add_argument("--times", type=int, default=1, help="so many times each model's own number (--device cuda)")
     parser.add_argument("--dry", action="store_true", help="print only, write nothing")
     parser.add_argument("--smoke", action="store_true", help="two examples and one repeat, to see that all works")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots of the numbers there are")
     parser.add_argument("--out", type=Path, help="write everything to this folder instead")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "SYSTEM"), help="print the peak memory of one as JSON")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        options.systems = [name for name in options.systems if name not in RECORDED]
     if options.smoke:
         options.n, options.repeats = options.n or 2, 1
+    if options.times > 1 and options.device == "cpu" and not (options.dry or options.out):
+        parser.error("the tables of the CPU are of the suite's own batches: add --out or --dry")
     if options.n and not (options.dry or options.peak or options.out):
         parser.error("numbers of other batches do not belong with those of the suite: add --out or --dry")
     return options
@@ -233,14 +295,14 @@ def main() -> None:
     data = report.load(json_path(options)) or {"models": {}}
     if not options.tables:
         data["system"] = report.system_info(options.device, options.threads)
-        data["command"] = "python gallery/benchmarks/suite.py"
+        data["command"], data["times"] = "python gallery/benchmarks/suite.py", options.times
         if options.time:
             times(data, options)
         if options.memory:
             memory(data, options)
     if data["models"]:
         print("\n".join(markdown(data)))
-    if not options.dry and (options.device == "cpu" or options.out):
+    if not options.dry:
         tables(report.rounded(data), options)
 
 

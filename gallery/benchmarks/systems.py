@@ -5,9 +5,10 @@ A system that cannot do a model raises while it is made or in its first step; th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,9 +61,11 @@ class System:
 
     Attributes:
         note: What was changed in the model so that the system can do it.
+        own_peak: Peak memory in MiB where steps run in memory that was taken before.
     """
 
     note = ""
+    own_peak: float | None = None
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.x, self.y = problem, problem.x, problem.y
@@ -163,6 +166,18 @@ class OursClipped(System):
         return self.asked.norms
 
 
+@contextlib.contextmanager
+def gpu_peak() -> Iterator[list[float]]:
+    """Peak memory over what there was before, in MiB, as the only entry of the list when all is done."""
+    found: list[float] = []
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    yield found
+    torch.cuda.synchronize()
+    found.append((torch.cuda.max_memory_allocated() - base) / 2**20)
+
+
 class PlainRecorded(System):
     """The plain step as a CUDA graph."""
 
@@ -170,16 +185,18 @@ class PlainRecorded(System):
         super().__init__(problem)
         if not self.x.is_cuda:
             raise NotOnGpuError("there are CUDA graphs on GPUs only")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                super().step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        super().zero()
-        with torch.cuda.graph(self.graph):
-            self.losses().mean().backward()
+        with gpu_peak() as peak:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    super().step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            super().zero()
+            with torch.cuda.graph(self.graph):
+                self.losses().mean().backward()
+        self.own_peak = peak[0]
 
     def zero(self) -> None:
         """Nothing: a replay overwrites."""
@@ -199,7 +216,9 @@ class OursRecorded(OursClipped):
         def losses(x: Tensor, y: Tensor) -> Tensor:
             return problem.case.losses(self.model(x), y)
 
-        self.recorded = RecordedStep(self.model, losses, self.x, self.y, extensions=self.asked)
+        with gpu_peak() as peak:
+            self.recorded = RecordedStep(self.model, losses, self.x, self.y, extensions=self.asked)
+        self.own_peak = peak[0]
 
     def step(self) -> None:
         self.zero()

@@ -59,7 +59,7 @@ class Weights:
             return
         if largest is None and not blind():
             self._largest = values.max().item()
-        if holds(values.min() >= _TINY):  # mostly so; in float16 it would be 0
+        if holds(values.min().double() >= _TINY):  # mostly so; in float16 it would be 0
             return
         used = self.used
         self.all, self.none = bool(used.all()), not bool(used.any())

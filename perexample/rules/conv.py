@@ -21,6 +21,7 @@ from .._conv import (
     Geometry,
     by_offsets,
     by_parts,
+    by_products,
     by_rows,
     examples_as_groups,
     from_offsets,
@@ -127,12 +128,12 @@ class Windows(Term):
             return self.dense()
         ways = self._ways()
         if self.n * self.shape.numel() > _ARRANGED:
-            ways = [way for way in ways if way.form not in (Windows._by_offsets, Windows._by_rows)]
+            ways = [way for way in ways if way.form in (Windows._by_unfolding, Windows._one_by_one, Windows._as_groups)]
         return choose(self, Choice(choice.strategy), [way.forming(self) for way in ways]).run()[0]
 
     def _likeliest(self) -> _Way:
         """The way that the model holds for the fastest."""
-        return min(self._ways(), key=lambda way: way.method.seconds)
+        return min(self._ways(), key=lambda way: way.method.seconds(self.g.device))
 
     def methods(self) -> list[Method]:
         """Gram matrices of the pixels or windows, and several ways to form the gradients."""
@@ -152,7 +153,7 @@ class Windows(Term):
                 Method(_BY_WINDOWS, self._by_windows, by_windows,
                        rows * (3 * length + 3 * entries), 10, held),
             ]  # fmt: skip
-        least = min(found, key=lambda method: method.seconds)
+        least = min(found, key=lambda method: method.seconds(self.g.device))
         if least.held > ROOM * held:
             moved = 2 * of_sum / max(1, length)
             found.append(Method(_DROPPED, self._dropped, 2 * of_sum, moved, 8, held))
@@ -205,6 +206,8 @@ class Windows(Term):
             _Way(self, _OFFSETS, grid, 2 * size + factors + read, 2 * taps),
             _Way(self, _UNFOLDED, products, 2 * size + 3 * unfolded, 8),
         ]
+        if self.geometry.shape[1] == 1:
+            ways.append(_Way(self, _PRODUCTS, 0, 2 * size + taps * (2 * factors + self.g.numel()), 3 * taps))
         if has_rows(self.geometry):
             steps = self.geometry.kernel[0] // self.geometry.stride[0]
             ways.append(_Way(self, _ROWS, products, 2 * size + self.x.numel() + 3 * unfolded / steps, 6 + steps))
@@ -220,9 +223,9 @@ class Windows(Term):
         """Share of a sum that a way to form the gradients may be off by."""
         dtype, length = self.g.dtype, self.g.shape[2:].numel()
         if form is Windows._by_offsets:
-            return short_drift(self._pixels(), dtype)
-        if form in (Windows._by_unfolding, Windows._by_rows):
-            return short_drift(length, dtype)
+            return short_drift(self._pixels(), self.g)
+        if form in (Windows._by_unfolding, Windows._by_rows, Windows._by_products):
+            return short_drift(length, self.g)
         parts, rows = parts_of(self.g.shape[2:])
         return drift(rows * self.g.shape[3:].numel() + parts - 1, dtype)
 
@@ -231,6 +234,14 @@ class Windows(Term):
         value = by_offsets(self.padded(), self.g, geometry)
         value = value.view(len(value), self.n, -1)
         return Formed(value, self.shape, lambda v: from_offsets(v, geometry).view(v.shape[1], *shape))
+
+    def _by_products(self) -> Formed:
+        geometry, shape = self.geometry, self.shape
+        value = self.g.new_empty(geometry.kernel.numel(), self.n, shape[0])
+        several = unfold_block(self.x, self.g[:1].numel())
+        for x, g, out in zip(self.x.split(several), self.g.split(several), value.split(several, dim=1), strict=True):
+            by_products(_pad(x, self.sides, self.mode), g, geometry, out)
+        return Formed(value, shape, lambda v: from_offsets(v, geometry).view(v.shape[1], *shape))
 
     def _blocks(self) -> list[Windows]:
         """The same by a few examples each, so many as can be unfolded at once."""
@@ -358,12 +369,13 @@ _DROPPED = "per-example gradients"
 _SUM_NATIVE, _SUM_OF_WINDOWS = "native weight gradient", "product with the windows"
 _FEW_POSITIONS = 64  # of the output, up to which a sum may be faster as a product with the windows
 _OFFSETS, _UNFOLDED = f"{_DROPPED}, kernel offsets", f"{_DROPPED}, unfolded"
-_ROWS = f"{_DROPPED}, kernel rows"
+_ROWS, _PRODUCTS = f"{_DROPPED}, kernel rows", f"{_DROPPED}, products by kernel offset"
 _ONE_BY_ONE, _AS_GROUPS = f"{_DROPPED}, one by one", f"{_DROPPED}, examples as groups"
 _FORMS: dict[str, Callable[[Windows], Formed]] = {
     _OFFSETS: Windows._by_offsets,
     _UNFOLDED: Windows._by_unfolding,
     _ROWS: Windows._by_rows,
+    _PRODUCTS: Windows._by_products,
     _ONE_BY_ONE: Windows._one_by_one,
     _AS_GROUPS: Windows._as_groups,
 }

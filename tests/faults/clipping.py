@@ -18,7 +18,7 @@ MUTANTS = (
         Edit(
             f"{CLIPPED}.finish",
             (
-                "Weights(self._weights(staged.group_norms[group], finite, bound), most=bound)",
+                "Weights(factors, most=self._bound(group), largest=largest)",
                 "Weights(torch.ones_like(total) * min(1.0, self._bound(group) * max(1, len(total)) / max(1e-300, float("
                 "sum(v.weighted_sum(torch.ones_like(total)).square().sum() for v in vs) ** 0.5))))",
             ),
