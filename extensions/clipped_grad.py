@@ -236,7 +236,7 @@ class ClippedGrad(Extension):
             members.setdefault(self._group(view.name), []).append(view)
         squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
         total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else next(iter(squares.values()))
-        finite = None if holds(torch.isfinite(total.sum())) else torch.isfinite(total)  # a sum of squares hides nothing
+        finite = None if holds(total.sum() < math.inf) else torch.isfinite(total)  # a sum of squares hides nothing
         staged = self._staged
         staged.norms, staged.nonfinite = total.sqrt(), 0 if finite is None else int((~finite).sum())
         staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
@@ -289,6 +289,10 @@ class ClippedGrad(Extension):
         own._lent = {}
         return own
 
+    def for_replay(self) -> dict[str, Any]:
+        """The norms."""
+        return {"norms": self.norms, "group_norms": self.group_norms}
+
     def prepare(self, recording: Extension) -> None:
         """Hand over the bounds; sums under way that lie where the next ones are written are copied first."""
         assert isinstance(recording, ClippedGrad)
@@ -306,23 +310,21 @@ class ClippedGrad(Extension):
             entry.sum, entry.writes, entry.lent = weakref.ref(total), version(total), False
 
     def replayed(
-        self, recording: Extension, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
+        self, found: Any, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
     ) -> Mapping[str, Tensor]:
         """As after a backward: the sums, added to those under way."""
-        assert isinstance(recording, ClippedGrad)
-        assert recording.norms is not None
         forward = frozenset([_Forward()])
         self.start([ParameterView(name, p, n, forwards=forward) for name, (p, _) in fields.items()])
         staged = self._staged
-        staged.norms = recording.norms[:n].clone()
-        staged.group_norms = {group: norms[:n].clone() for group, norms in recording.group_norms.items()}
+        staged.norms = found["norms"][:n].clone()
+        staged.group_norms = {group: norms[:n].clone() for group, norms in found["group_norms"].items()}
         before = {name: total for name, (p, _) in fields.items() if (total := self._before(p)) is not None}
         together = added_up(list(before.values()), [fields[name][1] for name in before])
-        found = {name: field for name, (_, field) in fields.items()} | dict(zip(before, together, strict=True))
+        sums = {name: field for name, (_, field) in fields.items()} | dict(zip(before, together, strict=True))
         for name, (p, _) in fields.items():
-            entry = _Entry(weakref.ref(p), name, weakref.ref(found[name]), lent=name not in before)
+            entry = _Entry(weakref.ref(p), name, weakref.ref(sums[name]), lent=name not in before)
             staged.entries[id(p)] = entry
-        return found
+        return sums
 
     def _weights(self, norms: Tensor, finite: Tensor | None, bound: Any) -> Tensor:
         """Clip factors; exactly 0 for an example that is not ``finite``, whatever the clip function says."""

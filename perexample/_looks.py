@@ -21,22 +21,32 @@ class Notes:
     Attributes:
         conditions: Boolean tensors that should be true.
         excesses: Tensors whose entries should be at most 0, and finite.
+        norms: Tensors whose entries should be below `_LARGE`.
     """
 
     def __init__(self) -> None:
         """Nothing yet."""
         self.conditions: list[Tensor] = []
         self.excesses: list[Tensor] = []
+        self.norms: list[Tensor] = []
 
     def all_hold(self, device: torch.device) -> Tensor:
         """Whether all of it does, a single boolean on the device."""
         held = [condition.to(device) for condition in self.conditions]
         if self.excesses:
-            together = torch.cat([excess.to(device, torch.float64).flatten() for excess in self.excesses])
-            held.append(((together <= 0) & (together > -math.inf)).all())
+            together = _together(self.excesses, device)
+            held += [(together <= 0).all(), together.min() > -math.inf]
+        if self.norms:
+            held.append(_together(self.norms, device).max() < _LARGE)
         return torch.stack(held).all() if held else torch.ones((), dtype=torch.bool, device=device)
 
 
+def _together(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """All their entries, in float64."""
+    return torch.cat([t.to(device, torch.float64).flatten() for t in tensors])
+
+
+_LARGE = 1e18  # norms above have squares that overflow in float32
 _NOTING: list[Notes] = []  # of the process: autograd computes in threads of its own
 
 
@@ -79,6 +89,14 @@ def holds(condition: Tensor) -> bool:
         _NOTING[-1].conditions.append(condition.all())
         return True
     return bool(condition if condition.dim() == 0 else condition.all())
+
+
+def not_large(norms: Tensor) -> bool:
+    """Whether norms are so small that their squares do not overflow in float32; NaN is not."""
+    if _NOTING:
+        _NOTING[-1].norms.append(norms)
+        return True
+    return bool((norms < _LARGE).all())
 
 
 def within(excess: Tensor) -> bool:

@@ -12,7 +12,7 @@ An extension is one short class. It sees each parameter through a `ParameterView
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -67,16 +67,20 @@ class Extension:
             )
         return self
 
+    def for_replay(self) -> Any:
+        """Tensors that `replayed` needs beside the fields, nested as may be; asked of what `recording` returned."""
+        return {}
+
     def prepare(self, recording: Extension) -> None:
-        """Called before a recorded step is replayed, whose fields are overwritten then; see `recording`."""
+        """Called before a recorded step is replayed, whose fields may be overwritten then; see `recording`."""
 
     def replayed(
-        self, recording: Extension, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
+        self, found: Any, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
     ) -> Mapping[str, Tensor]:
         """Called after it was replayed.
 
         Args:
-            recording: What `recording` has returned.
+            found: What `for_replay` returned, as of this replay.
             fields: By the names of the parameters: the parameter, and its field as it was recorded.
             n: How many examples there were.
             size: How many it was recorded with; the rest of them had losses of 0.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,39 @@ from torch import Tensor, nn
 
 from ._engine.context import perex
 from ._looks import noting
+from ._precision import full_precision, reduced
 from ._private import named_parameters
 from ._shards import is_sharded
+from ._tape import Tape
 from ._tree import map_tensors, tensors_of
 from .errors import BatchAxisError, ConfigurationError, LossError, StaleGradientError
 from .extension import Extension
 
 
-class RecordedStep:
-    """A forward and a backward in a context, recorded as a CUDA graph: a call replays them in the time the GPU takes.
+@dataclass
+class _Found:
+    """What a step has found.
 
-    On a fast GPU a step of a small or middle-sized model takes longer on the host, which launches hundreds of short
-    operations, than on the GPU; with per-example quantities there are two to three times as many. A graph is launched
-    as one. ``step(*batch)`` leaves what these lines leave, up to rounding::
+    Attributes:
+        held: Whether values were what they were taken for.
+        losses: Of all examples.
+        fields: By extension and parameter.
+        more: What else the extensions have found.
+    """
+
+    held: Tensor
+    losses: Tensor
+    fields: list[dict[str, Tensor]]
+    more: list[Any]
+
+
+class RecordedStep:
+    """A forward and a backward in a context, recorded once: a call replays them without what Python takes for them.
+
+    On a GPU they become a CUDA graph: a step of a small or middle-sized model takes longer on the host, which launches
+    hundreds of short operations, than on the GPU, and with per-example quantities there are two to three times as many;
+    a graph is launched as one. On a CPU the operations are run again one by one, without the Python, the hooks and
+    autograd around them. ``step(*batch)`` leaves what these lines leave, up to rounding::
 
         with perex(*extensions, loss_reduction="sum", grad=False):
             losses(*batch).sum().backward()
@@ -37,8 +58,6 @@ class RecordedStep:
     was recorded with, whose losses are multiplied by zero. What ``losses`` does on the host (Python numbers, ``if``,
     prints) is recorded as it was. The model must stay on its device, in its mode, with the same parameters trainable;
     what has changed is an error. Optimizers, schedules, and the bound of `ClippedGrad` may go on as usual.
-
-    On a CPU nothing is recorded; the same steps are run, so that a program runs there too.
 
     Args:
         model: The extended model.
@@ -92,10 +111,10 @@ class RecordedStep:
         self._batch = map_tensors(lambda t: t.detach().clone(), batch)
         self._spare = map_tensors(lambda t: t.detach().clone(), batch)
         self._real = torch.ones(self.size, dtype=torch.bool, device=next(iter(self._parameters.values())).device)
-        self._filled = self.size
+        self._filled = self._counted = self.size
+        self._read = tensors_of(self._batch)
         self._asked = [extension.recording() for extension in self.extensions]
-        self._fields: list[dict[str, Tensor]] = []
-        self._graph = self._recorded()
+        self._replay = self._recorded()
         self._as_it_was = self._state()
 
     def __call__(self, *batch: Any) -> Tensor:
@@ -116,27 +135,20 @@ class RecordedStep:
         n = self._fill(batch)
         for extension, asked in zip(self.extensions, self._asked, strict=True):
             extension.prepare(asked)
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            with self._fields_kept():
-                self._run()
-        if not self._held.item():
+        found = self._replay()
+        if not found.held.item():
             self.repeated += 1
             self._warn()
             return self._as_usual(batch)
-        self._take_over(n)
-        return self._losses[:n].clone()
+        self._take_over(found, n)
+        return found.losses[:n].clone()
 
-    def _recorded(self) -> Any:
-        """The graph, after some steps that leave nothing behind; ``None`` on a CPU."""
+    def _recorded(self) -> Callable[[], _Found]:
+        """What replays the step, after some steps that leave nothing behind."""
         before = {name: b.clone() for name, b in self.model.named_buffers()}
         try:
             with self._fields_kept():
-                if self._real.is_cuda:
-                    return self._captured()
-                self._warm_up()
-            return None
+                return self._captured() if self._real.is_cuda else self._taped()
         finally:
             for name, b in self.model.named_buffers():
                 b.copy_(before[name])
@@ -162,7 +174,20 @@ class RecordedStep:
         for _ in range(2):
             self._run()
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _taped(self) -> Callable[[], _Found]:
+        self._warm_up()
+        tape, own = Tape(), tensors_of(self._batch)
+        _check_again(tape, tape.record(self._run, own), own)
+
+        def replay() -> _Found:
+            if not reduced(["cpu"]):
+                return tape.replay(self._read)
+            with full_precision():  # also of the model's own products, as they cannot be told apart
+                return tape.replay(self._read)
+
+        return replay
+
+    def _captured(self) -> Callable[[], _Found]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._real.device):
             stream = torch.cuda.Stream()
@@ -171,8 +196,13 @@ class RecordedStep:
                 self._warm_up()
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
-                self._run()
-        return graph
+                found = self._run()
+
+        def replay() -> _Found:
+            graph.replay()
+            return found
+
+        return replay
 
     def _context(self) -> perex:
         return perex(*self._asked, loss_reduction="sum", grad=False, **self.options)
@@ -189,16 +219,19 @@ class RecordedStep:
         self._losses = losses.detach()
         return torch.where(self._real, losses, torch.zeros_like(losses)).sum()
 
-    def _run(self) -> None:
+    def _run(self) -> _Found:
         """The step without a look at any value; what it was taken to be is noted."""
         with noting() as notes, self._context():
             self._summed().backward()
-            self._held = notes.all_hold(self._real.device)
-        self._fields = [
+            held = notes.all_hold(self._real.device)
+        fields = [
             {name: getattr(p, asked.field) for name, p in self._parameters.items() if hasattr(p, asked.field)}
             for asked in self._asked
         ]
+        found = _Found(held, self._losses, fields, [asked.for_replay() for asked in self._asked])
+        del self._losses
         self._forget()
+        return found
 
     def _forget(self) -> None:
         """Take off what the backward has left at the parameters."""
@@ -218,21 +251,26 @@ class RecordedStep:
                 f"RecordedStep was recorded with {_described(own)}, and was called with {_described(new)}; only the "
                 f"number of examples may be another, at most {self.size}. Record a step with the largest batch."
             )
+        if n != self._counted:
+            self._real[:n] = True
+            self._real[n:] = False
+            self._counted = n
+        if n == self.size and not self._real.is_cuda and all(map(_lie_alike, new, own)):
+            self._read = new  # no copy is needed
+            return n
+        self._read = own
         for a, b, c in zip(new, own, spare, strict=True):
             b[:n].copy_(a, non_blocking=True)
             if n < self._filled:
                 b[n : self._filled].copy_(c[n : self._filled])
-        if n != self._filled:
-            self._real[:n] = True
-            self._real[n:] = False
-            self._filled = n
+        self._filled = n
         return n
 
-    def _take_over(self, n: int) -> None:
+    def _take_over(self, found: _Found, n: int) -> None:
         """Leave the fields at the parameters, as a backward does."""
-        for extension, asked, fields in zip(self.extensions, self._asked, self._fields, strict=True):
+        for extension, fields, more in zip(self.extensions, found.fields, found.more, strict=True):
             known = {name: (self._parameters[name], field) for name, field in fields.items()}
-            for name, field in extension.replayed(asked, known, n, self.size).items():
+            for name, field in extension.replayed(more, known, n, self.size).items():
                 setattr(self._parameters[name], extension.field, field)
         for extension in self.extensions:
             extension.commit()
@@ -255,17 +293,19 @@ class RecordedStep:
 
     def _state(self) -> tuple[Any, ...]:
         """All that must stay as it was."""
-        tensors = [(t.data_ptr(), t.requires_grad) for t in (*self._parameters.values(), *self.model.buffers())]
-        modes = [module.training for module in self.model.modules()]
+        modules = list(self.model.modules())
+        parts = [part for module in modules for part in (module._parameters, module._buffers)]
+        tensors = [(id(t), t.data_ptr(), t.requires_grad) for part in parts for t in part.values() if t is not None]
+        modes = [(id(module), module.training) for module in modules]
         settings = [(e.clip, e.groups) for e in self.extensions if hasattr(e, "clip") and hasattr(e, "groups")]
         return tensors, modes, settings
 
     def _refuse_changed(self) -> None:
         tensors, modes, _ = self._as_it_was
         now, modes_now, _ = self._state()
-        what = "the mode of a module (train, eval)" if modes != modes_now else "the clip function or groups"
+        what = "a module or its mode (train, eval)" if modes != modes_now else "the clip function or groups"
         if tensors != now:
-            what = "the memory of a parameter or buffer, or whether it is trainable"
+            what = "a parameter or buffer, its memory, or whether it is trainable,"
         raise StaleGradientError(
             f"RecordedStep: {what} has changed since the step was recorded, and a replay would not know of it; make a "
             f"new RecordedStep."
@@ -279,6 +319,26 @@ def _number(batch: Any) -> int:
     """The number of examples that all tensors agree on; -1 if they do not."""
     sizes = {t.shape[0] if t.dim() else -1 for t in tensors_of(batch)}
     return sizes.pop() if len(sizes) == 1 else -1
+
+
+def _lie_alike(t: Tensor, other: Tensor) -> bool:
+    return type(t) is Tensor and t.stride() == other.stride() and t.device == other.device and not t.requires_grad
+
+
+def _check_again(tape: Tape, found: _Found, inputs: list[Tensor]) -> None:
+    """Whether what was recorded can be done again, and gives the same, if nothing is drawn at random."""
+    try:
+        again = tape.replay(inputs)
+    except Exception as error:
+        raise ConfigurationError(
+            f"This step cannot be recorded: an operation of it cannot be called by itself ({error}). Run it as usual."
+        ) from error
+    for a, b in zip(tensors_of(found), tensors_of(again), strict=True):
+        if not tape.random and not torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ConfigurationError(
+                "This step cannot be recorded: run again, it gives something else, as if the model counted its calls. "
+                "Run it as usual."
+            )
 
 
 def _described(tensors: Sequence[Tensor]) -> str:

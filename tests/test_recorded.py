@@ -170,6 +170,7 @@ def test_no_value_is_looked_at(name):
 
 def test_what_looks_at_values_is_noticed():
     model, x, y = made("tied")
+    usual(model, x, y, ClippedGrad(1.0))  # operations are tried in the first forward
     with pytest.raises(AssertionError, match="looks at values"), Looks():
         usual(model, x, y, ClippedGrad(1.0))
 
@@ -422,7 +423,7 @@ def test_a_model_that_has_changed():
     clipping = ClippedGrad(1.0)
     step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
     model.eval()
-    with pytest.raises(StaleGradientError, match="mode of a module"):
+    with pytest.raises(StaleGradientError, match="module or its mode"):
         step(x, y)
     model.train()
     step(x, y)
@@ -436,7 +437,14 @@ def test_a_model_that_has_changed():
     model[0].bias.requires_grad_(True)
     step(x, y)
     model[0].weight.data = model[0].weight.data.clone()
-    with pytest.raises(StaleGradientError, match="memory of a parameter"):
+    with pytest.raises(StaleGradientError, match="a parameter or buffer, its memory"):
+        step(x, y)
+    step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    model[1] = nn.ReLU()
+    with pytest.raises(StaleGradientError, match="a module or its mode"):
+        step(x, y)
+    model[2] = extend(nn.Linear(9, 11).to(DEVICE))
+    with pytest.raises(StaleGradientError, match="a parameter or buffer"):
         step(x, y)
 
 

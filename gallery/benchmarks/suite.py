@@ -24,13 +24,7 @@ from models import SUITE
 from systems import SYSTEMS, Problem
 from tqdm import tqdm
 
-RECORDED = ("plain, recorded", "ClippedGrad, recorded")  # on GPUs only
-
-
-def others(data: dict) -> list[str]:
-    """All systems but the plain step, those of the device."""
-    on_gpu = data["system"]["device"] != "cpu"
-    return [name for name in SYSTEMS if name != "plain" and (on_gpu or name not in RECORDED)]
+OTHERS = [name for name in SYSTEMS if name != "plain"]
 
 
 def sized(model: str, options: argparse.Namespace) -> int:
@@ -116,15 +110,15 @@ def rows(data: dict, key: str, spread: bool = False) -> list[list[str]]:
     """The table of one ratio: a row for each model, and geometric means over the models that a system can do."""
     entries = with_ratios(data)
     plain_key, plain_name = ("seconds", "plain, ms") if key == "ratio" else ("peak", "plain, MiB")
-    table = [["model", plain_name, *others(data)]]
+    table = [["model", plain_name, *OTHERS]]
     for model, found in entries.items():
         plain = found.get("plain", {})
         amount = ratio(plain, plain_key) * (1e3 if key == "ratio" else 1.0) if plain_key in plain else None
-        cells = [cell(found.get(name, {}), key, spread) for name in others(data)]
+        cells = [cell(found.get(name, {}), key, spread) for name in OTHERS]
         digits = 2 if amount is not None and amount < 10 else 0
         table.append([shown(model, data), "" if amount is None else f"{amount:.{digits}f}", *cells])
     last = ["geometric mean", ""]
-    for name in others(data):
+    for name in OTHERS:
         ratios = [ratio(found[name], key) for found in entries.values() if key in found.get(name, {})]
         counted = f" ({len(ratios)} of {len(entries)})" if len(ratios) < len(entries) else ""
         last.append(f"{measure.geometric_mean(ratios):.2f}{counted}" if ratios else "")
@@ -180,7 +174,7 @@ def plot(data: dict, key: str, label: str, path: Path) -> None:
     """A dot for each system on each model's line."""
     entries = with_ratios(data)
     with report.drawing(path, 1, 1, (8.2, 1.4 + 0.42 * len(entries))) as (axis,):
-        for name in others(data):
+        for name in OTHERS:
             points = [
                 (ratio(found[name], key), y) for y, found in enumerate(entries.values()) if key in found.get(name, {})
             ]
@@ -270,8 +264,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write everything to this folder instead")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "SYSTEM"), help="print the peak memory of one as JSON")
     options = parser.parse_args(arguments)
-    if options.device == "cpu":
-        options.systems = [name for name in options.systems if name not in RECORDED]
     if options.smoke:
         options.n, options.repeats = options.n or 2, 1
     if options.times > 1 and options.device == "cpu" and not (options.dry or options.out):

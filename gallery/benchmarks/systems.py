@@ -18,6 +18,7 @@ from models import Case
 from torch import Tensor, nn
 
 from perexample import RecordedStep, extend, perex
+from perexample._tape import Tape
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 
 BOUND = 1.0  # the norm that gradients are clipped to
@@ -25,10 +26,6 @@ BOUND = 1.0  # the norm that gradients are clipped to
 
 class NotInstalledError(Exception):
     """A peer that is not there."""
-
-
-class NotOnGpuError(Exception):
-    """What there is on GPUs only."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +176,18 @@ def gpu_peak() -> Iterator[list[float]]:
 
 
 class PlainRecorded(System):
-    """The plain step as a CUDA graph."""
+    """The plain step, recorded as `RecordedStep` does it: a CUDA graph, or a tape."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         if not self.x.is_cuda:
-            raise NotOnGpuError("there are CUDA graphs on GPUs only")
+            for _ in range(2):
+                super().step()
+            super().zero()
+            tape = Tape()
+            tape.record(self.once)
+            self.replay = tape.replay
+            return
         with gpu_peak() as peak:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -192,17 +195,22 @@ class PlainRecorded(System):
                 for _ in range(3):
                     super().step()
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             super().zero()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(graph):
                 self.losses().mean().backward()
+            self.replay = graph.replay
         self.own_peak = peak[0]
 
+    def once(self) -> list[Tensor]:
+        """The gradients."""
+        return list(torch.autograd.grad(self.losses().mean(), list(self.parameters.values())))
+
     def zero(self) -> None:
-        """Nothing: a replay overwrites."""
+        """Nothing: a replay overwrites, or makes new ones."""
 
     def step(self) -> None:
-        self.graph.replay()
+        self.replay()
 
 
 class OursRecorded(OursClipped):
@@ -210,13 +218,11 @@ class OursRecorded(OursClipped):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        if not self.x.is_cuda:
-            raise NotOnGpuError("recorded for GPUs")
 
         def losses(x: Tensor, y: Tensor) -> Tensor:
             return problem.case.losses(self.model(x), y)
 
-        with gpu_peak() as peak:
+        with gpu_peak() if self.x.is_cuda else contextlib.nullcontext([None]) as peak:
             self.recorded = RecordedStep(self.model, losses, self.x, self.y, extensions=self.asked)
         self.own_peak = peak[0]
 

@@ -89,7 +89,8 @@ class Weights:
         """The weights times a factor, the same for many parameters."""
         key = device, scale, dtype
         if key not in self._scaled:
-            self._scaled[key] = (self.values.to(device) * scale).to(dtype)
+            values = self.values.to(device)
+            self._scaled[key] = (values if scale == 1.0 else values * scale).to(dtype)
         return self._scaled[key]
 
 
@@ -124,7 +125,7 @@ def _times(term: Term, scale: float, choice: Choice) -> Tensor:
 
 def _finite(total: Tensor) -> bool:
     """Whether a sum has no NaN or infinity, for which its own sum is enough; False also where that overflows."""
-    return holds(torch.isfinite(total.sum()))
+    return holds(total.sum().abs() < math.inf)
 
 
 class ParameterView:

@@ -1,0 +1,315 @@
+"""A computation recorded operation by operation, and run again without Python, hooks or autograd around it.
+
+`torch.cuda.graph` does this for GPUs. On a CPU an operation that takes microseconds is called from code that takes as
+long, so that a small model's step is mostly that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._tree import map_tensors, tensors_of
+from .errors import ConfigurationError
+
+_SLOT = "_perexample_slot"  # attribute of a tensor that an operation has made: its number
+# What tells the host values, or makes tensors of sizes that depend on values.
+_LOOKS = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2",
+    "unique_dim", "unique_consecutive", "bincount", "allclose", "repeat_interleave",
+}  # fmt: skip
+_OTHER_SHAPE = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_"}
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Stands for a tensor: the number of one that an operation makes, or -1 and the tensor itself."""
+
+    number: int
+    tensor: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Call:
+    """One operation.
+
+    Attributes:
+        function: What is called.
+        args: With tensors as slots.
+        kwargs: The same.
+        results: Numbers of the tensors that it makes; -1 for what is left out, or one of the arguments.
+    """
+
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    results: list[int]
+
+    def uses(self) -> Iterator[int]:
+        """Numbers of the tensors that it is given."""
+        return (slot.number for slot in _slots_of((self.args, self.kwargs)) if slot.number >= 0)
+
+    @property
+    def pure(self) -> bool:
+        """Whether it does nothing but make its results, the same each time."""
+        return not self.function._schema.is_mutable and torch.Tag.nondeterministic_seeded not in self.function.tags
+
+
+class Tape(TorchDispatchMode):
+    """Records what a function does, once, and does it again.
+
+    Tensors that were there before are the same in each replay, and are read and written to where they lie; all others
+    are made anew, and let go when nothing needs them any more. Views that show the same, and operations on the same
+    tensors, are done once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing recorded yet."""
+        super().__init__()
+        self._calls: list[_Call] = []
+        self._roots: list[int] = []  # of each slot the memory, as the slot that made it, or the address of a constant
+        self._written: set[int] = set()  # memory that an operation writes to
+        self._shown: dict[Any, int] = {}  # views by memory and layout
+        self._kept: list[Tensor] = []  # constants, whose addresses stand for them
+        self._wanted: Any = None
+        self._code: Callable[..., tuple] | None = None
+        self.random = False
+
+    def record(self, function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Any:
+        """Call a function and record what it does.
+
+        Args:
+            function: Returns tensors in nested tuples, lists and dictionaries.
+            inputs: Tensors that it reads, in whose place others are given in a replay.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            ConfigurationError: If it looks at values.
+        """
+        for t in inputs:
+            self._number(t)
+        try:
+            with self:
+                found = function()
+        finally:
+            for t in inputs:
+                delattr(t, _SLOT)
+        self._wanted = map_tensors(self._named, found)
+        wanted = [slot.number for slot in _slots_of(self._wanted) if slot.number >= 0]
+        self._calls = _needed(_once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
+        self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in self._calls)
+        self._code = _compiled(self._calls, len(inputs), wanted)
+        self._shown, self._kept = {}, []
+        return found
+
+    def replay(self, inputs: Sequence[Tensor] = ()) -> Any:
+        """Do it again.
+
+        Args:
+            inputs: As many as it was recorded with, of the same shapes, strides and types.
+
+        Returns:
+            What the function returned, new tensors.
+        """
+        assert self._code is not None
+        with torch.no_grad():
+            values = iter(self._code(*inputs))
+        return map_tensors(lambda slot: next(values) if slot.number >= 0 else slot.tensor, self._wanted, _Slot)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Note an operation."""
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        _refuse_looks(name, args)
+        found = func(*args, **kwargs)
+        given = tensors_of((args, kwargs))
+        if isinstance(found, Tensor) and _is_view(func) and given and self._is_known(found, given[0]):
+            return found
+        own_args, own_kwargs = map_tensors(self._named, (args, kwargs))
+        if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
+            func, own_args, own_kwargs = torch.ops.aten.clone.default, own_args[:1], {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._written.update(map(self._root, tensors_of(value)))
+        self._written.update(self._root(value) for value in _written_by_name(func, kwargs))
+        known = {id(t) for t in given}
+        results = [
+            -1 if not isinstance(t, Tensor) or id(t) in known else self._number(t, given)
+            for t in (found if isinstance(found, (tuple, list)) else [found])
+        ]
+        self._calls.append(_Call(func, own_args, own_kwargs, results))
+        return found
+
+    def _is_known(self, view: Tensor, of: Tensor) -> bool:
+        """Whether a view shows what another tensor shows, which then stands for it; those of constants are constant."""
+        if not hasattr(of, _SLOT):
+            return True
+        root = self._root(of)
+        key = root, view.shape, view.stride(), view.storage_offset(), view.dtype, view.is_conj(), view.is_neg()
+        slot = self._shown.get(key)
+        if slot is None:
+            self._shown[key] = len(self._roots)  # the number that it is about to get
+            return False
+        setattr(view, _SLOT, slot)
+        return True
+
+    def _number(self, t: Tensor, given: Sequence[Tensor] = ()) -> int:
+        """Give a tensor a number."""
+        number, memory = len(self._roots), _memory(t)
+        shared = next((other for other in given if _memory(other) == memory), None) if memory else None
+        self._roots.append(number if shared is None else self._root(shared))
+        setattr(t, _SLOT, number)
+        if shared is None and memory:
+            key = number, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
+            self._shown[key] = number
+        return number
+
+    def _root(self, t: Tensor) -> int:
+        slot = getattr(t, _SLOT, None)
+        if slot is not None:
+            return self._roots[slot]
+        self._kept.append(t)
+        return -1 - _memory(t)
+
+    def _named(self, t: Tensor) -> _Slot:
+        number = getattr(t, _SLOT, -1)
+        return _Slot(number, None if number >= 0 else t)
+
+
+def _refuse_looks(name: str, args: tuple) -> None:
+    masked = name in ("index", "index_put", "index_put_") and any(
+        t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+    )
+    if name in _LOOKS or masked:
+        raise ConfigurationError(
+            f"This step cannot be recorded: the model or its loss looks at values ({name}), as by item(), if, or a mask "
+            f"as an index. Run it as usual."
+        )
+    if name in _OTHER_SHAPE:
+        raise ConfigurationError(
+            f"This step cannot be recorded: the model or its loss gives a tensor another shape or memory in place "
+            f"({name}). Run it as usual."
+        )
+
+
+def _memory(t: Tensor) -> int:
+    """Where a tensor lies; 0 if that cannot be told."""
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else 0
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def _written_by_name(func: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors that are given to be written to, by keyword."""
+    written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    return [t for name in written if name in kwargs for t in tensors_of(kwargs[name])]
+
+
+def _slots_of(tree: Any) -> list[_Slot]:
+    found: list[_Slot] = []
+    map_tensors(found.append, tree, _Slot)
+    return found
+
+
+def _once(calls: list[_Call], roots: list[int], written: set[int], wanted: set[int]) -> list[_Call]:
+    """The calls without those whose results others have already, of the same function of the same tensors."""
+    known: dict[Any, list[int]] = {}
+    instead: dict[int, int] = {}
+    kept = []
+
+    def renamed(slot: _Slot) -> _Slot:
+        return _Slot(instead.get(slot.number, slot.number), slot.tensor)
+
+    def unwritten(slot: _Slot) -> bool:
+        root = roots[slot.number] if slot.number >= 0 else -1 - _memory(slot.tensor) if slot.tensor is not None else 0
+        return root not in written
+
+    for call in calls:
+        call.args, call.kwargs = map_tensors(renamed, (call.args, call.kwargs), _Slot)
+        slots = _slots_of((call.args, call.kwargs))
+        made = [number for number in call.results if number >= 0]
+        same = call.pure and made and not wanted.intersection(made)
+        if same and all(map(unwritten, slots)) and not any(roots[number] in written for number in made):
+            key = call.function, _frozen(call.args), _frozen(call.kwargs)
+            if key in known:
+                instead |= dict(zip(call.results, known[key], strict=True))
+                continue
+            known[key] = call.results
+        kept.append(call)
+    return kept
+
+
+def _frozen(value: Any) -> Any:
+    """Something hashable that tells arguments apart."""
+    if isinstance(value, _Slot):
+        return ("slot", value.number) if value.number >= 0 else ("tensor", id(value.tensor))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(one)) for key, one in value.items())
+    return type(value), repr(value)
+
+
+def _needed(calls: list[_Call], needed: set[int]) -> list[_Call]:
+    """The calls without those whose results nobody uses, and that do nothing else."""
+    kept = []
+    for call in reversed(calls):
+        if not call.pure or needed.intersection(call.results):
+            needed.update(call.uses())
+            kept.append(call)
+    return kept[::-1]
+
+
+def _compiled(calls: list[_Call], inputs: int, wanted: list[int]) -> Callable[..., tuple]:
+    """The calls as the code of one function."""
+    kept = set(wanted)
+    last: dict[int, int] = {}
+    for place, call in enumerate(calls):
+        last |= dict.fromkeys([*call.uses(), *(number for number in call.results if number >= 0)], place)
+    gone: dict[int, list[int]] = {}
+    for slot, place in last.items():
+        if slot not in kept:
+            gone.setdefault(place, []).append(slot)
+    names: dict[str, Any] = {}
+    lines = [f"def replay({', '.join(f't{slot}' for slot in range(inputs))}):"]
+    for place, call in enumerate(calls):
+        names[f"f{place}"] = call.function
+        given = [_source(a, names) for a in call.args] + [f"{k}={_source(v, names)}" for k, v in call.kwargs.items()]
+        lines.append(f"    {_target(call)}f{place}({', '.join(given)})")
+        if place in gone:
+            lines.append(f"    del {', '.join(f't{slot}' for slot in gone[place])}")
+    lines.append(f"    return ({''.join(f't{slot}, ' for slot in wanted)})")
+    exec(compile("\n".join(lines), "<recorded step>", "exec"), names)  # of names and numbers made here
+    return names["replay"]
+
+
+def _target(call: _Call) -> str:
+    """What the results are assigned to."""
+    returns = call.function._schema.returns
+    if len(returns) > 1 or "List" in str(returns[0].type if returns else ""):
+        return "".join(f"t{number}, " if number >= 0 else "_, " for number in call.results) + "= "
+    return f"t{call.results[0]} = " if call.results and call.results[0] >= 0 else ""
+
+
+def _source(value: Any, names: dict[str, Any]) -> str:
+    """An argument as code; what is neither a number nor a tensor made here gets a name."""
+    if isinstance(value, _Slot) and value.number >= 0:
+        return f"t{value.number}"
+    if type(value) in (list, tuple):
+        inner = "".join(f"{_source(one, names)}, " for one in value)
+        return f"[{inner}]" if type(value) is list else f"({inner})"
+    if type(value) in (int, bool, type(None)):
+        return repr(value)
+    name = f"c{len(names)}"
+    names[name] = value.tensor if isinstance(value, _Slot) else value
+    return name
