@@ -65,6 +65,31 @@ class noting:  # noqa: N801 - named as a function is
         _NOTING.pop()
 
 
+class looking:  # noqa: N801
+    """Values may be looked at inside, in a step that is recorded too: what is tried there has no part in it."""
+
+    def __enter__(self) -> None:
+        """Forget for a while that anything is noted."""
+        self._noting = _NOTING[:]
+        _NOTING.clear()
+        _TRYING.append(None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """And remember."""
+        _NOTING[:] = self._noting
+        _TRYING.pop()
+
+
+_TRYING: list[None] = []
+
+
+def trying() -> bool:
+    """Whether operations have no part in a step that is recorded."""
+    return bool(_TRYING)
+
+
 def blind() -> bool:
     """Whether nothing can be looked at."""
     return bool(_NOTING)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._looks import trying
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 
@@ -103,10 +104,10 @@ class Tape(TorchDispatchMode):
                 delattr(t, _SLOT)
         self._wanted = map_tensors(self._named, found)
         wanted = [slot.number for slot in _slots_of(self._wanted) if slot.number >= 0]
-        self._calls = _needed(_once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
-        self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in self._calls)
-        self._code = _compiled(self._calls, len(inputs), wanted)
-        self._shown, self._kept = {}, []
+        calls = _needed(_once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
+        self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
+        self._code = _compiled(calls, len(inputs), wanted)
+        self._calls, self._shown, self._kept = [], {}, []
         return found
 
     def replay(self, inputs: Sequence[Tensor] = ()) -> Any:
@@ -126,15 +127,19 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Note an operation."""
         kwargs = kwargs or {}
+        if trying():
+            return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         _refuse_looks(name, args)
         found = func(*args, **kwargs)
         given = tensors_of((args, kwargs))
+        if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
+            copy = torch.ops.aten.clone.default
+            self._calls.append(_Call(copy, (_Slot(-1, found.clone()),), {}, [self._number(found)]))
+            return found
         if isinstance(found, Tensor) and _is_view(func) and given and self._is_known(found, given[0]):
             return found
         own_args, own_kwargs = map_tensors(self._named, (args, kwargs))
-        if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
-            func, own_args, own_kwargs = torch.ops.aten.clone.default, own_args[:1], {}
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._written.update(map(self._root, tensors_of(value)))
@@ -189,8 +194,8 @@ def _refuse_looks(name: str, args: tuple) -> None:
     )
     if name in _LOOKS or masked:
         raise ConfigurationError(
-            f"This step cannot be recorded: the model or its loss looks at values ({name}), as by item(), if, or a mask "
-            f"as an index. Run it as usual."
+            f"This step cannot be recorded: the model or its loss looks at values ({name}), as by item(), if, or a "
+            f"mask as an index. Run it as usual."
         )
     if name in _OTHER_SHAPE:
         raise ConfigurationError(

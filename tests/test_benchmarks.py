@@ -155,7 +155,7 @@ def test_half_of_a_symmetric_matrix_is_all_of_it():
     assert torch.allclose(parts @ torch.tensor([1.0, 1, 2]).double(), tried.norms(x @ x.mT, g @ g.mT).square())
 
 
-SUITES = {"suite": {}, "suite-cuda": {"device": "cuda"}, "suite-cuda-x16": {"device": "cuda", "times": 16}}
+SUITES = {"suite": {}, "suite-cuda": {"device": "cuda"}}
 
 
 @pytest.mark.parametrize("name", [*SUITES, "growth", "seeds", "overhead", "bounded", "methods", "tried"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from operator import itemgetter
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,7 @@ from perexample import (
     perex,
     privatize,
 )
+from perexample._tree import map_tensors
 from perexample.extensions import (
     AdaptiveClippedGrad,
     BatchDotGrad,
@@ -110,7 +114,8 @@ def usual(model, x, y, *extensions):
 
 
 def fields(model, *names):
-    return {(name, field): getattr(p, field).clone() for name, p in model.named_parameters() for field in names}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {(name, field): getattr(p, field).clone() for name, p in named for field in names}
 
 
 def near(found, wanted, tolerance=1e-5):
@@ -471,3 +476,45 @@ def test_double_precision():
     clipping.zero_grad()
     usual(model, x[:4], y[:4], other)
     near(found, fields(model, "clipped_sum"), 1e-12)
+
+
+TABLE = [case for case in cases.CASES if case.n > 1 and case.batch_dim == 0 and case.in_axes is None and not case.cut]
+FIELDS = ("grad_batch", "batch_l2", "clipped_sum")
+
+
+def of_table(case):
+    """Exact for every row of the table of rules, or refused."""
+    model, inputs = case.build()
+    extend(model)
+    extensions = [BatchGrad(), BatchL2Grad(), ClippedGrad(0.5)]
+    try:
+        step = RecordedStep(model, lambda *x: case.losses(case.run(model, x)), *inputs, extensions=extensions)
+    except (ConfigurationError, BatchAxisError) as refusal:
+        error = str(refusal)
+    else:
+        error = ""
+    if error:
+        assert re.search("cannot be recorded|on the first axis", error)
+        return
+    for n in (case.n, case.n - 1):
+        some = map_tensors(itemgetter(slice(n)), inputs)
+        step(*some)
+        found = fields(model, *FIELDS)
+        extensions[-1].zero_grad()
+        with perex(*extensions, loss_reduction="sum", grad=False):
+            case.losses(case.run(model, some)).sum().backward()
+        near(found, fields(model, *FIELDS), 1e-9)
+        extensions[-1].zero_grad()
+
+
+@pytest.mark.parametrize("case", TABLE[::5], ids=lambda case: case.id)
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_the_table_of_rules(case):
+    of_table(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
+@pytest.mark.filterwarnings("ignore")
+def test_all_rows_of_the_table_of_rules(case):
+    of_table(case)

@@ -822,6 +822,14 @@ def test_timm_model(run, made):
     assert_equal(parameters(space["model"]), made[0].train(own_loss, epochs=1))
 
 
+def test_recorded_steps(run, made):
+    """Pieces of Poisson batches, against one backward per example."""
+    space = run("Recorded steps")
+    assert space["step"].repeated == 0
+    assert space["private"].steps == 10
+    assert_equal(parameters(space["model"]), made[0].train(own_loss))
+
+
 def test_a_compiled_model_is_refused(run):
     run()
     model = torch.compile(nn.Sequential(nn.Linear(4, 3)), backend="eager")

@@ -90,6 +90,15 @@ class Check:
         return min(worst, disagreement(system, self.exact))
 
 
+def exact_in_double(kind: type[System], check: Check) -> bool:
+    """Whether a system agrees with one backward per example in float64 to all digits that count."""
+    problem = check.problem.double()
+    with exact_products():
+        reference, system = loop(problem), kind(problem)
+        system.step()
+        return disagreement(system, reference) <= 1e-9
+
+
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Convolutions on GPUs without TF32, in which two orders of computation may differ by more than the tolerance."""
@@ -122,6 +131,8 @@ def make(
             failed[name] = reason(error)
             continue
         system.zero()
+        if TOLERANCE < worst <= 10 * TOLERANCE and exact_in_double(kinds[name], check):
+            worst = 0.0  # float32 has taken other sides of ReLUs than the reference
         if not worst <= TOLERANCE:  # NaN is wrong too
             failed[name] = f"wrong: relative difference {worst:.1e} from one backward per example"
         else:

@@ -142,7 +142,8 @@ def remarks(data: dict) -> list[list[str]]:
 MEANING = (
     "Ratios to the plain step beside each (median); 1 is the cost of training without clipping. ClippedGrad, "
     "BatchL2Grad (norms only) and BatchGrad (gradients only) are this library's; all others make clipped sums, in "
-    "float32. Roomy: perex(room=1e6) lets per-example gradients be kept where that is faster, as most peers keep them. "
+    "float32. Recorded: by RecordedStep, and the plain step recorded in the same way. Roomy: perex(room=1e6) lets "
+    "per-example gradients be kept where that is faster, as most peers keep them. "
     "Before it is timed each is checked against one backward per example."
 )
 MEMORY = "Peak memory over that between steps, as a ratio to the plain step's."
@@ -195,19 +196,23 @@ ON_GPU = (
     "Ratios to the plain step beside each (median), on the GPU named below; recorded: the step as a CUDA graph, by "
     "torch.cuda.graph and by RecordedStep. All else is as in the table of the CPU. Convolutions of the models are in "
     "TF32 and matrix products in float32, as torch sets them; systems are checked without TF32. Peak memory is that of "
-    "torch's allocator; of recorded steps with what it takes to record them."
+    "torch's allocator; of recorded steps it includes what it takes to record them."
 )
 
 
 def tables_of_gpus(data: dict, options: argparse.Namespace) -> None:
     """Write the tables of numbers that were measured on a GPU."""
     name = json_path(options).stem
+    if not data.get("models"):
+        report.put(report.PAGE, name, [report.NOT_YET], options.out)
+        report.put(report.README, name, [report.NOT_YET], options.out)
+        return
     lines = [ON_GPU, "", *report.rst_table(rows(data, "ratio", spread=True)), "", MEMORY, ""]
     lines += [*report.rst_table(rows(data, "peak_ratio")), ""]
     found = remarks(data)
     if len(found) > 1:
         lines += ["What systems cannot do, and what was changed for them:", "", *report.rst_table(found), ""]
-    command = "suite.py --device cuda" + (f" --times {options.times}" if options.times > 1 else "")
+    command = "suite.py --device cuda"
     lines.append(report.sentence(command, data["system"]).replace("`", "``"))
     report.put(report.PAGE, name, lines, options.out)
     names = ["plain, recorded", "ClippedGrad", "ClippedGrad, recorded", "Opacus hooks", "Opacus ghost", "vmap"]
@@ -257,7 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks (default)")
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="measure time (default)")
     parser.add_argument("--n", type=int, help="examples (default: each model's own number)")
-    parser.add_argument("--times", type=int, default=1, help="so many times each model's own number (--device cuda)")
+    parser.add_argument("--times", type=int, default=1, help="so many times each model's own number of examples")
     parser.add_argument("--dry", action="store_true", help="print only, write nothing")
     parser.add_argument("--smoke", action="store_true", help="two examples and one repeat, to see that all works")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots of the numbers there are")
@@ -266,8 +271,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.smoke:
         options.n, options.repeats = options.n or 2, 1
-    if options.times > 1 and options.device == "cpu" and not (options.dry or options.out):
-        parser.error("the tables of the CPU are of the suite's own batches: add --out or --dry")
+    if options.times > 1 and not (options.dry or options.out):
+        parser.error("the tables are of the suite's own batches: add --out or --dry")
     if options.n and not (options.dry or options.peak or options.out):
         parser.error("numbers of other batches do not belong with those of the suite: add --out or --dry")
     return options

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._looks import looking
 from .._tree import PLAIN, map_tensors, tensors_in
 from ..place import Place
 from .kinds import base_name
@@ -161,6 +162,13 @@ def forms_of(
     Returns:
         A form for each output, and whether what few rows have shown holds for any number of them.
     """
+    with looking():
+        return _forms_of(func, args, kwargs, outputs, rows, only_few=only_few)
+
+
+def _forms_of(
+    func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, *, only_few: bool
+) -> tuple[list[Form], bool]:
     if base_name(func) in _UNCHECKED:
         return _over_trials(func, args, kwargs, outputs, rows, rows), False
     few, more = (_over_trials(func, args, kwargs, outputs, rows, count) for count in _FEW)

@@ -23,7 +23,7 @@ from .._vjp import pulled_back
 from ..place import Place
 from ..rule import Call, Rule, at_least_float32
 from ..terms import Dense, Term, combine
-from .generic import autocast_state, random_state, restored, rows_instead, spoiled_rows, unspoiled
+from .generic import autocast_state, drew, random_state, restored, rows_instead, spoiled_rows, unspoiled
 
 JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _ADDS = frozenset(
@@ -117,10 +117,10 @@ class FunctionRule(Rule):
         """What is to be saved after the call: the rows of its outputs, and the random state if it drew numbers."""
         before = saved["before"]
         after = self.random_state((list(outputs),), {}) if before else before
-        drew = any(not torch.equal(a, b) for a, b in zip(before or [], after or [], strict=False))
+        redrawn = bool(before) and drew(before, after)
         kind = outputs[0].device.type
         return {
-            "before": None, "rng": before if drew else None, "out_places": list(places), "chosen": list(chosen),
+            "before": None, "rng": before if redrawn else None, "out_places": list(places), "chosen": list(chosen),
             "shapes": [t.shape for t in outputs], "autocast": autocast_state(kind),
         }  # fmt: skip
 

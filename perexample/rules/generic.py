@@ -17,11 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from .._looks import holds
+from .._looks import holds, look, looking
 from .._private import kept_state, version, without_forward_hooks
 from .._tree import map_tensors, tensors_in
 from ..errors import CrossExampleError, UnsupportedModuleError
 from ..rule import Call, Rule, at_least_float32
+
+
+def drew(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether random numbers were drawn between two states, which no recorded step can do over."""
+    with looking():  # the host knows these
+        found = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    if found:
+        look("a module without a rule of its own draws random numbers, which would have to be drawn again")
+    return found
 
 
 def graded(output: Any) -> list[Tensor]:
@@ -89,8 +98,7 @@ class GenericRule(Rule):
             if version(buffer) != old or now.get(name) is not buffer:
                 return {"problem": f"changes its buffer `{name}` in the forward, past all gradients"}
         state = random_state([t for t, _ in before["inputs"]])
-        drew = any(not torch.equal(a, b) for a, b in zip(before["rng"], state, strict=True))
-        return {"rng": before["rng"]} if drew else {}
+        return {"rng": before["rng"]} if drew(before["rng"], state) else {}
 
     def grad_batch(self, call: Call, g: Any) -> dict[str, Tensor]:
         """The parameters' gradients, example by example."""

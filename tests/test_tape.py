@@ -1,0 +1,226 @@
+"""What a tape has recorded it does again: views, writes in place, random numbers, each operation as often as needed."""
+
+from __future__ import annotations
+
+import dis
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from perexample import ConfigurationError
+from perexample._tape import Tape
+
+
+def recorded(function, *inputs):
+    tape = Tape()
+    return tape, tape.record(lambda: function(*inputs), inputs)
+
+
+def calls(tape):
+    """How many operations a replay does."""
+    return sum(name.startswith("f") for name in tape._code.__globals__)
+
+
+def both(function, *shapes):
+    """The function of new inputs, by itself and replayed."""
+    torch.manual_seed(0)
+    tape, _ = recorded(function, *(torch.randn(shape) for shape in shapes))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        inputs = [torch.randn(shape) for shape in shapes]
+        wanted = function(*(t.clone() for t in inputs))
+        found = tape.replay([t.clone() for t in inputs])
+        yield found, wanted
+
+
+def in_place(x):
+    y = x * 2
+    view = y.view(-1)[::2]
+    before = y.sum()
+    view.add_(1)
+    return {"y": y, "sums": (before, y.sum()), "again": y.view(-1)[::2] * 3}
+
+
+def written_between(x):
+    y = x.clone()
+    a = y + 1
+    y.mul_(3)
+    return a, y + 1
+
+
+def read_again(x):
+    y = x.clone()
+    first = (y + 1).sum()
+    y.mul_(3)
+    return first, (y + 1).sum()
+
+
+def made_again(x):
+    a = x * 2
+    a.add_(1)
+    return a.sum(), (x * 2).sum()
+
+
+def into(x):
+    out = torch.empty(3, 3)
+    torch.mm(x, x.T, out=out)
+    first = out.clone()
+    torch.mm(x * 2, x.T, out=out)
+    return first, out
+
+
+def lists(x):
+    a, b = x.split(2)[:2]
+    parts = torch.stack([a.sum(), b.sum(), *x.unbind(1)[0]])
+    return [parts, torch.cat([a, b, a]), x.max(1)]
+
+
+def constant(x):
+    c = torch.tensor([1.0, 2.0])
+    c += x.sum()
+    return c
+
+
+def left_out(x):
+    y = x.sin()
+    y.exp()
+    return (y**2).sum()
+
+
+FUNCTIONS = [in_place, written_between, read_again, made_again, into, lists, constant, left_out]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_it_does_the_same_to_other_inputs(function):
+    for found, wanted in both(function, (3, 4)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_what_nobody_uses_is_left_out():
+    tape, _ = recorded(left_out, torch.randn(3, 4))
+    assert calls(tape) == 3
+
+
+def test_views_that_show_the_same_are_one_and_so_are_operations_on_them():
+    def function(x):
+        y = x * 2
+        return y.view(-1).exp().sum() + y.unsqueeze(0).view(12).exp().sum() + y.flatten().exp().sum()
+
+    tape, _ = recorded(function, torch.randn(3, 4))
+    assert calls(tape) == 6  # times two, a view, its exponential, a sum, and two additions
+    for found, wanted in both(function, (3, 4)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_views_of_another_layout_are_not():
+    def function(x):
+        y = x * 2
+        return y.T.contiguous(), y.view(4, 3) * 1, y[1:] + 0, y[:2] + 0
+
+    for found, wanted in both(function, (3, 4)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_equal_results_are_tensors_of_their_own():
+    tape, _ = recorded(lambda x: (x + 1, x + 1), torch.randn(3))
+    a, b = tape.replay([torch.zeros(3)])
+    a += 1
+    assert b.tolist() == [1, 1, 1]
+
+
+def test_random_numbers_are_drawn_anew_each_time():
+    tape, _ = recorded(lambda x: (F.dropout(x, 0.5), F.dropout(x, 0.5), torch.rand(4)), torch.ones(100))
+    assert tape.random
+    torch.manual_seed(3)
+    first = tape.replay([torch.ones(100)])
+    assert not torch.equal(first[0], first[1])
+    again = tape.replay([torch.ones(100)])
+    assert not torch.equal(first[0], again[0])
+    torch.manual_seed(3)
+    torch.testing.assert_close(tape.replay([torch.ones(100)]), first)
+    assert not recorded(torch.sin, torch.ones(3))[0].random
+    tape, _ = recorded(lambda x: (torch.rand(9) - torch.rand(9)).abs().sum(), torch.ones(3))
+    assert tape.replay([torch.ones(3)]) > 0
+
+
+def test_tensors_that_were_there_are_read_and_written_where_they_lie():
+    weight, count = torch.ones(3), torch.zeros(())
+
+    def function(x):
+        count.add_(1)
+        return x @ weight.view(3), weight.sum()
+
+    tape, _ = recorded(function, torch.ones(2, 3))
+    assert calls(tape) == 3  # the view of the weight is part of none
+    assert count == 1
+    weight.fill_(2.0)
+    product, total = tape.replay([torch.ones(2, 3)])
+    assert (product.tolist(), total.item(), count.item()) == ([6.0, 6.0], 6.0, 2.0)
+
+
+def test_forward_and_backward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.GELU(), nn.Flatten(), nn.Linear(75, 4))
+    parameters = list(model.parameters())
+
+    def function(x):
+        return torch.autograd.grad(model(x).logsumexp(1).sum(), parameters)
+
+    for found, wanted in both(function, (2, 2, 5, 5)):
+        torch.testing.assert_close(found, wanted)
+    tape, _ = recorded(function, torch.randn(2, 2, 5, 5))
+    with torch.no_grad():
+        for p in parameters:
+            p.mul_(1.5)
+    x = torch.randn(2, 2, 5, 5)
+    torch.testing.assert_close(tape.replay([x]), function(x))
+    assert not any(t.requires_grad for t in tape.replay([x]))
+
+
+def test_tensors_are_let_go_when_nothing_needs_them():
+    tape, _ = recorded(lambda x: x.sin().cos().exp().sum(), torch.randn(3))
+    let_go = [i.argval for i in dis.get_instructions(tape._code) if i.opname == "DELETE_FAST"]
+    assert let_go == ["t0", "t1", "t2", "t3"]
+
+
+def test_nothing_of_the_recording_is_kept():
+    found = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.exp:
+                found.append(result.untyped_storage()._weak_ref())
+            return result
+
+    with Seen():
+        tape, result = recorded(lambda x: torch.exp(x).sum(), torch.randn(1000))
+    assert result is not None
+    assert torch.UntypedStorage._expired(found[0])
+    assert tape.replay([torch.zeros(1000)]).item() == 1000
+
+
+LOOKS = {
+    "item": lambda x: x * x.sum().item(),
+    "if": lambda x: x if x.sum() > 0 else -x,
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.clone().index_put_((x > 0,), torch.zeros(())),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: x * torch.equal(x, x),
+    "resize": lambda x: x.clone().resize_(2),
+    "transposed in place": lambda x: x.clone().t_(),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_what_cannot_be_recorded(name):
+    with pytest.raises(ConfigurationError, match="cannot be recorded"):
+        recorded(LOOKS[name], torch.randn(3, 4))
+    x = torch.randn(3)
+    assert not vars(x)
+    torch.testing.assert_close(recorded(torch.sin, x)[1], x.sin())
+    assert not vars(x)
