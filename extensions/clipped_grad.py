@@ -293,6 +293,10 @@ class ClippedGrad(Extension):
         """The norms."""
         return {"norms": self.norms, "group_norms": self.group_norms}
 
+    def of_first(self, field: Tensor, n: int) -> Tensor:
+        """The others have added zeros."""
+        return field
+
     def prepare(self, recording: Extension) -> None:
         """Hand over the bounds; sums under way that lie where the next ones are written are copied first."""
         assert isinstance(recording, ClippedGrad)

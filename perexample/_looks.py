@@ -7,6 +7,7 @@ after the step tells whether it did.
 from __future__ import annotations
 
 import math
+import threading
 from types import TracebackType
 
 import torch
@@ -47,16 +48,31 @@ def _together(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 _LARGE = 1e18  # norms above have squares that overflow in float32
-_NOTING: list[Notes] = []  # of the process: autograd computes in threads of its own
+_NOTING: list[tuple[int | None, Notes]] = []
+
+
+def _notes() -> Notes | None:
+    """Those of this thread."""
+    if not _NOTING or _TRYING.now or (_NOTING[-1][0] is not None and _NOTING[-1][0] != threading.get_ident()):
+        return None
+    return _NOTING[-1][1]
 
 
 class noting:  # noqa: N801 - named as a function is
-    """Nothing is looked at inside; what was taken to hold is noted."""
+    """Nothing is looked at inside; what was taken to hold is noted.
+
+    Args:
+        everywhere: In all threads, as autograd computes for GPUs in threads of its own; else in this one only.
+    """
+
+    def __init__(self, *, everywhere: bool = False) -> None:
+        """Nothing happens before ``with``."""
+        self.thread = None if everywhere else threading.get_ident()
 
     def __enter__(self) -> Notes:
         """Begin."""
-        _NOTING.append(Notes())
-        return _NOTING[-1]
+        _NOTING.append((self.thread, Notes()))
+        return _NOTING[-1][1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,30 +85,32 @@ class looking:  # noqa: N801
     """Values may be looked at inside, in a step that is recorded too: what is tried there has no part in it."""
 
     def __enter__(self) -> None:
-        """Forget for a while that anything is noted."""
-        self._noting = _NOTING[:]
-        _NOTING.clear()
-        _TRYING.append(None)
+        """Forget for a while that anything is noted, in this thread."""
+        self.before = _TRYING.now
+        _TRYING.now = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """And remember."""
-        _NOTING[:] = self._noting
-        _TRYING.pop()
+        _TRYING.now = self.before
 
 
-_TRYING: list[None] = []
+class _Trying(threading.local):
+    now = False
+
+
+_TRYING = _Trying()
 
 
 def trying() -> bool:
     """Whether operations have no part in a step that is recorded."""
-    return bool(_TRYING)
+    return _TRYING.now
 
 
 def blind() -> bool:
     """Whether nothing can be looked at."""
-    return bool(_NOTING)
+    return _notes() is not None
 
 
 def look(why: str) -> None:
@@ -104,22 +122,22 @@ def look(why: str) -> None:
     Raises:
         ConfigurationError: If nothing can be looked at.
     """
-    if _NOTING:
+    if blind():
         raise ConfigurationError(f"This step cannot be recorded: {why}. Run it as usual.")
 
 
 def holds(condition: Tensor) -> bool:
     """Whether something is true that mostly is; ``condition`` is boolean, all of it should be true."""
-    if _NOTING:
-        _NOTING[-1].conditions.append(condition.all())
+    if (notes := _notes()) is not None:
+        notes.conditions.append(condition.all())
         return True
     return bool(condition if condition.dim() == 0 else condition.all())
 
 
 def not_large(norms: Tensor) -> bool:
     """Whether norms are so small that their squares do not overflow in float32; NaN is not."""
-    if _NOTING:
-        _NOTING[-1].norms.append(norms)
+    if (notes := _notes()) is not None:
+        notes.norms.append(norms)
         return True
     return bool((norms < _LARGE).all())
 
@@ -128,8 +146,8 @@ def within(excess: Tensor) -> bool:
     """Whether no entry is above 0, NaN or infinite, found in one look."""
     if not excess.numel():
         return True
-    if _NOTING:
-        _NOTING[-1].excesses.append(excess)
+    if (notes := _notes()) is not None:
+        notes.excesses.append(excess)
         return True
     extremes = torch.aminmax(excess)
     least, most = (t.item() for t in extremes) if excess.device.type == "cpu" else torch.stack(extremes).tolist()

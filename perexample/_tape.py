@@ -18,12 +18,14 @@ from ._looks import trying
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 
-_SLOT = "_perexample_slot"  # attribute of a tensor that an operation has made: its number
+_SLOT = "_perexample_slot"  # attribute of a tensor that an operation has made: the tape, and its number
+_CONSTANT = -2  # instead of the number of a view of a tensor that was there before
 # What tells the host values, or makes tensors of sizes that depend on values.
 _LOOKS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2",
     "unique_dim", "unique_consecutive", "bincount", "allclose", "repeat_interleave",
 }  # fmt: skip
+_WRITES_STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm"}  # without a word
 _OTHER_SHAPE = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_"}
 
 
@@ -58,7 +60,10 @@ class _Call:
     @property
     def pure(self) -> bool:
         """Whether it does nothing but make its results, the same each time."""
-        return not self.function._schema.is_mutable and torch.Tag.nondeterministic_seeded not in self.function.tags
+        schema = self.function._schema
+        if schema.is_mutable or schema.name.partition("::")[2] in _WRITES_STATISTICS:
+            return False
+        return torch.Tag.nondeterministic_seeded not in self.function.tags
 
 
 class Tape(TorchDispatchMode):
@@ -80,6 +85,8 @@ class Tape(TorchDispatchMode):
         self._wanted: Any = None
         self._code: Callable[..., tuple] | None = None
         self.random = False
+        self.writes_inputs = False
+        self._memories: set[int] = set()  # of all that operations have made
 
     def record(self, function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Any:
         """Call a function and record what it does.
@@ -105,6 +112,7 @@ class Tape(TorchDispatchMode):
         self._wanted = map_tensors(self._named, found)
         wanted = [slot.number for slot in _slots_of(self._wanted) if slot.number >= 0]
         calls = _needed(_once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
+        self.writes_inputs = bool(self._written.intersection(range(len(inputs))))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
         self._code = _compiled(calls, len(inputs), wanted)
         self._calls, self._shown, self._kept = [], {}, []
@@ -137,13 +145,15 @@ class Tape(TorchDispatchMode):
             copy = torch.ops.aten.clone.default
             self._calls.append(_Call(copy, (_Slot(-1, found.clone()),), {}, [self._number(found)]))
             return found
-        if isinstance(found, Tensor) and _is_view(func) and given and self._is_known(found, given[0]):
+        if self._shows(func, found, given) and self._is_known(found, given[0]):
             return found
         own_args, own_kwargs = map_tensors(self._named, (args, kwargs))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._written.update(map(self._root, tensors_of(value)))
         self._written.update(self._root(value) for value in _written_by_name(func, kwargs))
+        if name in _WRITES_STATISTICS:
+            self._written.update(self._root(t) for t in given[1:])
         known = {id(t) for t in given}
         results = [
             -1 if not isinstance(t, Tensor) or id(t) in known else self._number(t, given)
@@ -154,7 +164,9 @@ class Tape(TorchDispatchMode):
 
     def _is_known(self, view: Tensor, of: Tensor) -> bool:
         """Whether a view shows what another tensor shows, which then stands for it; those of constants are constant."""
-        if not hasattr(of, _SLOT):
+        if self._slot(of) is None:
+            self._named(of)  # raises if it is not what it seems
+            setattr(view, _SLOT, (self, _CONSTANT))
             return True
         root = self._root(of)
         key = root, view.shape, view.stride(), view.storage_offset(), view.dtype, view.is_conj(), view.is_neg()
@@ -162,7 +174,7 @@ class Tape(TorchDispatchMode):
         if slot is None:
             self._shown[key] = len(self._roots)  # the number that it is about to get
             return False
-        setattr(view, _SLOT, slot)
+        setattr(view, _SLOT, (self, slot))
         return True
 
     def _number(self, t: Tensor, given: Sequence[Tensor] = ()) -> int:
@@ -170,22 +182,43 @@ class Tape(TorchDispatchMode):
         number, memory = len(self._roots), _memory(t)
         shared = next((other for other in given if _memory(other) == memory), None) if memory else None
         self._roots.append(number if shared is None else self._root(shared))
-        setattr(t, _SLOT, number)
+        setattr(t, _SLOT, (self, number))
+        self._memories.add(memory)
         if shared is None and memory:
             key = number, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
             self._shown[key] = number
         return number
 
     def _root(self, t: Tensor) -> int:
-        slot = getattr(t, _SLOT, None)
+        slot = self._slot(t)
         if slot is not None:
             return self._roots[slot]
         self._kept.append(t)
         return -1 - _memory(t)
 
+    def _slot(self, t: Tensor) -> int | None:
+        """The number of a tensor that an operation on this tape has made."""
+        tape, number = getattr(t, _SLOT, (None, _CONSTANT))
+        return number if tape is self and number != _CONSTANT else None
+
     def _named(self, t: Tensor) -> _Slot:
-        number = getattr(t, _SLOT, -1)
-        return _Slot(number, None if number >= 0 else t)
+        number = self._slot(t)
+        if number is not None:
+            return _Slot(number)
+        view_of_constant = getattr(t, _SLOT, (None,))[0] is self
+        if not view_of_constant and (not t.is_leaf or ((memory := _memory(t)) in self._memories and memory)):
+            raise ConfigurationError(
+                f"This step cannot be recorded: a tensor of shape {list(t.shape)} was made in a way that operations do "
+                f"not show (as_subclass, nn.Parameter of a result), or before the recording. Run it as usual."
+            )
+        return _Slot(-1, t)
+
+    @staticmethod
+    def _shows(func: Any, found: Any, given: Sequence[Tensor]) -> bool:
+        """Whether a tensor is a view of the first that is given; where autograd is off some functions may copy."""
+        if not isinstance(found, Tensor) or not given or not _is_view(func):
+            return False
+        return _memory(found) != 0 and _memory(found) == _memory(given[0])
 
 
 def _refuse_looks(name: str, args: tuple) -> None:

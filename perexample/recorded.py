@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ._engine.context import perex
 from ._looks import noting
 from ._precision import full_precision, reduced
-from ._private import named_parameters
+from ._private import named_parameters, version
 from ._shards import is_sharded
+from ._static import StaticBatch, described, state_of
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from .errors import BatchAxisError, ConfigurationError, LossError, StaleGradientError
+from .errors import ConfigurationError, LossError, StaleGradientError
 from .extension import Extension
 
 
@@ -50,14 +52,18 @@ class RecordedStep:
         with perex(*extensions, loss_reduction="sum", grad=False):
             losses(*batch).sum().backward()
 
+    Before it is used a recorded step is compared with these lines, on its examples in another order and on one alone.
+
     Where that looks at values to choose how to go on (whether a norm can be trusted in float32, whether an example is
     finite, whether a sum has overflowed), a recorded step takes what mostly is, and one look at the end tells whether
-    it was so; if it was not, these lines are run. So nothing is less exact, or less safe, than without it.
+    it was so; if it was not, these lines are run. So nothing is less exact, or less safe, than without it, but for
+    norms below 1e-10, which may be rounded up to that.
 
     Batches may have fewer examples than the step was recorded with, and none: it is filled up with the examples that it
-    was recorded with, whose losses are multiplied by zero. What ``losses`` does on the host (Python numbers, ``if``,
-    prints) is recorded as it was. The model must stay on its device, in its mode, with the same parameters trainable;
-    what has changed is an error. Optimizers, schedules, and the bound of `ClippedGrad` may go on as usual.
+    was recorded with, whose losses count as zero. What ``losses`` does on the host is recorded as it was: Python
+    numbers, ``if``, prints, the tensors that its variables were bound to. The model must stay on its device, in its
+    mode, with the same parameters, settings and hooks; what has changed is an error. Optimizers, schedules, and the
+    bound of `ClippedGrad` may go on as usual. Autocast belongs inside of ``losses``.
 
     Args:
         model: The extended model.
@@ -94,28 +100,27 @@ class RecordedStep:
         extensions: Extension | Sequence[Extension],
         **options: Any,
     ) -> None:
-        """Run the step a few times, then record it."""
+        """Run the step a few times, record it, and compare."""
         self.model, self.losses, self.options = model, losses, options
         self.extensions = [extensions] if isinstance(extensions, Extension) else list(extensions)
-        self.size, self.repeated = _number(batch), 0
+        self.repeated = 0
         perex(*self.extensions, **options)  # raises what is wrong with them
-        if self.size < 1:
-            raise BatchAxisError(
-                "RecordedStep needs a batch of one example or more to be recorded with, as many examples on the first "
-                "axis of each tensor."
-            )
         self._parameters = named_parameters(model)
         for name, p in self._parameters.items():
             if is_sharded(p):
                 raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
-        self._batch = map_tensors(lambda t: t.detach().clone(), batch)
-        self._spare = map_tensors(lambda t: t.detach().clone(), batch)
-        self._real = torch.ones(self.size, dtype=torch.bool, device=next(iter(self._parameters.values())).device)
-        self._filled = self._counted = self.size
-        self._read = tensors_of(self._batch)
+        self._device = next(iter(self._parameters.values())).device
+        self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
-        self._replay = self._recorded()
-        self._as_it_was = self._state()
+        with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept():
+            self._replay = self._captured() if self._device.type == "cuda" else self._taped()
+            self._compare()
+        self._as_it_was = state_of(self.model, self.extensions, self._device)
+
+    @property
+    def size(self) -> int:
+        """How many examples a batch may have."""
+        return self._batch.size
 
     def __call__(self, *batch: Any) -> Tensor:
         """Take the step.
@@ -129,67 +134,25 @@ class RecordedStep:
         Raises:
             StaleGradientError: If the model is not as it was when the step was recorded.
             BatchAxisError: If the batch has another form, or too many examples.
+            ConfigurationError: If gradients of the batch are wanted.
         """
-        if self._state() != self._as_it_was:
-            self._refuse_changed()
-        n = self._fill(batch)
-        for extension, asked in zip(self.extensions, self._asked, strict=True):
-            extension.prepare(asked)
-        found = self._replay()
-        if not found.held.item():
-            self.repeated += 1
-            self._warn()
-            return self._as_usual(batch)
-        self._take_over(found, n)
-        return found.losses[:n].clone()
-
-    def _recorded(self) -> Callable[[], _Found]:
-        """What replays the step, after some steps that leave nothing behind."""
-        before = {name: b.clone() for name, b in self.model.named_buffers()}
-        try:
-            with self._fields_kept():
-                return self._captured() if self._real.is_cuda else self._taped()
-        finally:
-            for name, b in self.model.named_buffers():
-                b.copy_(before[name])
-
-    @contextmanager
-    def _fields_kept(self) -> Iterator[None]:
-        """What is at the parameters stays there."""
-        kept = [(p, e.field, getattr(p, e.field, None)) for p in self._parameters.values() for e in self._asked]
-        try:
-            yield
-        finally:
-            for p, field, value in kept:
-                if value is not None:
-                    setattr(p, field, value)
-                elif hasattr(p, field):
-                    delattr(p, field)
-
-    def _warm_up(self) -> None:
-        for _ in range(2):  # what is measured and looked at once, and what a loss is looked at for twice
-            with self._context():
-                self._summed().backward()
-            self._forget()
-        for _ in range(2):
-            self._run()
-
-    def _taped(self) -> Callable[[], _Found]:
-        self._warm_up()
-        tape, own = Tape(), tensors_of(self._batch)
-        _check_again(tape, tape.record(self._run, own), own)
-
-        def replay() -> _Found:
-            if not reduced(["cpu"]):
-                return tape.replay(self._read)
-            with full_precision():  # also of the model's own products, as they cannot be told apart
-                return tape.replay(self._read)
-
-        return replay
+        self._refuse_changes()
+        with torch.inference_mode(False), torch.enable_grad():
+            n = self._batch.fill(batch)
+            for extension, asked in zip(self.extensions, self._asked, strict=True):
+                extension.prepare(asked)
+            found = self._replay()
+            if not found.held.item():
+                self.repeated += 1
+                self._warn()
+                return self._as_usual(batch)
+            self._take_over(found, n)
+            return found.losses[:n].clone()
 
     def _captured(self) -> Callable[[], _Found]:
+        """The step as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._real.device):
+        with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -204,67 +167,157 @@ class RecordedStep:
 
         return replay
 
+    def _taped(self) -> Callable[[], _Found]:
+        """The step as a tape."""
+        self._warm_up()
+        tape = Tape()
+        with no_host_reads():
+            tape.record(self._run, tensors_of(self._batch.own))
+        if tape.writes_inputs:
+            raise ConfigurationError(
+                "This step cannot be recorded: it writes into its batch in place, which would be done to the "
+                "caller's; let it work on a copy."
+            )
+
+        def replay() -> _Found:
+            # Also of the model's own products, as they cannot be told apart.
+            full = full_precision() if reduced(["cpu"]) else nullcontext()
+            with full, torch.autocast("cpu", enabled=False):  # what autocast does is on the tape
+                return tape.replay(self._batch.read)
+
+        return replay
+
+    def _warm_up(self) -> None:
+        """What is measured and looked at once, and what a loss is looked at for twice."""
+        before = {name: version(b) for name, b in self.model.named_buffers()}
+        for _ in range(2):
+            self._usual(self._batch.own)
+        for name, b in self.model.named_buffers():
+            if version(b) != before.get(name, version(b)):
+                raise ConfigurationError(
+                    f"This step cannot be recorded: it changes the buffer `{name}`, and would do so twice where a "
+                    f"replay has to be run as usual. Run it as usual."
+                )
+        for _ in range(2):
+            self._run()
+
+    def _compare(self) -> None:
+        """Whether a replay on other examples, and on one alone, gives what these give as usual."""
+        for n in sorted({self.size, 1}, reverse=True):
+            batch = self._batch.others(n)
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                torch.manual_seed(0)
+                self._batch.fill(batch)
+                found = self._again()
+                torch.manual_seed(0)
+                before = random_states(self._device)
+                wanted = self._usual(batch)
+                drawn = before != random_states(self._device)
+            if not found.held.item() or wanted is None or (drawn and (n < self.size or self._device.type == "cuda")):
+                continue
+            if not all(self._alike(found, wanted, n)):
+                what = "examples" if n > 1 else "numbers of examples"
+                raise ConfigurationError(
+                    f"This step cannot be recorded: for other {what} it gives something else than as usual. The model "
+                    f"or its loss depends on Python or NumPy (lists of numbers, counters, random numbers), on how many "
+                    f"examples there are (divide no loss by their number), or on what is computed from all of them "
+                    f"together. Run it as usual."
+                )
+
+    def _again(self) -> _Found:
+        try:
+            return self._replay()
+        except Exception as error:
+            raise ConfigurationError(
+                f"This step cannot be recorded: an operation of it cannot be called by itself ({error}). Run it as "
+                f"usual."
+            ) from error
+
+    def _usual(self, batch: tuple) -> _Found | None:
+        """The step on a batch as usual, which leaves nothing behind; ``None`` if it fails on a single example."""
+        try:
+            with self._context():
+                losses = self.losses(*batch)
+                if batch is self._batch.own:
+                    self._check_losses(losses)
+                losses.sum().backward()
+        except Exception:
+            if batch is self._batch.own:
+                raise
+            return None
+        return self._collected(losses.detach(), torch.ones((), dtype=torch.bool))
+
+    def _alike(self, found: _Found, wanted: _Found, n: int) -> Iterator[bool]:
+        """Whether the results are the same up to rounding."""
+        yield _near([found.losses[:n]], [wanted.losses])
+        for extension, fields, others in zip(self.extensions, found.fields, wanted.fields, strict=True):
+            first = {name: field if n == self.size else extension.of_first(field, n) for name, field in fields.items()}
+            known = {name: field for name, field in first.items() if field is not None}
+            yield first.keys() == others.keys()
+            yield _near(list(known.values()), [others[name] for name in known])
+        more = [[t[:n] for t in tensors_of(found.more)], tensors_of(wanted.more)]
+        yield _near(*more)
+
     def _context(self) -> perex:
         return perex(*self._asked, loss_reduction="sum", grad=False, **self.options)
 
-    def _summed(self) -> Tensor:
-        """The sum of the losses of those examples that are in the batch."""
-        losses = self.losses(*self._batch)
+    def _check_losses(self, losses: Any) -> None:
         if not isinstance(losses, Tensor) or losses.shape != (self.size,):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise LossError(
                 f"RecordedStep: losses returned {got} for {self.size} examples; it must return the loss of each, "
                 f"[{self.size}], as with reduction='none'."
             )
-        self._losses = losses.detach()
-        return torch.where(self._real, losses, torch.zeros_like(losses)).sum()
 
     def _run(self) -> _Found:
         """The step without a look at any value; what it was taken to be is noted."""
-        with noting() as notes, self._context():
-            self._summed().backward()
-            held = notes.all_hold(self._real.device)
+        with noting(everywhere=self._device.type == "cuda") as notes, self._context():
+            losses = self.losses(*self._batch.own)
+            self._check_losses(losses)
+            torch.where(self._batch.real, losses, torch.zeros_like(losses)).sum().backward()
+            held = notes.all_hold(self._device)
+        return self._collected(losses.detach(), held)
+
+    def _collected(self, losses: Tensor, held: Tensor) -> _Found:
+        """What a backward has left at the parameters, taken off them."""
         fields = [
             {name: getattr(p, asked.field) for name, p in self._parameters.items() if hasattr(p, asked.field)}
             for asked in self._asked
         ]
-        found = _Found(held, self._losses, fields, [asked.for_replay() for asked in self._asked])
-        del self._losses
-        self._forget()
-        return found
-
-    def _forget(self) -> None:
-        """Take off what the backward has left at the parameters."""
+        found = _Found(held, losses, fields, [asked.for_replay() for asked in self._asked])
         for asked in self._asked:
             if hasattr(asked, "zero_grad"):
                 asked.zero_grad()
             for p in self._parameters.values():
                 if hasattr(p, asked.field):
                     delattr(p, asked.field)
+        return found
 
-    def _fill(self, batch: tuple) -> int:
-        """Copy a batch to where the recorded step reads it; returns the number of examples."""
-        new, own, spare = tensors_of(batch), tensors_of(self._batch), tensors_of(self._spare)
-        n, forms = _number(batch), [[(t.shape[1:], t.dtype) for t in tensors] for tensors in (new, own)]
-        if not 0 <= n <= self.size or forms[0] != forms[1]:
-            raise BatchAxisError(
-                f"RecordedStep was recorded with {_described(own)}, and was called with {_described(new)}; only the "
-                f"number of examples may be another, at most {self.size}. Record a step with the largest batch."
-            )
-        if n != self._counted:
-            self._real[:n] = True
-            self._real[n:] = False
-            self._counted = n
-        if n == self.size and not self._real.is_cuda and all(map(_lie_alike, new, own)):
-            self._read = new  # no copy is needed
-            return n
-        self._read = own
-        for a, b, c in zip(new, own, spare, strict=True):
-            b[:n].copy_(a, non_blocking=True)
-            if n < self._filled:
-                b[n : self._filled].copy_(c[n : self._filled])
-        self._filled = n
-        return n
+    @contextmanager
+    def _fields_kept(self) -> Iterator[None]:
+        """What is at the parameters stays there."""
+        kept = [(p, e.field, getattr(p, e.field, None)) for p in self._parameters.values() for e in self._asked]
+        try:
+            yield
+        finally:
+            for p, field, value in kept:
+                if value is not None:
+                    setattr(p, field, value)
+                elif hasattr(p, field):
+                    delattr(p, field)
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Buffers are as they were, whatever the steps do to them."""
+        before = {name: b.clone() for name, b in self.model.named_buffers()}
+        versions = {name: version(b) for name, b in self.model.named_buffers()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, b in self.model.named_buffers():
+                    if name in before and version(b) != versions[name]:
+                        b.copy_(before[name])
 
     def _take_over(self, found: _Found, n: int) -> None:
         """Leave the fields at the parameters, as a backward does."""
@@ -276,10 +329,11 @@ class RecordedStep:
             extension.commit()
 
     def _as_usual(self, batch: tuple) -> Tensor:
-        batch = map_tensors(lambda t: t.to(self._real.device), batch)
+        batch = map_tensors(lambda t: t.to(self._device), batch)
         with perex(*self.extensions, loss_reduction="sum", grad=False, **self.options):
             losses = self.losses(*batch)
             losses.sum().backward()
+        self._as_it_was = state_of(self.model, self.extensions, self._device)  # a model may count its forwards
         return losses.detach()
 
     def _warn(self) -> None:
@@ -291,58 +345,51 @@ class RecordedStep:
                 stacklevel=3,
             )
 
-    def _state(self) -> tuple[Any, ...]:
-        """All that must stay as it was."""
-        modules = list(self.model.modules())
-        parts = [part for module in modules for part in (module._parameters, module._buffers)]
-        tensors = [(id(t), t.data_ptr(), t.requires_grad) for part in parts for t in part.values() if t is not None]
-        modes = [(id(module), module.training) for module in modules]
-        settings = [(e.clip, e.groups) for e in self.extensions if hasattr(e, "clip") and hasattr(e, "groups")]
-        return tensors, modes, settings
-
-    def _refuse_changed(self) -> None:
-        tensors, modes, _ = self._as_it_was
-        now, modes_now, _ = self._state()
-        what = "a module or its mode (train, eval)" if modes != modes_now else "the clip function or groups"
-        if tensors != now:
-            what = "a parameter or buffer, its memory, or whether it is trainable,"
+    def _refuse_changes(self) -> None:
+        now = state_of(self.model, self.extensions, self._device)
+        if now == self._as_it_was:
+            return
+        keys = [*now, *self._as_it_was]
+        what = next(key for key in keys if now.get(key, self) != self._as_it_was.get(key, self))
         raise StaleGradientError(
-            f"RecordedStep: {what} has changed since the step was recorded, and a replay would not know of it; make a "
-            f"new RecordedStep."
+            f"RecordedStep: {described(what)} has changed since the step was recorded, and a replay would not know of "
+            f"it; make a new RecordedStep."
         )
 
 
 _OFTEN = 10
+_TOLERANCE = 1e-2  # relative to the largest entry; bfloat16 rounds otherwise for other numbers of examples
 
 
-def _number(batch: Any) -> int:
-    """The number of examples that all tensors agree on; -1 if they do not."""
-    sizes = {t.shape[0] if t.dim() else -1 for t in tensors_of(batch)}
-    return sizes.pop() if len(sizes) == 1 else -1
+def _near(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Whether tensors are the same up to rounding, of the largest of their entries."""
+    scale = max((t.abs().max().item() for t in wanted if t.numel()), default=0.0)
+    return all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), 0.0, _TOLERANCE * scale, equal_nan=True)
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
-def _lie_alike(t: Tensor, other: Tensor) -> bool:
-    return type(t) is Tensor and t.stride() == other.stride() and t.device == other.device and not t.requires_grad
+def random_states(device: torch.device) -> list[Any]:
+    """States of the generators, to be compared."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [state.tolist() for state in states]
 
 
-def _check_again(tape: Tape, found: _Found, inputs: list[Tensor]) -> None:
-    """Whether what was recorded can be done again, and gives the same, if nothing is drawn at random."""
-    try:
-        again = tape.replay(inputs)
-    except Exception as error:
-        raise ConfigurationError(
-            f"This step cannot be recorded: an operation of it cannot be called by itself ({error}). Run it as usual."
-        ) from error
-    for a, b in zip(tensors_of(found), tensors_of(again), strict=True):
-        if not tape.random and not torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True):
+_HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.item, Tensor.__bool__)
+
+
+class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
+    """What takes values to the host past all operations is an error."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Let everything else pass."""
+        if func in _HOST_READS or (func is torch.tensor_split and any(isinstance(a, Tensor) for a in args[1:])):
             raise ConfigurationError(
-                "This step cannot be recorded: run again, it gives something else, as if the model counted its calls. "
-                "Run it as usual."
+                f"This step cannot be recorded: the model or its loss looks at values ({func.__name__}). Run it as "
+                f"usual."
             )
-
-
-def _described(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(f"{list(t.shape)} ({str(t.dtype).removeprefix('torch.')})" for t in tensors) or "no tensors"
+        return func(*args, **(kwargs or {}))
 
 
 __all__ = ["RecordedStep"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
+import threading
 import warnings
 from operator import itemgetter
 
 import cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,7 @@ from perexample import (
     perex,
     privatize,
 )
+from perexample._looks import blind, noting
 from perexample._tree import map_tensors
 from perexample.extensions import (
     AdaptiveClippedGrad,
@@ -428,28 +432,28 @@ def test_a_model_that_has_changed():
     clipping = ClippedGrad(1.0)
     step = RecordedStep(model, per_class(model), x, y, extensions=clipping)
     model.eval()
-    with pytest.raises(StaleGradientError, match="module or its mode"):
+    with pytest.raises(StaleGradientError, match="`training` of Sequential"):
         step(x, y)
     model.train()
     step(x, y)
     clipping.clip = copy.copy(clipping.clip)
-    with pytest.raises(StaleGradientError, match="clip function"):
+    with pytest.raises(StaleGradientError, match="`clip` of ClippedGrad"):
         step(x, y)
     step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
     model[0].bias.requires_grad_(False)
-    with pytest.raises(StaleGradientError, match="trainable"):
+    with pytest.raises(StaleGradientError, match="a parameter or buffer of `0`"):
         step(x, y)
     model[0].bias.requires_grad_(True)
     step(x, y)
     model[0].weight.data = model[0].weight.data.clone()
-    with pytest.raises(StaleGradientError, match="a parameter or buffer, its memory"):
+    with pytest.raises(StaleGradientError, match="a parameter or buffer of `0`"):
         step(x, y)
     step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
     model[1] = nn.ReLU()
-    with pytest.raises(StaleGradientError, match="a module or its mode"):
+    with pytest.raises(StaleGradientError, match="`1` \\(ReLU\\) has changed"):
         step(x, y)
     model[2] = extend(nn.Linear(9, 11).to(DEVICE))
-    with pytest.raises(StaleGradientError, match="a parameter or buffer"):
+    with pytest.raises(StaleGradientError, match="`1` \\(ReLU\\) has changed"):
         step(x, y)
 
 
@@ -478,6 +482,189 @@ def test_double_precision():
     near(found, fields(model, "clipped_sum"), 1e-12)
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.on = nn.Linear(7, 11), True
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.count.add_(1)
+        return self.layer(x)
+
+
+def centred(model, x, y):
+    return per_class(model)(x - x.mean(0), y)
+
+
+def weighted(model, x, y):
+    losses = per_class(model)(x, y)
+    return losses * (losses / losses.sum()).detach()
+
+
+def split(model, x, y):
+    a, b = torch.tensor_split(model(x), y[:1].cpu() % 3 + 1)
+    return torch.cat([a.sum(1), b.sum(1) * 2])
+
+
+STATISTICS = torch.zeros(7), torch.ones(7)
+
+
+def statistics(model, x, y):
+    mean, var = (t.to(x.device) for t in STATISTICS)
+    F.batch_norm(x, mean, var, training=True)
+    return per_class(model)((x - mean) / var.sqrt(), y)
+
+
+COUPLED = {
+    "a list": lambda model, x, y: per_class(model)(x, y) * torch.tensor([1.0 + v for v in y.tolist()], device=x.device),
+    "numpy": lambda model, x, y: per_class(model)(x, y) * torch.from_numpy(y.cpu().numpy() + 1.0).to(x),
+    "an array": lambda model, x, y: per_class(model)(x, y) * torch.from_numpy(np.asarray(y.cpu()) + 1.0).to(x),
+    "item": lambda model, x, y: per_class(model)(x, y) * x.sum().item(),
+    "if": lambda model, x, y: per_class(model)(x if x.sum() > 0 else -x, y),
+    "random numbers of Python": lambda model, x, y: per_class(model)(x, y) * random.random(),
+    "a view by a tensor": split,
+    "another class": lambda model, x, y: per_class(model)((x * 2).as_subclass(torch.Tensor), y),
+    "a parameter of data": lambda model, x, y: per_class(model)(nn.Parameter(x * 2, requires_grad=False), y),
+    "the number of examples": lambda model, x, y: per_class(model)(x, y) / len(x),
+    "a branch on it": lambda model, x, y: per_class(model)(x if len(x) > 3 else -x, y),
+    "the mean of the batch": centred,
+    "weights of the batch": weighted,
+    "statistics": statistics,
+    "in place": lambda model, x, y: per_class(model)(x.div_(2), y),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_would_be_as_it_was_recorded_is_refused(name):
+    model, x, y = made()
+    with pytest.raises((ConfigurationError, RuntimeError)):
+        RecordedStep(model, lambda x, y: COUPLED[name](model, x, y), x, y, extensions=ClippedGrad(0.5))
+
+
+def test_a_buffer_that_counts_is_refused():
+    model = extend(Counting().to(DEVICE))
+    _, x, y = made()
+    with pytest.raises(ConfigurationError, match="changes the buffer `count`"):
+        RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    assert not fields_left(model)
+
+
+def test_weights_that_were_computed_before_are_refused():
+    model, x, y = made("weight norm")
+    with nn.utils.parametrize.cached(), pytest.raises((ConfigurationError, RuntimeError)):
+        RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+
+
+CHANGES = {
+    "eps": ("layers by positions", lambda model: setattr(model[0], "eps", 1.0), "`eps` of `0`"),
+    "hook": ("mlp", lambda model: model[0].register_forward_hook(lambda *a: a[2] * 2), "a hook or the forward of `0`"),
+    "flag": ("mlp", lambda model: setattr(model, "on", True), "`on` of Sequential"),
+    "forward": ("mlp", lambda model: setattr(model[0], "forward", torch.sin), "a hook or the forward of `0`"),
+    "tensor": ("mlp", lambda model: setattr(model, "scale", torch.ones(())), "`scale` of Sequential"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_settings_that_have_changed(name):
+    kind, change, match = CHANGES[name]
+    model, x, y = made(kind)
+    step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    step(x, y)
+    change(model)
+    with pytest.raises(StaleGradientError, match=match):
+        step(x, y)
+
+
+def test_clipping_that_has_changed():
+    model, x, y = made()
+    automatic, groups = ClippedGrad(1.0, clip="automatic"), {"0": "first", "2": "second"}
+    grouped = ClippedGrad(1.0, groups=groups)
+    steps = [RecordedStep(model, per_class(model), x, y, extensions=e) for e in (automatic, grouped)]
+    automatic.clip.stability = 10.0
+    groups["2"] = "first"
+    for step, what in zip(steps, ("clip", "groups"), strict=True):
+        with pytest.raises(StaleGradientError, match=f"`{what}` of ClippedGrad"):
+            step(x, y)
+
+
+def test_batches_of_another_structure():
+    model, x, y = made()
+
+    def losses(batch, scale):
+        return scale * per_class(model)(batch["a"] - batch["b"].square(), y[: len(batch["a"])])
+
+    step = RecordedStep(model, losses, {"a": x, "b": x * 2}, 1.0, extensions=ClippedGrad(1.0))
+    step({"a": x, "b": x * 3}, 1.0)
+    for batch, scale in [({"b": x, "a": x}, 1.0), ({"a": x, "b": x}, 2.0), ([x, x], 1.0)]:
+        with pytest.raises(BatchAxisError, match="all that is no tensor must be the same"):
+            step(batch, scale)
+    with pytest.raises(ConfigurationError, match="a ndarray would be that of the recording"):
+        RecordedStep(model, losses, {"a": x, "b": x}, np.ones(3), extensions=BatchGrad())
+    with pytest.raises(ConfigurationError, match="without requires_grad"):
+        step({"a": x.clone().requires_grad_(), "b": x}, 1.0)
+
+
+def test_batches_that_lie_otherwise():
+    model, x, y = made()
+
+    def losses(a, b, y):
+        return per_class(model)(a.as_strided((len(a), 7), (7, 1)) + b, y)
+
+    step, clipping = None, ClippedGrad(1.0)
+    step = RecordedStep(model, losses, x, x * 2, y, extensions=clipping)
+    wide = torch.randn(2 * N, 7, device=DEVICE)
+    for a, b in [(wide[N:], x), (x, x), (torch.randn(7, N, device=DEVICE).T, x), (x, wide[::2])]:
+        step(a, b, y)
+        found = fields(model, "clipped_sum")
+        clipping.zero_grad()
+        with perex(clipping, loss_reduction="sum", grad=False):
+            per_class(model)(a + b, y).sum().backward()
+        near(found, fields(model, "clipped_sum"))
+        clipping.zero_grad()
+
+
+def test_autocast_around_a_step():
+    model, x, y = made()
+    step = RecordedStep(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(StaleGradientError, match="precision of autocast"):
+        step(x, y)
+    with torch.no_grad():
+        step(x, y)
+    assert model[0].weight.clipped_sum.dtype == torch.float32
+
+
+def test_another_thread_looks_at_values_meanwhile():
+    model, x, y = made()
+    other, _, _ = made()
+    clipping, inside, go_on = ClippedGrad(1.0), threading.Event(), threading.Event()
+
+    def losses(x, y):
+        inside.set()
+        go_on.wait(10)
+        return per_class(model)(x, y)
+
+    def work():
+        inside.wait(10)
+        with noting(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteExampleWarning)
+            go_on.set()
+            bad = x.clone()
+            bad[1] = float("nan")
+        usual(other, bad, y, clipping)
+
+    thread = threading.Thread(target=work)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonFiniteExampleWarning)
+        thread.start()
+        RecordedStep(model, losses, x, y, extensions=BatchGrad())
+        thread.join()
+    assert clipping.nonfinite == 1
+    assert not blind()
+    assert all(bool(torch.isfinite(p.clipped_sum).all()) for p in other.parameters())
+
+
 TABLE = [case for case in cases.CASES if case.n > 1 and case.batch_dim == 0 and case.in_axes is None and not case.cut]
 FIELDS = ("grad_batch", "batch_l2", "clipped_sum")
 
@@ -485,6 +672,7 @@ FIELDS = ("grad_batch", "batch_l2", "clipped_sum")
 def of_table(case):
     """Exact for every row of the table of rules, or refused."""
     model, inputs = case.build()
+    inputs = map_tensors(torch.Tensor.detach, inputs)
     extend(model)
     extensions = [BatchGrad(), BatchL2Grad(), ClippedGrad(0.5)]
     try:

@@ -1,0 +1,172 @@
+"""A batch that lies where a recorded step reads it, and what must not change between a recording and a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._tree import PLAIN, map_tensors, tensors_of
+from .errors import BatchAxisError, ConfigurationError
+from .extension import Extension
+
+
+class StaticBatch:
+    """As many examples as there may be at most; those that a batch does not have are the ones it was made with.
+
+    Args:
+        batch: Tensors in nested tuples, lists and mappings, with the examples on their first axis.
+        device: Where the model is.
+
+    Attributes:
+        size: How many examples there may be.
+        real: Which are those of a batch, ``[size]``.
+        read: The tensors that the step is to read.
+
+    Raises:
+        BatchAxisError: If there is no example, or the tensors have different numbers of them.
+        ConfigurationError: If there is something else than tensors, numbers and texts in it.
+    """
+
+    def __init__(self, batch: tuple, device: torch.device) -> None:
+        """Copy it twice."""
+        self.size = _number(batch)
+        if self.size < 1:
+            raise BatchAxisError(
+                "RecordedStep needs a batch of one example or more to be recorded with, as many examples on the first "
+                "axis of each tensor."
+            )
+        self._form = _form(batch)
+        self.own = map_tensors(lambda t: t.detach().clone(), batch)
+        self._spare = map_tensors(lambda t: t.detach().clone(), batch)
+        self.real = torch.ones(self.size, dtype=torch.bool, device=device)
+        self.read = tensors_of(self.own)
+        self._filled = self._counted = self.size
+
+    def fill(self, batch: tuple) -> int:
+        """Let a batch be read.
+
+        Args:
+            batch: Of the same form, with at most as many examples.
+
+        Returns:
+            The number of examples.
+
+        Raises:
+            BatchAxisError: If it has another form, or more examples.
+            ConfigurationError: If gradients of it are wanted.
+        """
+        n, new, own = _number(batch), tensors_of(batch), tensors_of(self.own)
+        if not 0 <= n <= self.size or _form(batch) != self._form:
+            raise BatchAxisError(
+                f"RecordedStep was recorded with {_described(own)}, and was called with {_described(new)}; only the "
+                f"number of examples may be another, at most {self.size}, and all that is no tensor must be the same. "
+                f"Record a step with the largest batch."
+            )
+        if any(t.requires_grad for t in new):
+            raise ConfigurationError("RecordedStep leaves no gradients of its inputs; pass them without requires_grad.")
+        if n != self._counted:
+            self.real[:n] = True
+            self.real[n:] = False
+            self._counted = n
+        self.read = own
+        apart = len({t.untyped_storage().data_ptr() for t in new}) == len(new)
+        if n == self.size and own[0].device.type == "cpu" and apart and all(map(_lie_alike, new, own)):
+            self.read = new  # no copy is needed
+            return n
+        for a, b, c in zip(new, own, tensors_of(self._spare), strict=True):
+            b[:n].copy_(a, non_blocking=True)
+            if n < self._filled:
+                b[n : self._filled].copy_(c[n : self._filled])
+        self._filled = n
+        return n
+
+    def others(self, n: int) -> tuple:
+        """A batch of n of its own examples, in another order."""
+        return map_tensors(lambda t: t.roll(1, 0)[:n].clone(), self._spare)
+
+
+def _number(batch: Any) -> int:
+    """The number of examples that all tensors agree on; -1 if they do not."""
+    sizes = {t.shape[0] if t.dim() else -1 for t in tensors_of(batch)}
+    return sizes.pop() if len(sizes) == 1 else -1
+
+
+def _form(tree: Any) -> Any:
+    """Structure, shapes and types, and all that is no tensor."""
+    if isinstance(tree, Tensor):
+        return "tensor", tree.shape[1:], tree.dtype
+    if isinstance(tree, Mapping):
+        return type(tree), tuple((key, _form(value)) for key, value in tree.items())
+    if isinstance(tree, (tuple, list)):
+        return type(tree), tuple(map(_form, tree))
+    if type(tree) in PLAIN:
+        return type(tree), tree
+    if not tensors_of(tree):
+        raise ConfigurationError(
+            f"RecordedStep takes batches of tensors; a {type(tree).__name__} would be that of the recording for ever."
+        )
+    return type(tree), tuple(_form(t) for t in tensors_of(tree))
+
+
+def _lie_alike(t: Tensor, other: Tensor) -> bool:
+    same = t.stride() == other.stride() and t.storage_offset() == other.storage_offset()
+    return type(t) is Tensor and same and t.device == other.device and not t.is_neg() and not t.is_conj()
+
+
+def _described(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{list(t.shape)} ({str(t.dtype).removeprefix('torch.')})" for t in tensors) or "no tensors"
+
+
+_SETTINGS = frozenset({int, float, bool, str, type(None)})
+_SettingKey = tuple[str, str, str]
+
+
+def state_of(model: nn.Module, extensions: Sequence[Extension], device: torch.device) -> dict[_SettingKey, Any]:
+    """All that a replay would not know of if it changed, by where it is; `described` says what that is."""
+    found: dict[_SettingKey, Any] = {("", "autocast", ""): _autocast(device)}
+    for path, module in model.named_modules():
+        kind, own = type(module).__name__, vars(module)
+        found[path, kind, ""] = id(module)
+        found[path, kind, _HOOKS] = tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"]), own.get("forward")
+        found[path, kind, _PARTS] = [
+            _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
+        ]
+        for name, value in own.items():
+            if type(value) in _SETTINGS:
+                found[path, kind, name] = value
+            elif isinstance(value, Tensor) and value.is_leaf:  # else it is computed in each forward
+                found[path, kind, name] = _identity(value)
+    for extension in extensions:
+        for name in ("clip", "groups"):
+            value = getattr(extension, name, None)
+            settings = repr(vars(value)) if hasattr(value, "__dict__") else ""
+            copied = dict(value) if isinstance(value, Mapping) else id(value)
+            found["", type(extension).__name__, name] = copied, settings
+    return found
+
+
+_HOOKS, _PARTS = "a hook or the forward", "a parameter or buffer"
+
+
+def described(key: _SettingKey) -> str:
+    """What a part of the state is, for a message."""
+    path, kind, name = key
+    if kind == "autocast":
+        return "the precision of autocast"
+    where = f"`{path}` ({kind})" if path else kind
+    if not name:
+        return where
+    return f"{name if name in (_HOOKS, _PARTS) else f'`{name}`'} of {where}"
+
+
+def _identity(t: Tensor) -> tuple[Any, ...]:
+    place = t.data_ptr() if t.layout is torch.strided else 0
+    return id(t), place, t.requires_grad, t.shape, t.stride() if place else ()
+
+
+def _autocast(device: torch.device) -> Any:
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
