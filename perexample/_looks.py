@@ -108,9 +108,9 @@ def trying() -> bool:
     return _TRYING.now
 
 
-def blind() -> bool:
-    """Whether nothing can be looked at."""
-    return _notes() is not None
+def blind(*, everywhere: bool = False) -> bool:
+    """Whether nothing can be looked at; ``everywhere``: in no thread, as for a CUDA graph."""
+    return _notes() is not None and not (everywhere and _NOTING[-1][0] is not None)
 
 
 def look(why: str) -> None:

@@ -128,7 +128,7 @@ def taken(what: str, same: Any, choice: Choice, choosing: Callable[[], Method]) 
     Returns:
         The name.
     """
-    key = what, same, choice.strategy, choice.sums, choice.room, torch.get_num_threads(), blind()
+    key = what, same, choice.strategy, choice.sums, choice.room, torch.get_num_threads(), _for_a_graph()
     name = _TAKEN.get(key)
     if name is None:
         name = choosing().name
@@ -158,7 +158,7 @@ def choose(term: Term, choice: Choice, methods: list[Method] | None = None) -> M
     if choice.strategy == "model" or (device.type == "cpu" and methods[0].seconds(device) < _SHORT):
         return methods[0]
     names = frozenset(method.name for method in methods)  # what fits may differ between the sizes of one form
-    key = (*term.form(), names, choice, torch.get_num_threads(), blind())
+    key = (*term.form(), names, choice, torch.get_num_threads(), _for_a_graph())
     name = _FOUND.get(key)
     if name is None:
         if len(_FOUND) >= _MOST:
@@ -211,7 +211,7 @@ class Timed:
 def _timed(method: Method, term: Term, w: Tensor, *, sums: bool) -> Timed:
     """How long a method takes, with the sum that follows, if one does."""
     least = Timed()
-    clock = _GpuClock(w.device) if w.is_cuda and blind() else _Clock(w.device)
+    clock = _GpuClock(w.device) if w.is_cuda and _for_a_graph() else _Clock(w.device)
     for _ in range(3):
         found: Any = None  # what the run before has formed goes first
         clock.start()
@@ -227,6 +227,11 @@ def _timed(method: Method, term: Term, w: Tensor, *, sums: bool) -> Timed:
         if total > _LONG:
             break
     return least
+
+
+def _for_a_graph() -> bool:
+    """Whether a step is recorded as a CUDA graph, for which the time of the host does not count."""
+    return blind(everywhere=True)
 
 
 class _Clock:
