@@ -87,6 +87,7 @@ class Tape(TorchDispatchMode):
         self.random = False
         self.writes_inputs = False
         self._memories: set[int] = set()  # of all that operations have made
+        self._changing: set[int] = set()  # memory that may hold other values in a replay
 
     def record(self, function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Any:
         """Call a function and record what it does.
@@ -138,9 +139,10 @@ class Tape(TorchDispatchMode):
         if trying():
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        _refuse_looks(name, args)
-        found = func(*args, **kwargs)
         given = tensors_of((args, kwargs))
+        if any(self._may_change(t) for t in given):
+            _refuse_looks(name, args)
+        found = func(*args, **kwargs)
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
             copy = torch.ops.aten.clone.default
             self._calls.append(_Call(copy, (_Slot(-1, found.clone()),), {}, [self._number(found)]))
@@ -155,8 +157,11 @@ class Tape(TorchDispatchMode):
         if name in _WRITES_STATISTICS:
             self._written.update(self._root(t) for t in given[1:])
         known = {id(t) for t in given}
+        of_numbers = not given and torch.Tag.nondeterministic_seeded not in func.tags and not name.startswith("empty")
+        if func._schema.is_mutable and any(self._may_change(t) for t in given):
+            self._changing.update(map(self._root, given))
         results = [
-            -1 if not isinstance(t, Tensor) or id(t) in known else self._number(t, given)
+            -1 if not isinstance(t, Tensor) or id(t) in known else self._number(t, given, of_numbers=of_numbers)
             for t in (found if isinstance(found, (tuple, list)) else [found])
         ]
         self._calls.append(_Call(func, own_args, own_kwargs, results))
@@ -177,11 +182,14 @@ class Tape(TorchDispatchMode):
         setattr(view, _SLOT, (self, slot))
         return True
 
-    def _number(self, t: Tensor, given: Sequence[Tensor] = ()) -> int:
+    def _number(self, t: Tensor, given: Sequence[Tensor] = (), *, of_numbers: bool = False) -> int:
         """Give a tensor a number."""
         number, memory = len(self._roots), _memory(t)
         shared = next((other for other in given if _memory(other) == memory), None) if memory else None
-        self._roots.append(number if shared is None else self._root(shared))
+        root = number if shared is None else self._root(shared)
+        if not of_numbers and (not given or any(self._may_change(other) for other in given)):
+            self._changing.add(root)
+        self._roots.append(root)
         setattr(t, _SLOT, (self, number))
         self._memories.add(memory)
         if shared is None and memory:
@@ -200,6 +208,11 @@ class Tape(TorchDispatchMode):
         """The number of a tensor that an operation on this tape has made."""
         tape, number = getattr(t, _SLOT, (None, _CONSTANT))
         return number if tape is self and number != _CONSTANT else None
+
+    def _may_change(self, t: Tensor) -> bool:
+        """Whether a tensor may hold other values in a replay: all but what is made of numbers alone, as by arange."""
+        number = self._slot(t)
+        return number is None or self._roots[number] in self._changing
 
     def _named(self, t: Tensor) -> _Slot:
         number = self._slot(t)

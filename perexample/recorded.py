@@ -358,7 +358,7 @@ class RecordedStep:
 
 
 _OFTEN = 10
-_TOLERANCE = 1e-2  # relative to the largest entry; bfloat16 rounds otherwise for other numbers of examples
+_TOLERANCE = 3e-2  # relative to the largest entry; bfloat16 rounds otherwise for other numbers of examples
 
 
 def _near(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
@@ -376,7 +376,7 @@ def random_states(device: torch.device) -> list[Any]:
     return [state.tolist() for state in states]
 
 
-_HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.item, Tensor.__bool__)
+_HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # past all operations
 
 
 class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is

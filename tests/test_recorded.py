@@ -508,15 +508,6 @@ def split(model, x, y):
     return torch.cat([a.sum(1), b.sum(1) * 2])
 
 
-STATISTICS = torch.zeros(7), torch.ones(7)
-
-
-def statistics(model, x, y):
-    mean, var = (t.to(x.device) for t in STATISTICS)
-    F.batch_norm(x, mean, var, training=True)
-    return per_class(model)((x - mean) / var.sqrt(), y)
-
-
 COUPLED = {
     "a list": lambda model, x, y: per_class(model)(x, y) * torch.tensor([1.0 + v for v in y.tolist()], device=x.device),
     "numpy": lambda model, x, y: per_class(model)(x, y) * torch.from_numpy(y.cpu().numpy() + 1.0).to(x),
@@ -531,7 +522,6 @@ COUPLED = {
     "a branch on it": lambda model, x, y: per_class(model)(x if len(x) > 3 else -x, y),
     "the mean of the batch": centred,
     "weights of the batch": weighted,
-    "statistics": statistics,
     "in place": lambda model, x, y: per_class(model)(x.div_(2), y),
 }
 

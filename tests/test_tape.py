@@ -216,6 +216,39 @@ LOOKS = {
 }
 
 
+def test_what_is_made_of_numbers_alone_may_be_looked_at():
+    def function(x):
+        positions = torch.arange(x.shape[1]).add(1)
+        if (positions.diff() != 1).any() or torch.zeros(3)[1].item():
+            return x
+        chosen = positions[positions > 2]
+        return x[:, : len(chosen)] * chosen
+
+    for found, wanted in both(function, (3, 4)):
+        torch.testing.assert_close(found, wanted)
+
+
+NUMBERS = {
+    "written to": lambda x: x if torch.zeros(3).copy_(x[0, :3]).sum() > 0 else -x,
+    "a view that was written to": lambda x: x if _with_a_row(x).sum() > 0 else -x,
+    "drawn": lambda x: x if torch.rand(()) > 0.5 else -x,
+    "there before": lambda x: x if BEFORE.sum() > 0 else -x,
+}
+BEFORE = torch.ones(3)
+
+
+def _with_a_row(x):
+    made = torch.zeros(2, 4)
+    made[0].add_(x[0])
+    return made
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_may_change_may_not(name):
+    with pytest.raises(ConfigurationError, match="looks at values"):
+        recorded(NUMBERS[name], torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("name", LOOKS)
 def test_what_cannot_be_recorded(name):
     with pytest.raises(ConfigurationError, match="cannot be recorded"):
