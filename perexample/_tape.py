@@ -191,8 +191,8 @@ class Tape(TorchDispatchMode):
             self._changing.add(root)
         self._roots.append(root)
         setattr(t, _SLOT, (self, number))
-        self._memories.add(memory)
         if shared is None and memory:
+            self._memories.add(memory)
             key = number, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
             self._shown[key] = number
         return number

@@ -17,9 +17,10 @@ from ._looks import noting
 from ._precision import full_precision, reduced
 from ._private import named_parameters, version
 from ._shards import is_sharded
-from ._static import StaticBatch, described, state_of
+from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
+from ._unchanged import described, state_of
 from .errors import ConfigurationError, LossError, StaleGradientError
 from .extension import Extension
 
@@ -109,7 +110,13 @@ class RecordedStep:
         for name, p in self._parameters.items():
             if is_sharded(p):
                 raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
-        self._device = next(iter(self._parameters.values())).device
+        devices = {p.device for p in self._parameters.values()}
+        if len(devices) != 1:
+            where = " and ".join(sorted(map(str, devices))) or "none: it has no parameters"
+            raise ConfigurationError(
+                f"RecordedStep needs a model on one device; this one is on {where}. Run such a step as usual."
+            )
+        [self._device] = devices
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept():
@@ -210,9 +217,9 @@ class RecordedStep:
                 self._batch.fill(batch)
                 found = self._again()
                 torch.manual_seed(0)
-                before = random_states(self._device)
+                before = _random_states(self._device)
                 wanted = self._usual(batch)
-                drawn = before != random_states(self._device)
+                drawn = before != _random_states(self._device)
             if not found.held.item() or wanted is None or (drawn and (n < self.size or self._device.type == "cuda")):
                 continue
             if not all(self._alike(found, wanted, n)):
@@ -321,11 +328,13 @@ class RecordedStep:
 
     def _take_over(self, found: _Found, n: int) -> None:
         """Leave the fields at the parameters, as a backward does."""
+        results = []
         for extension, fields, more in zip(self.extensions, found.fields, found.more, strict=True):
             known = {name: (self._parameters[name], field) for name, field in fields.items()}
-            for name, field in extension.replayed(more, known, n, self.size).items():
+            results.append(extension.replayed(more, known, n, self.size))
+        for extension, result in zip(self.extensions, results, strict=True):  # when nothing can fail any more
+            for name, field in result.items():
                 setattr(self._parameters[name], extension.field, field)
-        for extension in self.extensions:
             extension.commit()
 
     def _as_usual(self, batch: tuple) -> Tensor:
@@ -370,7 +379,7 @@ def _near(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     )
 
 
-def random_states(device: torch.device) -> list[Any]:
+def _random_states(device: torch.device) -> list[Any]:
     """States of the generators, to be compared."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     return [state.tolist() for state in states]

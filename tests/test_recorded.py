@@ -416,6 +416,22 @@ def test_arguments_without_meaning():
         RecordedStep(model, losses, x, y, extensions=clipping)
 
 
+def test_models_on_no_device_or_several():
+    for model in (nn.ReLU(), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])):
+        with pytest.raises(ConfigurationError, match="needs a model on one device"):
+            RecordedStep(extend(model), lambda x: x, torch.ones(2, 2), extensions=BatchGrad())
+
+
+def test_nothing_is_written_if_an_extension_cannot_tell_its_field():
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    step = RecordedStep(model, per_class(model), x, y, extensions=[clipping, BatchGrad(), Variance()])
+    with pytest.raises(ExtensionError, match="Variance does not tell"):
+        step(x[:2], y[:2])
+    assert not fields_left(model)
+    assert clipping.examples == 0
+
+
 def test_batches_of_another_form():
     model, x, y = made()
     step = RecordedStep(model, per_class(model), x, y, extensions=Variance())

@@ -161,6 +161,17 @@ def test_tensors_that_were_there_are_read_and_written_where_they_lie():
     assert (product.tolist(), total.item(), count.item()) == ([6.0, 6.0], 6.0, 2.0)
 
 
+def test_parts_of_a_tensor_that_was_there_beside_the_whole():
+    weight = torch.ones(4, 3, requires_grad=True)
+
+    def function(x):
+        a, b = weight.split(2)
+        return torch.autograd.grad((x @ a.T).sum() + (x @ weight.T).exp().sum() + (x @ b.T).sin().sum(), weight)
+
+    for found, wanted in both(function, (2, 3)):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_forward_and_backward():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.GELU(), nn.Flatten(), nn.Linear(75, 4))
