@@ -32,12 +32,14 @@ class _Found:
     Attributes:
         held: Whether values were what they were taken for.
         losses: Of all examples.
+        outputs: What the function of the losses has returned behind them.
         fields: By extension and parameter.
         more: What else the extensions have found.
     """
 
     held: Tensor
     losses: Tensor
+    outputs: Any
     fields: list[dict[str, Tensor]]
     more: list[Any]
 
@@ -68,7 +70,8 @@ class RecordedStep:
 
     Args:
         model: The extended model.
-        losses: Runs the model on a batch, and returns the loss of each example, ``[N]``.
+        losses: Runs the model on a batch, and returns the loss of each example, ``[N]``. Or a tuple of it and of what
+            else is wanted of the forward, such as the outputs: tensors with the examples on the first axis.
         batch: As many examples as a batch may have at most, on the first axis of each tensor; values are real ones.
         extensions: One, or several.
         options: ``strategy`` and ``room`` of `perex`.
@@ -80,7 +83,7 @@ class RecordedStep:
     Raises:
         ConfigurationError: If the step cannot be recorded: sizes that depend on values (packed sequences, ids that are
             left out), or parameters in shards.
-        LossError: If ``losses`` returns something else than ``[N]``.
+        LossError: If ``losses`` returns something else.
 
     Example:
         >>> from perexample import RecordedStep, extend
@@ -119,7 +122,8 @@ class RecordedStep:
         [self._device] = devices
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
-        with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept():
+        kept = torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
+        with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
             self._replay = self._captured() if self._device.type == "cuda" else self._taped()
             self._compare()
         self._as_it_was = state_of(self.model, self.extensions, self._device)
@@ -129,14 +133,14 @@ class RecordedStep:
         """How many examples a batch may have."""
         return self._batch.size
 
-    def __call__(self, *batch: Any) -> Tensor:
+    def __call__(self, *batch: Any) -> Any:
         """Take the step.
 
         Args:
             batch: At most `size` examples, in the form of those that the step was recorded with.
 
         Returns:
-            Their losses, ``[N]``.
+            Their losses, ``[N]``; the tuple, if ``losses`` returns one. New tensors, without a graph.
 
         Raises:
             StaleGradientError: If the model is not as it was when the step was recorded.
@@ -154,7 +158,7 @@ class RecordedStep:
                 self._warn()
                 return self._as_usual(batch)
             self._take_over(found, n)
-            return found.losses[:n].clone()
+            return _joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
 
     def _captured(self) -> Callable[[], _Found]:
         """The step as a CUDA graph."""
@@ -212,14 +216,13 @@ class RecordedStep:
         """Whether a replay on other examples, and on one alone, gives what these give as usual."""
         for n in sorted({self.size, 1}, reverse=True):
             batch = self._batch.others(n)
-            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-                torch.manual_seed(0)
-                self._batch.fill(batch)
-                found = self._again()
-                torch.manual_seed(0)
-                before = _random_states(self._device)
-                wanted = self._usual(batch)
-                drawn = before != _random_states(self._device)
+            torch.manual_seed(0)
+            self._batch.fill(batch)
+            found = self._again()
+            torch.manual_seed(0)
+            before = _random_states(self._device)
+            wanted = self._usual(batch)
+            drawn = before != _random_states(self._device)
             if not found.held.item() or wanted is None or (drawn and (n < self.size or self._device.type == "cuda")):
                 continue
             if not all(self._alike(found, wanted, n)):
@@ -244,15 +247,15 @@ class RecordedStep:
         """The step on a batch as usual, which leaves nothing behind; ``None`` if it fails on a single example."""
         try:
             with self._context():
-                losses = self.losses(*batch)
+                losses, outputs = _parted(self.losses(*batch))
                 if batch is self._batch.own:
-                    self._check_losses(losses)
+                    self._check(losses, outputs)
                 losses.sum().backward()
         except Exception:
             if batch is self._batch.own:
                 raise
             return None
-        return self._collected(losses.detach(), torch.ones((), dtype=torch.bool))
+        return self._collected(losses, outputs, torch.ones((), dtype=torch.bool))
 
     def _alike(self, found: _Found, wanted: _Found, n: int) -> Iterator[bool]:
         """Whether the results are the same up to rounding."""
@@ -262,36 +265,44 @@ class RecordedStep:
             known = {name: field for name, field in first.items() if field is not None}
             yield first.keys() == others.keys()
             yield _near(list(known.values()), [others[name] for name in known])
-        more = [[t[:n] for t in tensors_of(found.more)], tensors_of(wanted.more)]
-        yield _near(*more)
+        for name in ("outputs", "more"):
+            for a, b in zip(tensors_of(getattr(found, name)), tensors_of(getattr(wanted, name)), strict=True):
+                yield _near([a[:n]], [b])
 
     def _context(self) -> perex:
         return perex(*self._asked, loss_reduction="sum", grad=False, **self.options)
 
-    def _check_losses(self, losses: Any) -> None:
+    def _check(self, losses: Any, outputs: Any) -> None:
         if not isinstance(losses, Tensor) or losses.shape != (self.size,):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise LossError(
                 f"RecordedStep: losses returned {got} for {self.size} examples; it must return the loss of each, "
                 f"[{self.size}], as with reduction='none'."
             )
+        for t in tensors_of(outputs):
+            if not t.dim() or len(t) != self.size:
+                raise LossError(
+                    f"RecordedStep: losses returned {list(t.shape)} behind the losses of {self.size} examples; such a "
+                    f"tensor must have the examples on its first axis, as there may be fewer in another batch."
+                )
 
     def _run(self) -> _Found:
         """The step without a look at any value; what it was taken to be is noted."""
         with noting(everywhere=self._device.type == "cuda") as notes, self._context():
-            losses = self.losses(*self._batch.own)
-            self._check_losses(losses)
+            losses, outputs = _parted(self.losses(*self._batch.own))
+            self._check(losses, outputs)
             torch.where(self._batch.real, losses, torch.zeros_like(losses)).sum().backward()
             held = notes.all_hold(self._device)
-        return self._collected(losses.detach(), held)
+        return self._collected(losses, outputs, held)
 
-    def _collected(self, losses: Tensor, held: Tensor) -> _Found:
+    def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> _Found:
         """What a backward has left at the parameters, taken off them."""
         fields = [
             {name: getattr(p, asked.field) for name, p in self._parameters.items() if hasattr(p, asked.field)}
             for asked in self._asked
         ]
-        found = _Found(held, losses, fields, [asked.for_replay() for asked in self._asked])
+        losses, outputs = map_tensors(Tensor.detach, (losses, outputs))
+        found = _Found(held, losses, outputs, fields, [asked.for_replay() for asked in self._asked])
         for asked in self._asked:
             if hasattr(asked, "zero_grad"):
                 asked.zero_grad()
@@ -337,13 +348,10 @@ class RecordedStep:
                 setattr(self._parameters[name], extension.field, field)
             extension.commit()
 
-    def _as_usual(self, batch: tuple) -> Tensor:
-        batch = map_tensors(lambda t: t.to(self._device), batch)
-        with perex(*self.extensions, loss_reduction="sum", grad=False, **self.options):
-            losses = self.losses(*batch)
-            losses.sum().backward()
+    def _as_usual(self, batch: tuple) -> Any:
+        found = as_usual(self.losses, map_tensors(lambda t: t.to(self._device), batch), self.extensions, self.options)
         self._as_it_was = state_of(self.model, self.extensions, self._device)  # a model may count its forwards
-        return losses.detach()
+        return found
 
     def _warn(self) -> None:
         if self.repeated == _OFTEN:
@@ -366,13 +374,30 @@ class RecordedStep:
         )
 
 
+def as_usual(losses: Callable, batch: tuple, extensions: Sequence[Extension], options: dict[str, Any]) -> Any:
+    """Take a step that is not recorded, and return what a recorded one returns."""
+    with perex(*extensions, loss_reduction="sum", grad=False, **options):
+        of_each, outputs = _parted(losses(*batch))
+        of_each.sum().backward()
+    return _joined(*map_tensors(Tensor.detach, (of_each, outputs)))
+
+
+def _parted(returned: Any) -> tuple[Any, Any]:
+    """The losses, and a tuple of what was returned behind them, if it was."""
+    return (returned[0], returned[1:]) if isinstance(returned, tuple) and returned else (returned, None)
+
+
+def _joined(losses: Tensor, outputs: Any) -> Any:
+    return losses if outputs is None else (losses, *outputs)
+
+
 _OFTEN = 10
 _TOLERANCE = 3e-2  # relative to the largest entry; bfloat16 rounds otherwise for other numbers of examples
 
 
 def _near(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     """Whether tensors are the same up to rounding, of the largest of their entries."""
-    scale = max((t.abs().max().item() for t in wanted if t.numel()), default=0.0)
+    scale = max((t.double().abs().max().item() for t in wanted if t.numel()), default=0.0)
     return all(
         a.shape == b.shape and torch.allclose(a.double(), b.double(), 0.0, _TOLERANCE * scale, equal_nan=True)
         for a, b in zip(found, wanted, strict=True)
@@ -401,4 +426,4 @@ class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
         return func(*args, **(kwargs or {}))
 
 
-__all__ = ["RecordedStep"]
+__all__ = ["RecordedStep", "as_usual"]

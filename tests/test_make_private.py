@@ -144,6 +144,93 @@ def test_pieces_change_nothing(physical, make):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
+def losses_of(model):
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.parametrize("physical", [None, 1, 3, 100])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_recorded_training_is_the_same(physical, adaptive):
+    def options():
+        if not adaptive:
+            return {"physical_batch_size": physical, "loss_reduction": "sum"}  # of the context, and not of this
+        clipping = AdaptiveClippedGrad(0.5, expected_batch_size=RATE * N, count_noise=2.0)
+        return {"physical_batch_size": physical, "clipping": clipping, "max_norm": None}
+
+    usual, p = private(**options() | {"loss_reduction": "mean"}), private(**options())
+    run(usual, 3)
+    backward = p.recorded(losses_of(p.model))
+    counts = []
+    for x, y in p:
+        before = parameters(p.model)
+        found = backward(x, y)
+        assert found.shape == (len(x),)
+        assert_bitwise(before, parameters(p.model))
+        p.step()
+        counts.append(len(x))
+    assert backward.size == {None: 16, 1: 1, 3: 3, 100: 16}[physical]
+    assert backward._step.repeated == 0
+    assert p.steps == usual.steps == 12
+    assert p.ledger.runs == usual.ledger.runs
+    assert p.clipping.max_norm == pytest.approx(usual.clipping.max_norm)
+    for one, other in zip(parameters(usual.model), parameters(p.model), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_empty_and_large_batches_of_a_recorded_training():
+    usual, p = (private(sampling_generator=generator(8), epochs=30) for _ in range(2))
+    run(usual, 30)
+    backward = p.recorded(losses_of(p.model))
+    backward.size = 11  # many batches are larger
+    x, y = torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
+    assert backward(x, y).shape == (0,)
+    assert backward._step is None
+    p.zero_grad()
+    counts = []
+    for x, y in p:
+        backward(x, y)
+        p.step()
+        counts.append(len(x))
+    assert min(counts) < 11 < max(counts)
+    for one, other in zip(parameters(usual.model), parameters(p.model), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_recorded_training_that_cannot_be():
+    p = private()
+    backward = p.recorded(lambda x, y: losses_of(p.model)(x, y) * (1 + int(y.sum() > 100)))
+    x, y = next(iter(p))
+    with pytest.raises(ConfigurationError, match="looks at values"):
+        backward(x, y)
+
+
+def test_a_resumed_run_may_be_recorded(tmp_path):
+    """Recording draws no random number and leaves no sum behind."""
+
+    def trained(stop):
+        torch.manual_seed(7)
+        p = private(network(dropout=0.5), physical_batch_size=16)
+        backward = p.recorded(losses_of(p.model))
+        for x, y in p:
+            if p.steps == stop and p.steps:
+                p.save(tmp_path / "state")
+                q = private(network(seed=5, dropout=0.5), physical_batch_size=16)
+                q.load(tmp_path / "state")
+                return trained_on(q)
+            backward(x, y)
+            p.step()
+        return parameters(p.model)
+
+    def trained_on(q):
+        backward = q.recorded(losses_of(q.model))
+        for x, y in q:
+            backward(x, y)
+            q.step()
+        return parameters(q.model)
+
+    assert_bitwise(trained(None), trained(5))
+
+
 @pytest.mark.parametrize("physical", [None, 2])
 def test_noise_is_drawn_once_for_each_logical_batch(physical, monkeypatch):
     drawn = []

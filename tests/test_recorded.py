@@ -712,3 +712,46 @@ def test_rows_of_the_table_of_rules(case):
 @pytest.mark.filterwarnings("ignore")
 def test_all_rows_of_the_table_of_rules(case):
     of_table(case)
+
+
+def test_more_than_losses_may_be_returned():
+    model, x, y = made()
+
+    def losses(x, y):
+        output = model(x)
+        return F.cross_entropy(output, y, reduction="none"), output, {"right": output.argmax(1) == y}
+
+    step = RecordedStep(model, losses, x, y, extensions=ClippedGrad(1.0))
+    for some in (x[:4], x.clone().index_fill_(0, torch.tensor(1, device=DEVICE), float("nan"))[:4]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteExampleWarning)
+            found = step(some, y[:4])
+        with torch.no_grad():
+            of_each, output, more = losses(some, y[:4])
+        assert isinstance(found, tuple)
+        assert not any(t.requires_grad for t in found[:2])
+        torch.testing.assert_close(found, (of_each, output, more), equal_nan=True)
+    assert step.repeated == 1
+    for wrong in (lambda x, y: (losses(x, y)[0], losses(x, y)[0].mean()), lambda x, y: (losses(x, y)[0], x[:2])):
+        with pytest.raises(LossError, match=r"returned \[.*\] behind the losses of 6 examples"):
+            RecordedStep(model, wrong, x, y, extensions=ClippedGrad(1.0))
+    frozen = [0.0]
+
+    def counting(x, y):
+        frozen[0] += 1
+        return losses(x, y)[0], x + frozen[0]
+
+    with pytest.raises(ConfigurationError, match="depends on Python or NumPy"):
+        RecordedStep(model, counting, x, y, extensions=ClippedGrad(1.0))
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_recorded():
+    model, x, y = made()
+    model.insert(1, nn.Dropout(0.5).to(DEVICE))
+    extend(model)
+    torch.manual_seed(5)
+    wanted = torch.rand(3), torch.rand(3, device=DEVICE)
+    torch.manual_seed(5)
+    RecordedStep(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
+    assert torch.equal(torch.rand(3), wanted[0])
+    assert torch.equal(torch.rand(3, device=DEVICE), wanted[1])

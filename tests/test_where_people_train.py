@@ -825,9 +825,11 @@ def test_timm_model(run, made):
 def test_recorded_steps(run, made):
     """Pieces of Poisson batches, against one backward per example."""
     space = run("Recorded steps")
-    assert space["step"].repeated == 0
+    assert space["backward"]._step.repeated == space["norms"].repeated == 0
     assert space["private"].steps == 10
     assert_equal(parameters(space["model"]), made[0].train(own_loss))
+    assert space["model"][0].weight.batch_l2.shape == (5,)
+    assert space["output"].shape[1] == 3
 
 
 def test_a_compiled_model_is_refused(run):

@@ -125,12 +125,16 @@ class Private(Course):
             clipping=self.clipping,
             ledger=folder / "ledger.jsonl",
             noise=options.noise,
+            strategy="model" if options.deterministic else "measure",
             num_workers=options.workers,
             **generators,
         )
         self.planned = self.private.planned_steps
         self.noise_multiplier = self.private.noise_multiplier
         self.sums = make_backward(self.network, options)
+        if options.record:
+            backward = self.private.recorded(partial(predicted, self.network))
+            self.sums = lambda model, clipping, x, y: backward(x, y)
 
     @property
     def steps(self) -> int:

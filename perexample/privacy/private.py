@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from .._engine.context import perex
 from ..errors import ConfigurationError, StaleGradientError
 from .checkpoint import load_file, save_file
 from .ledger import Ledger
-from .sampling import PoissonBatchSampler
+from .sampling import PhysicalBatches, PoissonBatchSampler
+from .steps import PrivateStep
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,48 @@ class Private:
     def steps(self) -> int:
         """Number of private steps taken."""
         return self.ledger.steps
+
+    @property
+    def physical_batch_size(self) -> int | None:
+        """Most examples that the loader gives at a time; ``None`` if its batches are whole."""
+        batches = self.loader.batch_sampler
+        return batches.size if isinstance(batches, PhysicalBatches) else None
+
+    @property
+    def strategy(self) -> str:
+        """How methods are chosen, as in ``perex``."""
+        return self._settings["strategy"]
+
+    def recorded(self, losses: Callable[..., Any]) -> PrivateStep:
+        """Forward and backward without the time that Python takes: a `RecordedStep` made of the first batch.
+
+        It takes the place of ``with private:`` and the backward in it. What it is and what it cannot do says
+        `RecordedStep`; a batch with fewer examples costs as much as one of ``physical_batch_size``.
+
+        Args:
+            losses: Runs the model on what it is called with, and returns the loss of each example, ``[N]``, or a tuple
+                of it and of other tensors with the examples on the first axis.
+
+        Returns:
+            What is called with each batch, and returns what ``losses`` returns, without a graph.
+
+        Raises:
+            ConfigurationError: When it is called first, if the step cannot be recorded.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> from perexample.privacy import make_private
+            >>> model, data = nn.Linear(2, 2), TensorDataset(torch.randn(100, 2), torch.randint(0, 2, (100,)))
+            >>> private = make_private(model, torch.optim.Adam(model.parameters()), data, noise_multiplier=1.0,
+            ...                        target_delta=1e-3, epochs=2, batch_size=20, public_size=100, max_norm=1.0)
+            >>> backward = private.recorded(lambda x, y: nn.functional.cross_entropy(model(x), y, reduction="none"))
+            >>> for x, y in private:
+            ...     losses = backward(x, y)
+            ...     _ = private.step()
+            >>> private.steps, losses.requires_grad
+            (10, False)
+        """
+        return PrivateStep(self, losses)
 
     def step(self) -> bool:
         """Take the private step, if the batch is complete.
