@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +25,32 @@ class Notes:
         conditions: Boolean tensors that should be true.
         excesses: Tensors whose entries should be at most 0, and finite.
         norms: Tensors whose entries should be below `_LARGE`.
+        found: What was found out by looking, one after the other.
+        by_model: Whether the model or its loss has looked at a value, which may say something of the whole batch.
     """
 
-    def __init__(self) -> None:
-        """Nothing yet."""
+    def __init__(self, before: Sequence[Any] | None = None) -> None:
+        """Nothing yet, but what a run before has found out, if there was one."""
         self.conditions: list[Tensor] = []
         self.excesses: list[Tensor] = []
         self.norms: list[Tensor] = []
+        self.found: list[Any] = []
+        self.by_model = False
+        self._before = before
+
+    def found_out(self, finding: Callable[[], Any]) -> Any:
+        """What looking finds out, or has found out at this place in the run before."""
+        if self._before is None:
+            with looking():
+                value = finding()
+        elif len(self.found) < len(self._before):
+            value = self._before[len(self.found)]
+        else:
+            raise ConfigurationError(
+                "This step cannot be recorded: its operations were others in each of the first runs. Run it as usual."
+            )
+        self.found.append(value)
+        return value
 
     def all_hold(self, device: torch.device) -> Tensor:
         """Whether all of it does, a single boolean on the device."""
@@ -48,14 +69,24 @@ def _together(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 _LARGE = 1e18  # norms above have squares that overflow in float32
-_NOTING: list[tuple[int | None, Notes]] = []
+_EVERYWHERE: list[Notes] = []
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.notes: list[Notes] = []
+        self.trying = False
+
+
+_HERE = _Here()
 
 
 def _notes() -> Notes | None:
-    """Those of this thread."""
-    if not _NOTING or _TRYING.now or (_NOTING[-1][0] is not None and _NOTING[-1][0] != threading.get_ident()):
+    """Those of this thread, or of all."""
+    if _HERE.trying:
         return None
-    return _NOTING[-1][1]
+    notes = _HERE.notes or _EVERYWHERE
+    return notes[-1] if notes else None
 
 
 class noting:  # noqa: N801 - named as a function is
@@ -63,22 +94,23 @@ class noting:  # noqa: N801 - named as a function is
 
     Args:
         everywhere: In all threads, as autograd computes for GPUs in threads of its own; else in this one only.
+        before: `Notes.found` of a run before, which is taken to be found again, as a GPU cannot be asked now.
     """
 
-    def __init__(self, *, everywhere: bool = False) -> None:
+    def __init__(self, *, everywhere: bool = False, before: Sequence[Any] | None = None) -> None:
         """Nothing happens before ``with``."""
-        self.thread = None if everywhere else threading.get_ident()
+        self.stack, self.notes = _EVERYWHERE if everywhere else _HERE.notes, Notes(before)
 
     def __enter__(self) -> Notes:
         """Begin."""
-        _NOTING.append((self.thread, Notes()))
-        return _NOTING[-1][1]
+        self.stack.append(self.notes)
+        return self.notes
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End."""
-        _NOTING.pop()
+        self.stack.remove(self.notes)
 
 
 class looking:  # noqa: N801
@@ -86,31 +118,25 @@ class looking:  # noqa: N801
 
     def __enter__(self) -> None:
         """Forget for a while that anything is noted, in this thread."""
-        self.before = _TRYING.now
-        _TRYING.now = True
+        self.before = _HERE.trying
+        _HERE.trying = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """And remember."""
-        _TRYING.now = self.before
-
-
-class _Trying(threading.local):
-    now = False
-
-
-_TRYING = _Trying()
+        _HERE.trying = self.before
 
 
 def trying() -> bool:
     """Whether operations have no part in a step that is recorded."""
-    return _TRYING.now
+    return _HERE.trying
 
 
 def blind(*, everywhere: bool = False) -> bool:
     """Whether nothing can be looked at; ``everywhere``: in no thread, as for a CUDA graph."""
-    return _notes() is not None and not (everywhere and _NOTING[-1][0] is not None)
+    notes = _notes()
+    return notes is not None and (not everywhere or notes in _EVERYWHERE)
 
 
 def look(why: str) -> None:
@@ -132,6 +158,29 @@ def holds(condition: Tensor) -> bool:
         notes.conditions.append(condition.all())
         return True
     return bool(condition if condition.dim() == 0 else condition.all())
+
+
+def found_out(finding: Callable[[], Any]) -> Any:
+    """What is found out by looking; in a step that is recorded, that it is so in each replay is to be noted."""
+    notes = _notes()
+    return finding() if notes is None else notes.found_out(finding)
+
+
+def model_looks(same: Callable[[], Tensor]) -> bool:
+    """Note that the model has looked at a value.
+
+    Args:
+        same: Tells whether it would see the same again.
+
+    Returns:
+        Whether anything is noted now.
+    """
+    notes = _notes()
+    if notes is None:
+        return False
+    notes.conditions.append(same())
+    notes.by_model = True
+    return True
 
 
 def not_large(norms: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._looks import trying
+from ._looks import model_looks, trying
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 
@@ -25,6 +25,7 @@ _LOOKS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2",
     "unique_dim", "unique_consecutive", "bincount", "allclose", "repeat_interleave",
 }  # fmt: skip
+_COMPARED = {"_local_scalar_dense", "equal"}  # of these, those that may be looked at with a note
 _WRITES_STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm"}  # without a word
 _OTHER_SHAPE = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_"}
 
@@ -141,6 +142,8 @@ class Tape(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         given = tensors_of((args, kwargs))
         if any(self._may_change(t) for t in given):
+            if name in _COMPARED and self._looked(name, args, found := func(*args, **kwargs)):
+                return found
             _refuse_looks(name, args)
         found = func(*args, **kwargs)
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
@@ -166,6 +169,19 @@ class Tape(TorchDispatchMode):
         ]
         self._calls.append(_Call(func, own_args, own_kwargs, results))
         return found
+
+    def _looked(self, name: str, args: tuple, found: Any) -> bool:
+        """Whether it was noted that a look must find the same in a replay."""
+
+        def same() -> Tensor:
+            with self:
+                if name == "equal":
+                    alike = args[0].shape == args[1].shape
+                    equal = (args[0] == args[1]).all() if alike else torch.zeros((), dtype=torch.bool)
+                    return equal if found else ~equal
+                return (args[0] == found).all()
+
+        return model_looks(same)
 
     def _is_known(self, view: Tensor, of: Tensor) -> bool:
         """Whether a view shows what another tensor shows, which then stands for it; those of constants are constant."""

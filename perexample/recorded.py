@@ -63,8 +63,12 @@ class RecordedStep:
     norms below 1e-10, which may be rounded up to that.
 
     Batches may have fewer examples than the step was recorded with, and none: it is filled up with the examples that it
-    was recorded with, whose losses count as zero. What ``losses`` does on the host is recorded as it was: Python
-    numbers, ``if``, prints, the tensors that its variables were bound to. The model must stay on its device, in its
+    was recorded with, whose losses count as zero. Indices may move entries as the data say, as long as these stay with
+    their examples.
+
+    What ``losses`` does on the host is recorded as it was: Python numbers, prints, the tensors that its variables were
+    bound to. Where it looks at values (``item()``, ``if``), a batch for which it would see others is run as usual, and
+    so is one with fewer examples; on a GPU it cannot. The model must stay on its device, in its
     mode, with the same parameters, settings and hooks; what has changed is an error. Optimizers, schedules, and the
     bound of `ClippedGrad` may go on as usual. Autocast belongs inside of ``losses``.
 
@@ -82,7 +86,7 @@ class RecordedStep:
 
     Raises:
         ConfigurationError: If the step cannot be recorded: sizes that depend on values (packed sequences, ids that are
-            left out), or parameters in shards.
+            left out, masks as indices), or parameters in shards.
         LossError: If ``losses`` returns something else.
 
     Example:
@@ -108,6 +112,8 @@ class RecordedStep:
         self.model, self.losses, self.options = model, losses, options
         self.extensions = [extensions] if isinstance(extensions, Extension) else list(extensions)
         self.repeated = 0
+        self._before: list[Any] | None = None  # what the run before has found out
+        self._by_model = False  # whether the model looks at values
         perex(*self.extensions, **options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
         for name, p in self._parameters.items():
@@ -152,8 +158,9 @@ class RecordedStep:
             n = self._batch.fill(batch)
             for extension, asked in zip(self.extensions, self._asked, strict=True):
                 extension.prepare(asked)
-            found = self._replay()
-            if not found.held.item():
+            # What a model looks at may say something of the whole batch, and would not if that is filled up.
+            found = None if self._by_model and n < self.size else self._replay()
+            if found is None or not found.held.item():
                 self.repeated += 1
                 self._warn()
                 return self._as_usual(batch)
@@ -210,11 +217,12 @@ class RecordedStep:
                     f"replay has to be run as usual. Run it as usual."
                 )
         for _ in range(2):
+            self._before = None
             self._run()
 
     def _compare(self) -> None:
         """Whether a replay on other examples, and on one alone, gives what these give as usual."""
-        for n in sorted({self.size, 1}, reverse=True):
+        for n in [self.size] if self._by_model or self.size == 1 else [self.size, 1]:
             batch = self._batch.others(n)
             torch.manual_seed(0)
             self._batch.fill(batch)
@@ -288,11 +296,12 @@ class RecordedStep:
 
     def _run(self) -> _Found:
         """The step without a look at any value; what it was taken to be is noted."""
-        with noting(everywhere=self._device.type == "cuda") as notes, self._context():
+        with noting(everywhere=self._device.type == "cuda", before=self._before) as notes, self._context():
             losses, outputs = _parted(self.losses(*self._batch.own))
             self._check(losses, outputs)
             torch.where(self._batch.real, losses, torch.zeros_like(losses)).sum().backward()
             held = notes.all_hold(self._device)
+        self._before, self._by_model = notes.found, notes.by_model
         return self._collected(losses, outputs, held)
 
     def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> _Found:
@@ -357,8 +366,9 @@ class RecordedStep:
         if self.repeated == _OFTEN:
             warnings.warn(
                 f"A RecordedStep had to run {_OFTEN} batches as usual so far, as values were not what they mostly are: "
-                f"examples that are not finite, or positions whose gradients cancel. That takes the time of both; run "
-                f"the step without it if this goes on.",
+                f"examples that are not finite, positions whose gradients cancel, or, where the model or its loss "
+                f"looks at values (item(), if), others than in the recording, or fewer examples. That takes the time "
+                f"of both; run the step without it if this goes on.",
                 stacklevel=3,
             )
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perexample import (
     BatchAxisError,
     ConfigurationError,
+    CrossExampleError,
     Extension,
     ExtensionError,
     LossError,
@@ -528,8 +529,6 @@ COUPLED = {
     "a list": lambda model, x, y: per_class(model)(x, y) * torch.tensor([1.0 + v for v in y.tolist()], device=x.device),
     "numpy": lambda model, x, y: per_class(model)(x, y) * torch.from_numpy(y.cpu().numpy() + 1.0).to(x),
     "an array": lambda model, x, y: per_class(model)(x, y) * torch.from_numpy(np.asarray(y.cpu()) + 1.0).to(x),
-    "item": lambda model, x, y: per_class(model)(x, y) * x.sum().item(),
-    "if": lambda model, x, y: per_class(model)(x if x.sum() > 0 else -x, y),
     "random numbers of Python": lambda model, x, y: per_class(model)(x, y) * random.random(),
     "a view by a tensor": split,
     "another class": lambda model, x, y: per_class(model)((x * 2).as_subclass(torch.Tensor), y),
@@ -755,3 +754,171 @@ def test_random_numbers_go_on_as_if_nothing_had_been_recorded():
     RecordedStep(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
     assert torch.equal(torch.rand(3), wanted[0])
     assert torch.equal(torch.rand(3, device=DEVICE), wanted[1])
+
+
+T, D = 5, 8
+
+
+def last(h, lengths, ids):
+    return h[torch.arange(len(h), device=h.device), lengths - 1]
+
+
+def gathered(h, lengths, ids):
+    return h.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, D))[:, 0]
+
+
+def in_order(h, lengths, ids):
+    return h.gather(1, h.argsort(1)).mul(torch.arange(T, device=h.device)[:, None]).sum(1)
+
+
+def scattered(h, lengths, ids):
+    where = (ids[..., None] % T).expand_as(h)
+    return torch.zeros(len(h), T, D, device=h.device).scatter_add(1, where, h).square().sum(1)
+
+
+def written(h, lengths, ids):
+    out = torch.zeros(len(h), T, D, device=h.device)
+    out[torch.arange(len(h), device=h.device)[:, None], ids % T] = h
+    return out.cumsum(1).mean(1)
+
+
+MOVES = {
+    "last": last,
+    "gathered": gathered,
+    "in order": in_order,
+    "taken": lambda h, lengths, ids: torch.take_along_dim(h, ids[..., None] % T, 1).mean(1),
+    "selected": lambda h, lengths, ids: h.flatten(0, 1).index_select(
+        0, torch.arange(len(h), device=h.device) * T + lengths - 1
+    ),
+    "scattered": scattered,
+    "written": written,
+    "rolled": lambda h, lengths, ids: h.sort(1, descending=True).values[:, :2].flatten(1)[:, :D],
+}
+
+
+class Moving(nn.Module):
+    """Tokens in, one row for each text by what is done with their states."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.tokens, self.body, self.head, self.how = nn.Embedding(11, D), nn.Linear(D, D), nn.Linear(D, 11), how
+
+    def forward(self, ids, lengths):
+        return self.head(self.how(self.body(self.tokens(ids)), lengths, ids))
+
+
+def texts(n, seed):
+    torch.manual_seed(seed)
+    return (torch.randint(11, (n, T)).to(DEVICE), torch.randint(1, T + 1, (n,)).to(DEVICE),
+            torch.randint(11, (n,)).to(DEVICE))  # fmt: skip
+
+
+def moving(how):
+    torch.manual_seed(0)
+    model = extend(Moving(how).to(DEVICE))
+    return model, lambda ids, lengths, y: F.cross_entropy(model(ids, lengths), y, reduction="none")
+
+
+def replayed_and_usual(step, model, losses, batch):
+    """Losses and fields of the same batch both ways."""
+    found = step(*batch)
+    yield found, fields(model, "grad_batch", "batch_l2")
+    with perex(BatchGrad(), BatchL2Grad(), loss_reduction="sum", grad=False):
+        found = losses(*batch)
+        found.sum().backward()
+    yield found.detach(), fields(model, "grad_batch", "batch_l2")
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_entries_may_be_moved_as_the_data_say(name):
+    model, losses = moving(MOVES[name])
+    step = RecordedStep(model, losses, *texts(N, 1), extensions=[BatchGrad(), BatchL2Grad()])
+    for n, seed in ((N, 2), (N, 3), (4, 4), (1, 5)):
+        found, wanted = replayed_and_usual(step, model, losses, texts(n, seed))
+        torch.testing.assert_close(found[0], wanted[0])
+        near(found[1], wanted[1])
+    assert step.repeated == 0
+
+
+def by_numbers(h, lengths, ids):
+    """Rows of those examples that the data name: of its own, if that is how it is."""
+    return h[ids[:, 0]].mean(1)
+
+
+def test_examples_that_change_places_are_seen():
+    """The recording has them in their places; what is done otherwise is run as usual, and refused as usual."""
+    model, losses = moving(by_numbers)
+    own = texts(N, 1)
+    own[0][:, 0] = torch.arange(N, device=DEVICE)
+    step = RecordedStep(model, losses, *own, extensions=[BatchGrad(), BatchL2Grad()])
+    again = texts(N, 2)
+    again[0][:, 0] = torch.arange(N, device=DEVICE)
+    found, wanted = replayed_and_usual(step, model, losses, again)
+    torch.testing.assert_close(found[0], wanted[0])
+    near(found[1], wanted[1])
+    assert step.repeated == 0
+    again[0][:2, 0] = torch.tensor([1, 0], device=DEVICE)
+    with pytest.raises(CrossExampleError, match="another order"):
+        step(*again)
+    assert step.repeated == 1
+
+
+def if_any(h, lengths, ids):
+    if (lengths < T).any():
+        h = h * (torch.arange(T, device=h.device) < lengths[:, None])[..., None]
+    return h.mean(1) * 2
+
+
+LOOKS = {
+    "if": if_any,
+    "a number": lambda h, lengths, ids: h[:, : int(lengths.max())].mean(1),
+    "equal": lambda h, lengths, ids: h.mean(1) if torch.equal(ids[0], ids[1]) else h.sum(1),
+    "one hot": lambda h, lengths, ids: torch.einsum("nt,ntd->nd", F.one_hot(lengths - 1, T).to(h), h),
+    "a check": lambda h, lengths, ids: h.mean(1) if float(ids.max()) < 11 else h,
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA graph cannot be asked")
+@pytest.mark.parametrize("name", LOOKS)
+def test_what_a_model_looks_at_must_be_as_it_was(name):
+    """All of it, and of whole batches; anything else is run as usual."""
+    model, losses = moving(LOOKS[name])
+    own = texts(N, 1)
+    own[1][0], own[1][1], own[0][0, 0] = T, 1, 10
+    step = RecordedStep(model, losses, *own, extensions=[BatchGrad(), BatchL2Grad()])
+    expected = 0
+    for change in ("none", "looks", "fewer"):
+        batch = texts(N, 2)
+        batch[1][0], batch[1][1], batch[0][0, 0] = T, 1, 10
+        if change == "looks":
+            batch[1].fill_(T if name == "if" else 3)
+            batch[0].fill_(4)
+        if change == "fewer":
+            batch = tuple(t[:3] for t in batch)
+        found, wanted = replayed_and_usual(step, model, losses, batch)
+        expected += change != "none"
+        assert step.repeated == expected, change
+        torch.testing.assert_close(found[0], wanted[0])
+        near(found[1], wanted[1])
+
+
+def added(h, lengths, ids):
+    """In rows of all positions; where none is added, a row belongs to nobody."""
+    rows = torch.arange(len(h), device=h.device)[:, None] * T + ids % T
+    out = torch.zeros(len(h) * T, D, device=h.device).index_add(0, rows.flatten(), h.flatten(0, 1))
+    return out.unflatten(0, (-1, T)).square().sum(1)
+
+
+def test_rows_of_nobody_are_those_of_the_recording():
+    model, losses = moving(added)
+    own = texts(N, 1)
+    own[0].copy_(torch.arange(T, device=DEVICE) + T * (own[0] % 2))
+    step = RecordedStep(model, losses, *own, extensions=[BatchGrad(), BatchL2Grad()])
+    for repeated in (0, 1):
+        batch = texts(N, 2)
+        if not repeated:
+            batch[0].copy_(torch.arange(T - 1, -1, -1, device=DEVICE))
+        found, wanted = replayed_and_usual(step, model, losses, batch)
+        torch.testing.assert_close(found[0], wanted[0])
+        near(found[1], wanted[1])
+        assert step.repeated == repeated

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._private import dispatched, inside_functorch, metadata, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
+from ..errors import ConfigurationError
 from ..place import Lost, Place, Space, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
@@ -188,6 +189,8 @@ class Operation:
         with torch.no_grad(), dispatched():
             try:
                 places = moved(self.func, args, self.kwargs, outputs, self.record.space, self._called())
+            except ConfigurationError:  # of a step that is recorded
+                raise
             except Exception:  # noqa: BLE001 - whatever an operation raises on integers
                 places = [None] * len(outputs)
         return [p or self._lost("leaves no axis that tells the examples apart", False) for p in places]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._looks import blind, found_out, holds, looking
 from .._tree import map_tensors, tensors_in
 from ..place import Lost, Place, Space, entry_owners, from_owners
 from .kinds import base_name, names
@@ -70,13 +71,33 @@ def moved(
     Returns:
         The place of each output, ``None`` where the entries of one example cannot be told by one axis.
     """
-    results = owners_after(func, args, kwargs)
-    shapes = [t.shape for t in outputs][: len(results)]
-    if not results or [t.shape for t in results] != shapes:
+    recorded = blind()
+
+    def found() -> tuple[list[Tensor], list[Tensor]]:
+        results = owners_after(func, args, kwargs)
+        return results, [t.cpu() for t in results] if recorded else results
+
+    owners, on_host = found_out(found)
+    shapes = [t.shape for t in outputs][: len(owners)]
+    if not owners or [t.shape for t in owners] != shapes:
         return [None] * len(outputs)
-    if base_name(func) in INTO and (place := _stays(args[0], results[0])) is not None:
-        return [place]
-    return [from_owners(owner, space, made, one_example=base_name(func) not in INTO) for owner in results]
+    with looking():
+        into = base_name(func) in INTO
+        stays = _stays(args[0], on_host[0]) if into else None
+        places = [stays] if stays else [from_owners(one, space, made, one_example=not into) for one in on_host]
+    if recorded:
+        for again, before, place in zip(owners_after(func, args, kwargs), owners, places, strict=True):
+            holds(_at(again, before, place))
+    return places
+
+
+def _at(again: Tensor, before: Tensor, place: Place | None) -> Tensor:
+    """Whether entries of these owners are at the place that was found of others, as `from_owners` would find too."""
+    if place is None or place.axis is None or not again.numel():
+        return again == before
+    known = entry_owners(torch.empty((), device=again.device).expand(again.shape), place)
+    rows = [t.movedim(place.axis, 0).reshape(t.shape[place.axis], -1).amax(1) for t in (again, before)]
+    return ((again < 0) | (again == known)).all() & (rows[0] == rows[1]).all()
 
 
 def _stays(target: Any, owner: Tensor) -> Place | None:
@@ -84,7 +105,8 @@ def _stays(target: Any, owner: Tensor) -> Place | None:
     place = place_of(target) if isinstance(target, Tensor) else None
     if not isinstance(place, Place) or owner.shape != target.shape:
         return None
-    return place if bool(((owner < 0) | (owner == entry_owners(target, place))).all()) else None
+    known = entry_owners(torch.empty((), device=owner.device).expand(target.shape), place)
+    return place if bool(((owner < 0) | (owner == known)).all()) else None
 
 
 def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -166,7 +188,7 @@ def _met(target: Tensor, dim: int, index: Tensor, source: Tensor) -> list[Tensor
     known = torch.where(source < 0, torch.iinfo(source.dtype).max, source)
     before = torch.where(target < 0, torch.iinfo(source.dtype).max, target)
     bottom = before.scatter_reduce(dim, index, known, "amin")
-    return [top] if bool(((top < 0) | (top == bottom)).all()) else []
+    return [top] if holds((top < 0) | (top == bottom)) else []
 
 
 def _strided_alike(args: tuple, new_args: list, kwargs: dict) -> tuple[list, dict]:
