@@ -128,23 +128,37 @@ class ClippedGrad(Extension):
         )
         self._entries: dict[int, _Entry] = {}
         self._forwards: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
-        self._repeats = 1  # most backwards through one forward since the sum began
+        self._repeats = self._usual_repeats = 1  # most backwards through one forward since the sum began; in a step
+        self._names: dict[int, tuple[weakref.ref, str]] = {}  # of parameters by identity
         self._examples = 0
         self._staged = _Staged({})
         self._warned = False
         self._lent: dict[str, Tensor] | None = None  # the bounds by group, in what a `RecordedStep` asks
 
-    def know(self, names: Iterable[str]) -> None:
+    def know(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Find the groups of a model before its first backward, as a first batch may be empty; `make_private` does.
 
         Args:
-            names: Of its trainable parameters.
+            named: Its parameters, as ``model.named_parameters()``.
 
         Raises:
-            ConfigurationError: If one belongs to no group, or a group has no bound.
+            ConfigurationError: If a trainable one belongs to no group, or a group has no bound.
         """
-        if self._bounds is None:
-            self._bounds = {group: self._bound(group) for group in sorted({self._group(name) for name in names})}
+        named = list(named)
+        self._remember(named)
+        if not self._under_way():
+            self._bounds = self._bounds_of(name for name, p in named if p.requires_grad)
+
+    def _remember(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._names |= {id(p): (weakref.ref(p), name) for name, p in named}
+
+    def _name(self, p: nn.Parameter) -> str | None:
+        """What a parameter is called in the model, if that is known."""
+        known = self._names.get(id(p))
+        return known[1] if known is not None and known[0]() is p else None
+
+    def _bounds_of(self, names: Iterable[str]) -> dict[str, float]:
+        return {group: self._bound(group) for group in sorted({self._group(name) for name in names})}
 
     def sensitivity(self) -> float:
         """Bound on what one example adds to all clipped sums together: ``sqrt(sum over groups of C_g^2)``.
@@ -166,6 +180,27 @@ class ClippedGrad(Extension):
         if not self._under_way():  # as the next backward will find them
             return math.sqrt(sum(self._bound(group) ** 2 for group in self._bounds))
         return self._repeats * math.sqrt(sum(bound**2 for bound in self._bounds.values()))
+
+    def sensitivity_of(self, params: Sequence[nn.Parameter]) -> float:
+        """`sensitivity` of a step of these parameters on some examples, when there are none and no backward was run.
+
+        Args:
+            params: Trainable parameters, as the optimizer holds them.
+
+        Returns:
+            The bound, if each forward has as many backwards as in the step before.
+
+        Raises:
+            StaleGradientError: If the group of a parameter is not known, which `know` and each backward tell.
+        """
+        names = [self._name(p) or "" for p in params]
+        if "" in names and self.groups != "all":
+            raise StaleGradientError(
+                f"The batch is empty, and the group of a parameter of shape {list(params[names.index('')].shape)}, "
+                f"which no backward has used, is not known (groups={self.groups!r}). Run a backward on the empty batch."
+            )
+        self._repeats = self._usual_repeats  # of a count, too
+        return self._repeats * math.sqrt(sum(bound**2 for bound in self._bounds_of(names).values()))
 
     def _under_way(self) -> bool:
         return any(not entry.used for entry in self._entries.values())
@@ -204,7 +239,9 @@ class ClippedGrad(Extension):
 
     def start(self, views: Sequence[ParameterView]) -> None:
         """Find the groups; while sums are under way the parameters must stay the same."""
-        bounds = {group: self._bound(group) for group in sorted({self._group(view.name) for view in views})}
+        bounds = self._bounds_of(view.name for view in views)
+        if self.groups != "all":
+            self._remember((view.name, view.param) for view in views)
         under_way = {key: entry for key, entry in self._entries.items() if not entry.used and entry.alive()}
         if under_way:
             self._same_parameters(under_way, views)
@@ -341,8 +378,8 @@ class ClippedGrad(Extension):
         if self.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.nonfinite} example(s) had a NaN or infinite gradient and contributed exactly zero to the "
-                f"clipped sums; ClippedGrad.nonfinite counts them in every backward, this warning comes once.",
+                "Some examples had a NaN or infinite gradient and contributed exactly zero to the clipped sums; "
+                "ClippedGrad.nonfinite counts them in every backward, this warning comes once.",
                 NonFiniteExampleWarning,
                 stacklevel=2,
             )
@@ -382,10 +419,10 @@ class ClippedGrad(Extension):
 
     def _bound(self, group: str) -> float:
         if not isinstance(self.max_norm, dict):
-            return self.max_norm
+            return positive("max_norm", self.max_norm)  # it may have been changed, to what was computed
         if group not in self.max_norm:
             raise ConfigurationError(f"ClippedGrad(max_norm=...): there is no bound for the group {group!r}.")
-        return self.max_norm[group]
+        return positive(f"max_norm[{group!r}]", self.max_norm[group])
 
     def consume(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """The sums of these parameters, each to be used for one step only.
@@ -402,6 +439,7 @@ class ClippedGrad(Extension):
         sums = [self._fresh(p, index) for index, p in enumerate(params)]
         for p in params:
             self._entries[id(p)].used = True
+        self._usual_repeats = self._repeats
         return sums
 
     def _fresh(self, p: nn.Parameter, index: int) -> Tensor:

@@ -439,7 +439,7 @@ def test_a_ledger_of_the_same_training_is_continued(tmp_path):
 
 def test_more_examples_than_planned_do_not_pass():
     p = private(target_epsilon=3.0, noise_multiplier=None)
-    p.sampler.sample_rate = 1.0
+    p.sampler._rate = 1.0
     with pytest.raises(PrivacyBudgetError, match=r"sample_rate=1\.0, and the privacy budget was calibrated for 0\.25"):
         run(p, until=1)
 
@@ -961,3 +961,216 @@ def test_forked_processes_have_numbers_of_their_own():
     batches = [literal_eval(text.decode())[1] for text in (first, second)]
     assert noises[0] != noises[1]
     assert batches[0] != batches[1]
+
+
+# ------------------------------------------------------------------------- what a second reader broke, and stays whole
+
+
+def test_processes_must_be_those_of_the_beginning(monkeypatch):
+    """torch.distributed set up later would count every example once in each process."""
+    p = private()
+    x, y = next(iter(p.loader))
+    with p:
+        F.cross_entropy(p.model(x), y).backward()
+    monkeypatch.setattr("perexample.privacy.distributed.Processes.size", property(lambda self: 2))
+    monkeypatch.setattr("perexample.privacy.distributed.Processes._exchange", lambda self, kind, mine: [mine, mine])
+    before = parameters(p.model)
+    with pytest.raises(
+        ConfigurationError, match=r"in process 0 of 1, and steps in process 0 of 2.*before make_private"
+    ):
+        p.step()
+    assert_bitwise(before, parameters(p.model))
+    assert p.steps == 0
+
+
+@pytest.mark.parametrize("bound", [float("nan"), 0.0, -1.0, float("inf"), "1", None])
+def test_a_bound_that_is_no_number_is_never_a_step_without_noise(bound):
+    p = private(physical_batch_size=4)
+    with pytest.raises(ConfigurationError, match="max_norm must be a finite number greater than 0"):  # noqa: PT012
+        for number, (x, y) in enumerate(p):
+            p.clipping.max_norm = bound if not number else 1.0
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            p.step()
+
+
+class Careless(ClippedGrad):
+    """An extension of somebody's own, whose bound is no number."""
+
+    def sensitivity(self):
+        return float("nan")
+
+
+def test_a_sensitivity_that_is_no_number_is_refused():
+    p = private(max_norm=None, clipping=Careless(1.0))
+    with pytest.raises(ConfigurationError, match="standard deviation nan"):
+        run(p, until=1)
+    assert p.steps == 0
+
+
+def moved_by(p, steps=1):
+    before = parameters(p.model)
+    run(p, until=steps)
+    return torch.cat([(a - b).flatten() for a, b in zip(parameters(p.model), before, strict=True)])
+
+
+def test_steps_that_are_taken_again_in_one_process_have_other_noise_and_batches():
+    """With another learning rate the same noise would be on other sums."""
+    p = private(noise_multiplier=100.0)
+    run(p, until=2)
+    state = p.state_dict()
+    run(p, until=1)
+    p.load_state_dict(state)
+    first = moved_by(p)
+    p.load_state_dict(state)
+    assert (torch.nn.functional.cosine_similarity(first, moved_by(p), dim=0)).abs() < 0.9
+    assert p.steps == 5
+
+
+def test_batches_alone_do_not_come_again(tmp_path):
+    """The same batches with other noise are no new samples, as which they are accounted."""
+
+    def batches():
+        p = private(noise_generator=None, epochs=9)
+        p.load(tmp_path / "state")
+        return [tuple(x[:, 0].tolist()) for x, _ in itertools.islice(p.loader, 4)]
+
+    p = private(noise_generator=None, epochs=9)
+    run(p, until=3)
+    p.save(tmp_path / "state")
+    first, second = batches(), batches()
+    assert not set(first) & set(second)
+
+
+def test_a_state_is_that_of_its_moment():
+    p = private()
+    run(p, until=2)
+    state, before = p.state_dict(), parameters(p.model)
+    run(p, until=5)
+    other = private()
+    other.load_state_dict(state)
+    assert_bitwise(parameters(other.model), before)
+    assert other.steps == 2
+
+
+def test_a_state_of_the_optimizer_goes_on_with_its_weights():
+    """As torch's own: what is saved later has the steps that the weights have taken."""
+    p = private()
+    run(p, until=2)
+    state = p.optimizer.state_dict()
+    run(p, until=5)
+    assert sum(count for *_, count in state["privacy"]["ledger"]["runs"]) == p.steps > 2
+
+
+def test_torch_may_fail_to_load_its_part():
+    p = private(make=torch.optim.Adam)
+    run(p, until=2)
+    state = p.optimizer.state_dict()
+    broken = {**state, "param_groups": []}
+    run(p, until=1)
+    noise = p.optimizer._optimizer_step_pre_hooks[next(iter(p.optimizer._optimizer_step_pre_hooks))].noise
+    before = noise.state()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        p.optimizer.load_state_dict(broken)
+    assert torch.equal(noise.state(), before)
+    run(p, until=1)
+
+
+@pytest.mark.parametrize("name", ["data_size", "sample_rate", "steps", "rank", "world_size"])
+def test_what_batches_are_drawn_with_cannot_be_changed(name):
+    with pytest.raises(AttributeError):
+        setattr(private().sampler, name, 1)
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "sample_rate", "expected_batch_size", "planned_steps"])
+def test_the_plan_cannot_be_changed(name):
+    with pytest.raises(AttributeError):
+        setattr(private(), name, 1)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 200, bias=False), nn.Linear(200, 2, bias=False)
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("kind", ["repeats", "unfrozen", "frozen", "adaptive"])
+def test_noise_does_not_tell_that_a_batch_was_empty(kind):
+    """An empty batch without a backward has the noise of one example whose gradient is zero."""
+
+    def deviation(n):
+        torch.manual_seed(0)
+        model = extend(Wide())
+        clipping = AdaptiveClippedGrad(1.0, expected_batch_size=1, count_noise=9.0) if kind == "adaptive" else (
+            ClippedGrad(1.0, groups="all" if kind == "repeats" else "per-parameter")
+        )  # fmt: skip
+        model.a.weight.requires_grad_(kind != "unfrozen")
+        clipping.know(model.named_parameters())
+        sampler = PoissonBatchSampler(50, 0.5, steps=10, generator=generator(1))
+        optimizer = privatize(
+            torch.optim.SGD(model.parameters(), lr=0.0), clipping=clipping, noise_multiplier=1.0,
+            expected_batch_size=1, sampler=sampler, generator=generator(5),
+        )  # fmt: skip
+        for count in (5, n):
+            sampler._pending.clear()
+            sampler._pending.append(type(sampler).__iter__.__globals__["_Drawn"](count, sampler._generator.get_state()))
+            if count:
+                with perex(clipping, grad=False):
+                    loss = model(torch.randn(count, 20) * (count > 1)).square().sum(1).mean()
+                    loss.backward(retain_graph=True)
+                    if kind in ("repeats", "adaptive"):
+                        loss.backward()
+            optimizer.step()
+            if kind in ("unfrozen", "frozen"):
+                model.a.weight.requires_grad_(kind == "unfrozen")
+        return model.b.weight.grad.std().item(), clipping.max_norm
+
+    (std, bound), (other, another) = deviation(0), deviation(1)
+    assert std == pytest.approx(other, rel=1e-6)
+    assert bound == pytest.approx(another, rel=0.2) if kind == "adaptive" else True
+
+
+def test_settings_of_a_group_are_not_overruled_in_silence():
+    model, clipping = extend(network()), ClippedGrad(1.0)
+    sgd = torch.optim.SGD([{"params": model.parameters(), "noise_multiplier": 0.1}], lr=0.1)
+    settings = {"clipping": clipping, "expected_batch_size": 4}
+    with pytest.raises(ConfigurationError, match=r"privatize was given 5, and a group has 0\.1 already"):
+        privatize(sgd, noise_multiplier=5.0, **settings)
+    assert privatize(sgd, noise_multiplier=0.1, **settings) is sgd
+
+
+def test_what_could_not_be_made_private_is_as_it_was():
+    sampler = PoissonBatchSampler(40, 0.25)
+    sampler.claim()
+    model, clipping = extend(network()), ClippedGrad(1.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"clipping": clipping, "expected_batch_size": 4, "noise_multiplier": 1.0}
+    with pytest.raises(ConfigurationError, match="belongs to another private optimizer"):
+        privatize(sgd, sampler=sampler, **settings)
+    assert privatize(sgd, **settings).ledger.steps == 0
+
+
+@pytest.mark.parametrize("name", ["noise_generator", "sampling_generator"])
+def test_generators_that_nobody_has_seeded_are_public(name):
+    with pytest.raises(ConfigurationError, match="never seeded"):
+        private(**{name: torch.Generator()})
+
+
+def test_a_ledger_belongs_to_one_budget(tmp_path):
+    book = Ledger()
+    private(target_epsilon=3.0, noise_multiplier=None, ledger=book)
+    with pytest.raises(PrivacyBudgetError, match="belongs to another training"):
+        private(target_epsilon=8.0, noise_multiplier=None, ledger=book)
+    p = private(ledger=tmp_path / "book")
+    run(p, until=1)
+    (tmp_path / "book").unlink()
+    with pytest.raises(StaleGradientError, match="is gone, and with it 1 steps"):
+        run(p, until=1)
+
+
+def test_a_delta_that_means_nothing_is_warned_of():
+    with pytest.warns(UserWarning, match=r"more than 1 / public_size"):
+        private(target_delta=0.5)

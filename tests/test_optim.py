@@ -624,7 +624,7 @@ def test_nonfinite_examples_contribute_exactly_zero(value, dtype, clip):
     without.zero_grad()
     x[3, 1], y[5, 2] = value, value
     clipping = ClippedGrad(1.0, clip=clip)
-    with pytest.warns(NonFiniteExampleWarning, match=r"2 example\(s\) had a NaN or infinite gradient"):
+    with pytest.warns(NonFiniteExampleWarning, match="Some examples had a NaN or infinite gradient"):
         backward(model, clipping, x, y)
     assert clipping.nonfinite == 2
     assert_same(fields(model, "clipped_sum"), wanted, 1e-6 if dtype == torch.float32 else 1e-13)
@@ -636,7 +636,7 @@ def test_nonfinite_examples_contribute_exactly_zero(value, dtype, clip):
 
 def test_a_batch_of_nothing_but_nan():
     model, (x, y) = extend(naive.mlp()), naive.batch()
-    with pytest.warns(NonFiniteExampleWarning, match="6 example"):
+    with pytest.warns(NonFiniteExampleWarning, match="had a NaN"):
         backward(model, ClippedGrad(1.0), x * math.nan, y)
     assert all((s == 0).all() for s in fields(model, "clipped_sum").values())
 

@@ -263,7 +263,7 @@ def test_samplers_of_one_generator_differ_and_do_not_depend_on_its_later_use():
     assert list(first) != list(second)
 
 
-@pytest.mark.parametrize("other", [torch.Generator, sampling.system_generator])
+@pytest.mark.parametrize("other", [seeded, sampling.system_generator])
 def test_a_given_generator_is_worth_all_its_randomness(other):
     """Not only the 32 bits of a seed: the state is no seed's."""
     given = other()

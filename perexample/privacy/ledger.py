@@ -85,6 +85,7 @@ class Ledger:
             raise ConfigurationError(f"Ledger(path={str(path)!r}): its folder does not exist; make it first.")
         self.runs: Runs = _read(Path(path)) if path is not None and Path(path).exists() else []
         self._file = Path(path).absolute() if path is not None and write else None
+        self._state: list[list[Any]] = []  # of `state_dict`
         if self._file is not None:
             _end_with_whole_line(self._file)
 
@@ -112,8 +113,18 @@ class Ledger:
             )
         self._check(release)
         if self._file is not None:
+            self._refuse_lost(self._file)
             _append(self._file, [release])
         _add(self.runs, release, 1)
+        if self._state:
+            self.state_dict()
+
+    def _refuse_lost(self, path: Path) -> None:
+        if self.runs and not path.exists():
+            raise StaleGradientError(
+                f"The file of the ledger, {str(path)!r}, is gone, and with it {self.steps} steps that it had; what a "
+                f"later run finds would be too little. Put it back."
+            )
 
     def _check(self, release: Release) -> None:
         """A step, or one that a state brings, must be of the kind that the budget was calibrated for."""
@@ -146,8 +157,14 @@ class Ledger:
         return epsilon_of(self.runs, delta, accountant=accountant, neighbours=neighbours)
 
     def state_dict(self) -> dict[str, Any]:
-        """The entries as plain numbers, equal ones in a row together."""
-        return {"runs": [[r.noise_multiplier, r.sample_rate, count] for r, count in self.runs]}
+        """The entries as plain numbers, equal ones in a row together.
+
+        Returns:
+            As torch's own, of the present for ever: steps that are taken later are part of it, as the weights are that
+            they have moved. Copy all of it together, or none.
+        """
+        self._state[:] = [[r.noise_multiplier, r.sample_rate, count] for r, count in self.runs]
+        return {"runs": self._state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; what this ledger knows beyond it is kept, since those steps were taken as well.
@@ -180,6 +197,11 @@ class Ledger:
     def __repr__(self) -> str:
         parts = [f"{count} steps of {release}" for release, count in self.runs]
         return f"Ledger({', '.join(parts) or 'no steps'})"
+
+
+def steps_of(state: Mapping[str, Any]) -> int:
+    """How many steps the state of a ledger knows."""
+    return sum(count for *_, count in state["runs"])
 
 
 def _count(runs: Runs) -> int:

@@ -51,6 +51,8 @@ class Noise:
             raise ConfigurationError(f"The source of noise must be 'torch' or 'os', not {source!r}.")
         if generator is not None and source == "os":
             raise ConfigurationError("noise='os' draws from the operating system, and takes no generator.")
+        if generator is not None:
+            refuse_public_seed(generator)
         self.given, self.source = generator, source
         self._own: dict[tuple[int, torch.device], torch.Generator] = {}
 
@@ -113,6 +115,16 @@ class Noise:
         if key not in self._own:
             self._own[key] = system_generator(device)
         return self._own[key]
+
+
+def refuse_public_seed(generator: torch.Generator) -> None:
+    """A generator that nobody has seeded has the seed that all have: the same numbers in every run of everybody."""
+    if generator.initial_seed() == torch.Generator(generator.device).initial_seed():
+        raise ConfigurationError(
+            "generator is a torch.Generator that was never seeded, whose numbers are those of every other such one, "
+            "and known to all. Leave it out for numbers from the operating system's seed; or seed it, for tests: "
+            "torch.Generator().manual_seed(0)."
+        )
 
 
 def _system_normal(size: int) -> Tensor:

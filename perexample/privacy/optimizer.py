@@ -15,7 +15,7 @@ from .._arguments import real
 from .._shards import is_sharded
 from ..errors import ConfigurationError, PerExampleError, StaleGradientError
 from .distributed import Processes
-from .ledger import Ledger, Release
+from .ledger import Ledger, Release, steps_of
 from .noise import Noise
 from .sampling import PhysicalBatches, PoissonBatchSampler
 
@@ -63,6 +63,9 @@ class Privatizer:
         """Keep the parts, which know nothing of each other."""
         self.clipping, self.sampler, self.ledger, self.noise = clipping, sampler, ledger, noise
         self.processes, self._compared = processes, False
+        self._place = processes.rank, processes.size
+        self._loaded: Mapping[str, Any] | None = None  # of a state that torch has not loaded its part of yet
+        self._steps = 0  # that the ledger had after the last one that was taken here
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """One step: check, write down, then let go of what is private."""
@@ -72,6 +75,7 @@ class Privatizer:
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
         with self.processes.together():
+            self._same_processes()
             sums, std = self._taken(params, noise_multiplier)
         self.processes.agree(
             noise_multiplier=noise_multiplier,
@@ -86,7 +90,9 @@ class Privatizer:
         release = Release(noise_multiplier, None if self.sampler is None else self.sampler.sample_rate)
         with self.processes.together():
             self.ledger.record(release)
-        totals = self.processes.total(sums, (lambda like: self.noise.like(like, std)) if std > 0 else None)
+        self._steps = self.ledger.steps
+        noise = (lambda like: self.noise.like(like, std)) if noise_multiplier > 0 else None
+        totals = self.processes.total(sums, noise)
         for p, total in zip(params, totals, strict=True):
             p.grad = (total / expected_batch_size).to(p.dtype)
         for p in frozen:
@@ -96,16 +102,34 @@ class Privatizer:
     def _taken(self, params: list[nn.Parameter], noise_multiplier: float) -> tuple[list[Tensor], float]:
         """The sums of this process, which serve this step only, and the noise they need."""
         examples = self.clipping.examples
-        std = self.clipping.noise_share(noise_multiplier) * self.clipping.sensitivity()
+        share = self.clipping.noise_share(noise_multiplier)
+        std = _deviation(share, self.clipping.sensitivity(), noise_multiplier)
         try:
             sums = self.clipping.consume(params)
         except StaleGradientError:
             if not self._nothing_due(examples) or any(map(is_sharded, params)):  # sums of shards are of all processes
                 raise
             sums = self._zeros(params)
+            std = _deviation(share, self._as_usual(params), noise_multiplier)
         if self.sampler is not None:
             self.sampler.take(examples)
         return sums, std
+
+    def _as_usual(self, params: list[nn.Parameter]) -> float:
+        """The sensitivity of a step on some examples, so that the noise does not tell that there were none."""
+        expected = getattr(self.clipping, "sensitivity_of", None)
+        return float(expected(params)) if callable(expected) else self.clipping.sensitivity()
+
+    def _same_processes(self) -> None:
+        """An example must be part of the sums of one process, and these of one total."""
+        now = self.processes.rank, self.processes.size
+        if now != self._place:
+            raise ConfigurationError(
+                f"The optimizer was made private in process {self._place[0]} of {self._place[1]}, and steps in process "
+                f"{now[0]} of {now[1]}: each example would be drawn by several processes, or not be added up. Set up "
+                f"torch.distributed (init_process_group, Accelerator, TrainingArguments) before make_private or "
+                f"privatize, and keep it until the training is over."
+            )
 
     def _nothing_due(self, examples: int) -> bool:
         """Whether the batch to step on is known to be empty; many models cannot be run on one."""
@@ -125,8 +149,8 @@ class Privatizer:
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+    def begin_load(self, state: Mapping[str, Any]) -> None:
+        """Take over what a state knows of steps, before torch loads its part, which may fail."""
         missing = [name for name in ("ledger", "noise", "clipping", "sampler") if name not in state]
         if missing:
             raise ConfigurationError(
@@ -140,13 +164,42 @@ class Privatizer:
                 f"be given in both runs or in none."
             )
         self.ledger.load_state_dict(state["ledger"])
-        if self.sampler is None or state["sampler"].get("generator") is not None:
-            self.noise.set_state(state["noise"])
-        else:  # other batches come, and the difference of two steps with the same noise is that of their sums
-            self.noise.renew()
+        self._loaded = state
+
+    def end_load(self) -> None:
+        """Continue from the state, and from its random numbers if both batches and noise have some.
+
+        After a crash steps that were released may then be taken again just as they were. With one of the two alone
+        they would not be: the difference of two steps with the same noise is that of their sums, and a batch that comes
+        again is no new sample, as which it is accounted. Going back in a running process is for the sake of other steps
+        (another learning rate), which get batches and noise of their own too.
+        """
+        state, self._loaded = self._loaded, None
+        assert state is not None
+        sampler = state["sampler"] or {}
+        repeats = state["noise"] is not None and self.noise.given is not None
+        repeats = repeats and (self.sampler is None or sampler.get("generator") is not None)
+        repeats = repeats and self._steps <= steps_of(state["ledger"])
+        self.noise.renew()
         self.clipping.load_state_dict(state["clipping"])
         if self.sampler is not None:
-            self.sampler.load_state_dict(state["sampler"])
+            self.sampler.load_state_dict({**sampler, "generator": sampler.get("generator") if repeats else None})
+            if not repeats:
+                self.sampler.renew()
+        if repeats:
+            self.noise.set_state(state["noise"])
+
+
+def _deviation(share: float, sensitivity: float, noise_multiplier: float) -> float:
+    """Standard deviation of the noise; one that is no number above 0 must not pass for none."""
+    std = share * sensitivity
+    if not (0 < std < math.inf or (noise_multiplier == 0 and std == 0)):
+        raise ConfigurationError(
+            f"The noise would have the standard deviation {std}: noise_multiplier is {noise_multiplier:g}, and the "
+            f"sums have the sensitivity {sensitivity}, which must be a finite number above 0. Set max_norm to one; it "
+            f"is public, and must not be computed from the data."
+        )
+    return std
 
 
 def _refuse_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -257,17 +310,17 @@ def privatize(
     settings = {name: _check_setting(name, value) for name, value in settings.items()}
     _check_divisor(clipping, settings["expected_batch_size"])
     clipping.noise_share(settings["noise_multiplier"])  # raises now, if it does so at all
-    for name, value in settings.items():
-        optimizer.defaults[name] = value
-        for group in optimizer.param_groups:
-            group.setdefault(name, value)
-        _shared_setting(optimizer, name)
+    _check_groups(optimizer, settings)
     pieces = _Pieces(clipping, sampler) if isinstance(sampler, PhysicalBatches) else None
     processes = checked_processes(processes)
     if sampler is not None:
         _check_sampler(sampler)
         _check_shard(sampler, processes)
         sampler.claim(partial(_forget_batch, optimizer, clipping, pieces))
+    for name, value in settings.items():  # nothing can fail any more
+        optimizer.defaults[name] = value
+        for group in optimizer.param_groups:
+            group[name] = value
     privatizer = Privatizer(clipping, sampler, ledger, source, processes)
     optimizer.register_step_pre_hook(privatizer)
     _keep_state(optimizer, privatizer)
@@ -364,6 +417,18 @@ def _check_optimizer(optimizer: Any) -> None:
         )
 
 
+def _check_groups(optimizer: torch.optim.Optimizer, settings: Mapping[str, float]) -> None:
+    """Param groups that have settings of their own, as from the state of another private optimizer."""
+    for name, value in settings.items():
+        for group in optimizer.param_groups:
+            if group.get(name, value) != value:
+                raise ConfigurationError(
+                    f"{name} must be the same in all param_groups of a private optimizer: privatize was given "
+                    f"{value:g}, and a group has {group[name]!r} already. Leave it out of the groups; the state of a "
+                    f"private optimizer is loaded after privatize, that of a public one before it."
+                )
+
+
 def _check_clipping(clipping: Any) -> None:
     parts = ("sensitivity", "consume", "zero_grad", "noise_share", "after_step")
     if isinstance(clipping, type) or not all(callable(getattr(clipping, name, None)) for name in parts):
@@ -426,11 +491,12 @@ def _keep_state(optimizer: torch.optim.Optimizer, privatizer: Privatizer) -> Non
                 f"has dropped it, and the steps taken before would not be accounted. Save optimizer.state_dict() "
                 f"whole; to start anew from a public optimizer's state, load it before privatize."
             )
-        privatizer.load(state[_KEY])
+        privatizer.begin_load(state[_KEY])
         return {key: value for key, value in state.items() if key != _KEY}
 
     optimizer.register_state_dict_post_hook(saved)
     optimizer.register_load_state_dict_pre_hook(loaded)
+    optimizer.register_load_state_dict_post_hook(lambda _: privatizer.end_load())
 
 
 class _Pieces:

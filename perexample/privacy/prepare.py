@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,6 +127,7 @@ def make_private(
         physical_batch_size = whole("physical_batch_size", physical_batch_size, wanted, 1)
     processes = checked_processes(processes)
     rate = _rate(batch_size, public_size)
+    _warn_of_delta(target_delta, float(public_size or math.inf))
     planned = _planned(epochs, steps, rate)
     clipping = _clipping(max_norm, clipping)
     _check_optimized(model, optimizer)
@@ -138,7 +141,7 @@ def make_private(
     extend(model, batch_dim=batch_dim)
     know = getattr(clipping, "know", None)
     if callable(know) and not isinstance(clipping, type):
-        know(name for name, p in model.named_parameters() if p.requires_grad)
+        know(model.named_parameters())
     book = _book(ledger, planned, processes)
     if target_epsilon is not None:
         _hold_to(book, Release(float(noise_multiplier), rate))
@@ -195,6 +198,15 @@ def _budget(epsilon: Any, delta: Any) -> tuple[float | None, float]:
     return None if epsilon is None else positive("target_epsilon", epsilon, "a finite number > 0"), delta
 
 
+def _warn_of_delta(delta: float, public_size: float) -> None:
+    if delta > 1 / public_size:
+        warnings.warn(
+            f"target_delta={delta:g} is more than 1 / public_size = {1 / public_size:g}: a training that publishes one "
+            f"of the examples whole would be as private. Take one well below it.",
+            stacklevel=3,
+        )
+
+
 def _check_generators(generators: Mapping[str, Any]) -> None:
     for name, generator in generators.items():
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -247,6 +259,14 @@ def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
 
 def _hold_to(book: Ledger, planned: Release) -> None:
     """The budget is for steps of this kind: those that the ledger knows, and those to come."""
+    if book.most_rate is not None and (book.least_noise, book.most_rate) != (
+        planned.noise_multiplier,
+        planned.sample_rate,
+    ):
+        raise PrivacyBudgetError(
+            "The ledger belongs to another training that was calibrated to a budget, and the steps of both would be "
+            "written into it. Give each training a ledger of its own."
+        )
     others = sum(count for release, count in book.runs if release != planned)
     if others:
         raise PrivacyBudgetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -44,10 +45,6 @@ class Private:
         sampler: The `PoissonBatchSampler` behind it.
         clipping: The `ClippedGrad`.
         ledger: What the steps so far have cost.
-        noise_multiplier: Standard deviation of the noise in units of C.
-        sample_rate: Probability of every example to be in a batch.
-        expected_batch_size: What noisy sums are divided by.
-        planned_steps: Number of steps the noise was calibrated for; another is a `PrivacyBudgetError`.
         delta: Used by `epsilon` if it is given no other.
     """
 
@@ -68,9 +65,7 @@ class Private:
         """Keep the parts; `make_private` makes them."""
         self.model, self.optimizer, self.loader, self.sampler = model, optimizer, loader, sampler
         self.clipping, self.ledger, self.delta = clipping, ledger, delta
-        self.noise_multiplier, self.sample_rate = plan.noise_multiplier, plan.sample_rate
-        self.expected_batch_size, self.planned_steps = plan.expected_batch_size, plan.planned_steps
-        self._plan, self._accountant, self._settings = asdict(plan), accountant, dict(settings)
+        self._plan, self._accountant, self._settings = plan, accountant, dict(settings)
         self._contexts: list[perex] = []
 
     def __enter__(self) -> Private:
@@ -110,6 +105,26 @@ class Private:
                     "An epoch of batches went by, and no step was taken: run each backward in `with private:`, and "
                     "call private.step() after it."
                 )
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise in units of C, as planned; param groups have the one in use."""
+        return self._plan.noise_multiplier
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability of every example to be in a batch."""
+        return self._plan.sample_rate
+
+    @property
+    def expected_batch_size(self) -> float:
+        """What noisy sums are divided by."""
+        return self._plan.expected_batch_size
+
+    @property
+    def planned_steps(self) -> int:
+        """Number of steps the noise was calibrated for; another is a `PrivacyBudgetError`."""
+        return self._plan.planned_steps
 
     @property
     def steps(self) -> int:
@@ -185,11 +200,18 @@ class Private:
         return self.ledger.epsilon(self.delta if delta is None else delta, accountant=self._accountant)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: model, optimizer, ledger, position of the sampler, torch's random numbers."""
+        """Everything a resumed run needs: model, optimizer, ledger, position of the sampler, torch's random numbers.
+
+        Returns:
+            Copies: it stays what it was when training goes on, weights and ledger alike.
+        """
+        return copy.deepcopy(self._state())
+
+    def _state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "plan": dict(self._plan),
+            "plan": asdict(self._plan),
             "random": torch.get_rng_state(),
         }
 
@@ -210,7 +232,7 @@ class Private:
                 f"or private.save(path) gave."
             )
         theirs = state["plan"]
-        for name, value in self._plan.items():
+        for name, value in asdict(self._plan).items():
             if theirs.get(name) != value:
                 raise ConfigurationError(
                     f"The saved run has {name}={theirs.get(name)!r}, this one {value!r}; a run is resumed with the "
@@ -227,7 +249,7 @@ class Private:
         Args:
             path: The file; an older one is replaced when the new one is complete on the disk.
         """
-        save_file(self.state_dict(), Path(path))
+        save_file(self._state(), Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from a file that `save` wrote.

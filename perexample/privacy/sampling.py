@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from .._arguments import real, whole
 from .._private import _MT_STATE, system_generator
 from ..errors import ConfigurationError, StaleGradientError
+from .noise import refuse_public_seed
 
 _CHUNK = 1 << 20  # numbers drawn at once, so that a large data set needs no more memory than a small one
 _CONFIGURATION = ("data_size", "sample_rate", "steps", "rank", "world_size")
@@ -56,11 +57,6 @@ class PoissonBatchSampler(Sampler[list[int]]):
         world_size: Number of processes.
 
     Attributes:
-        data_size: n.
-        sample_rate: q.
-        steps: Batches in an iteration, also its ``len()``.
-        rank: Of this process.
-        world_size: Number of processes.
         pieces: False, since every batch is whole.
 
     Raises:
@@ -99,10 +95,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Check the arguments."""
         super().__init__()
-        self.data_size = _whole("data_size", data_size, 0, ". Give the length of the data set")
-        self.sample_rate = _checked_rate(sample_rate)
-        self.steps = _checked_steps(steps, self.sample_rate)
-        self.rank, self.world_size = _checked_shard(rank, world_size)
+        self._data_size = _whole("data_size", data_size, 0, ". Give the length of the data set")
+        self._rate = _checked_rate(sample_rate)
+        self._steps = _checked_steps(steps, self._rate)
+        self._shard = _checked_shard(rank, world_size)
         self._generator, self._repeatable = _own_generator(generator), generator is not None
         self._pending: deque[_Drawn] = deque()  # oldest first; of a sampler that nobody claimed at most one
         self._process = os.getpid()
@@ -111,6 +107,33 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self._iteration = 0  # which of the iterations is valid
         self._position = 0  # batches of it that are done: taken, or without an optimizer handed out
         self._resume = 0  # where the next iteration begins
+
+    # What a batch was drawn with is what its step costs, so none of it can be changed.
+
+    @property
+    def data_size(self) -> int:
+        """Number of examples, n."""
+        return self._data_size
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability with which a batch has an example, q."""
+        return self._rate
+
+    @property
+    def steps(self) -> int:
+        """Batches in an iteration, also its ``len()``."""
+        return self._steps
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self._shard[0]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._shard[1]
 
     def __len__(self) -> int:
         """Number of batches in a whole iteration."""
@@ -217,6 +240,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
             "accountant takes all samples as independent. Make another sampler in its place; to continue this one's "
             "samples, load its state_dict() there."
         )
+
+    def renew(self) -> None:
+        """Draw batches from now on that have nothing to do with those drawn before, if a generator was given."""
+        if self._repeatable:
+            self._generator = system_generator()
 
     def _begin(self, size: int | None) -> _Iteration:
         self._abandon()
@@ -372,6 +400,10 @@ class PhysicalBatches(Sampler[list[int]]):
         """As `PoissonBatchSampler.load_state_dict`; the size of the pieces may be another."""
         self.sampler.load_state_dict(state)
 
+    def renew(self) -> None:
+        """As `PoissonBatchSampler.renew`."""
+        self.sampler.renew()
+
 
 def _whole(name: str, value: Any, least: int, remedy: str = "") -> int:
     return whole(name, value, f"an integer >= {least}", least, remedy=remedy)
@@ -417,6 +449,7 @@ def _own_generator(given: torch.Generator | None) -> torch.Generator:
         raise ConfigurationError(f"generator must be a torch.Generator or None, not {given!r}.")
     if given.device.type != "cpu":
         raise ConfigurationError(f"generator must be on the CPU, where indices are drawn, not on {given.device}.")
+    refuse_public_seed(given)
     generator = torch.Generator("cpu").manual_seed(0)
     state = generator.get_state()
     state[_MT_STATE] = torch.randint(1 << 32, (624,), device="cpu", generator=given).view(torch.uint8)
