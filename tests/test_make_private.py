@@ -17,6 +17,7 @@ from perexample import (
     CrossExampleError,
     PrivacyBudgetError,
     StaleGradientError,
+    UnsupportedModuleError,
     extend,
     perex,
     privatize,
@@ -1174,3 +1175,117 @@ def test_a_ledger_belongs_to_one_budget(tmp_path):
 def test_a_delta_that_means_nothing_is_warned_of():
     with pytest.warns(UserWarning, match=r"more than 1 / public_size"):
         private(target_delta=0.5)
+
+
+def mixed_up(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    share = torch.rand(())
+    return share * x + (1 - share) * x.roll(1, 0), y
+
+
+def centred(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return {"x": x - x.mean(0), "y": y}
+
+
+def shuffled(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    order = torch.randperm(len(x))
+    return x[order], y[order]
+
+
+def noisy(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return x + torch.randn(x.shape, dtype=x.dtype), y
+
+
+def of_its_own(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return x + torch.randn(x.shape, dtype=x.dtype, generator=OWN), y
+
+
+OWN = torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("collate", [mixed_up, centred])
+def test_examples_that_are_mixed_before_the_model(collate):
+    with pytest.raises(CrossExampleError, match=r"collate_fn mixes examples.*MixUp"):
+        private(collate_fn=collate)
+
+
+@pytest.mark.parametrize("collate", [shuffled, noisy, of_its_own, torch.utils.data.default_collate])
+def test_examples_that_are_not(collate):
+    """Nor are random numbers drawn for that, of which a training might know."""
+    model, dataset, states = network(), data(), torch.get_rng_state()
+    private(model, dataset, collate_fn=collate)
+    assert torch.equal(torch.get_rng_state(), states) or collate in (shuffled, noisy)  # which draw some themselves
+
+
+class Codebook(nn.Module):
+    """Follows the data, in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 2), how
+        self.book = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.inner = nn.Embedding(2, 3)
+        self.inner.weight.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.how(self, x)
+        return self.layer(x + self.book + self.inner.weight[0])
+
+
+def in_place(self, x):
+    self.book.mul_(0.9).add_(0.1 * x.mean(0))
+
+
+def by_data(self, x):
+    self.book.data = 0.9 * self.book.data + 0.1 * x.mean(0)
+
+
+def of_another_module(self, x):
+    self.inner.weight.data[0] = x.mean(0)
+
+
+def anew(self, x):
+    self.book = nn.Parameter(0.9 * self.book + 0.1 * x.mean(0), requires_grad=False)
+
+
+def trained(self, x):
+    self.layer.weight.copy_(x[:1].expand(2, 3))
+
+
+@pytest.mark.parametrize("physical", [None, 1])
+@pytest.mark.parametrize("how", [in_place, by_data, of_another_module, anew, trained])
+def test_data_in_parameters(how, physical):
+    model = Codebook(how).double()
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    p = private(model, make=lambda params, lr: sgd, physical_batch_size=physical)
+    with pytest.raises(UnsupportedModuleError, match=r"parameter `(book|weight)` that the forward"):
+        run(p, until=1)
+
+
+class Tying(nn.Module):
+    """Ties its weights in each forward, and lends another module a tensor made of the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.scale = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x):
+        self.b.weight = self.a.weight
+        weights = {"weight": self.scale(x).unsqueeze(2) * torch.eye(3, dtype=x.dtype)}
+        with torch.no_grad():
+            self.a.weight.mul_(1.0)  # by a number
+        return (self.b(self.a(x)).unsqueeze(1) @ weights["weight"]).squeeze(1)[:, :2]
+
+
+def test_parameters_that_hold_no_data():
+    model = extend(Tying())
+    clipping = ClippedGrad(1.0)
+    with perex(clipping):
+        F.cross_entropy(model(torch.randn(4, 3)), torch.zeros(4, dtype=torch.long)).backward()
+    assert clipping.examples == 4

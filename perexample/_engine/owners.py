@@ -84,7 +84,9 @@ def moved(
     with looking():
         into = base_name(func) in INTO
         stays = _stays(args[0], on_host[0]) if into else None
-        places = [stays] if stays else [from_owners(one, space, made, one_example=not into) for one in on_host]
+        places: list[Place | None] = [stays]
+        if stays is None:
+            places = [from_owners(one, space, made, one_example=not into) for one in on_host]
     if recorded:
         for again, before, place in zip(owners_after(func, args, kwargs), owners, places, strict=True):
             holds(_at(again, before, place))

@@ -269,6 +269,7 @@ class Enter:
         if frame.inside:
             frames.append(frame)
             return None
+        frame.parameters = tuple(module._parameters.values())
         # What a hook behind this one does to the arguments is followed, as the operations inside are then.
         rule = unit_rule(module) if runs_last(module, Enter) else None
         tied = None if rule is None or _no_states(rule) else _with_tied_states(rule, module, args, kwargs)
@@ -403,8 +404,8 @@ class Exit:
                 output = _leave_opaque(frame, args, kwargs, output)
         finally:
             _close(frame)
-        if module._buffers or not frames:
-            _refuse_written_buffers(frame, module if frames else None)
+        if module._buffers or module._parameters or not frames:
+            _refuse_written(frame, module if frames else None)
         checkpointed = frame.record is not None and frame.record.checkpointed
         if (checkpointed or has_backward_hooks(module)) and output is not None:
             for t in tensors_in(output):
@@ -414,27 +415,55 @@ class Exit:
         return output
 
 
-def _refuse_written_buffers(frame: Frame, inner: nn.Module | None) -> None:
-    """Data that a forward writes into a buffer reaches the model past all gradients.
+def _refuse_written(frame: Frame, inner: nn.Module | None) -> None:
+    """Data that a forward writes into a buffer or parameter reaches the model past all gradients.
 
-    Most modules write their own buffers; all others are looked at when the outermost call ends, if data was written.
+    Most modules write their own; all others are looked at when the outermost call ends, if data was written.
     """
     record = frame.record
     if record is None or not (inner is None and record.wrote):
-        named = [(frame.name, frame.module)] if frame.module._buffers else []
+        named = [(frame.name, frame.module)]
     else:
         named = [(path or frame.name, module) for path, module in frame.module.named_modules()]
     for path, module in named:
-        for name, buffer in module._buffers.items():
-            if buffer is None or place_of(buffer) is None:
-                continue
-            forget_memory(buffer)
+        written = [(name, "buffer", t) for name, t in module._buffers.items() if t is not None and _holds_data(t)]
+        for name, p in module._parameters.items():  # in a functional call there is something else in its place
+            if isinstance(p, nn.Parameter) and _holds_data(p):
+                written.append((name, "parameter", p))
+        for name, what, t in written:
+            forget_memory(t)
             if record is not None:
                 reason = (
-                    f"({type(module).__name__}) has a buffer `{name}` that the forward changes according to the data, "
-                    f"past all gradients; keep data out of buffers, or call .eval() if they are then left alone"
+                    f"({type(module).__name__}) has a {what} `{name}` that the forward changes according to the data, "
+                    f"past all gradients; keep data out of buffers and parameters, or call .eval() if they are then "
+                    f"left alone"
                 )
                 record.refused.append((path, reason))
+    if record is not None:
+        _refuse_replaced(frame, record)
+
+
+def _holds_data(t: Tensor) -> bool:
+    return place_of(t) is not None
+
+
+def _refuse_replaced(frame: Frame, record: Record) -> None:
+    """A parameter that a forward makes anew may be made of data, which is not seen."""
+    own = frame.module._parameters
+    if len(own) != len(frame.parameters):
+        return  # it has got or lost some, which the optimizer does not know
+    for (name, now), before in zip(own.items(), frame.parameters, strict=True):
+        if now is before or not isinstance(now, nn.Parameter) or not isinstance(before, nn.Parameter):
+            continue
+        root = STATE.frames[0].module if STATE.frames else frame.module
+        others = (p for m in root.modules() for key, p in m._parameters.items() if (m, key) != (frame.module, name))
+        if not any(now is p for p in others):  # else it was tied to another one
+            reason = (
+                f"({type(frame.module).__name__}) has a parameter `{name}` that the forward replaces by a new one, "
+                f"which may be made of the data, past all gradients; keep the parameter, and compute what is to be "
+                f"used instead in the forward"
+            )
+            record.refused.append((frame.name, reason))
 
 
 def _close(frame: Frame) -> None:

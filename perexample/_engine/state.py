@@ -33,6 +33,7 @@ class Frame:
         named: Whether the call is there for its name only.
         opaque: Whether the call may be tapped as a whole if its parts cannot be followed.
         before: State before the call that the rule asked for.
+        parameters: Those that the module owned when it was called.
         follow: What follows the operations, for the outermost call.
     """
 
@@ -44,6 +45,7 @@ class Frame:
     named: bool = False
     opaque: bool = False
     before: dict[str, Any] = field(default_factory=dict)
+    parameters: tuple[Any, ...] = ()
     follow: Follow | None = None
 
 

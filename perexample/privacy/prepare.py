@@ -20,6 +20,7 @@ from . import accounting
 from .collate import EmptyBatches
 from .distributed import Processes
 from .ledger import Ledger, Release
+from .mixing import refuse_mixing
 from .optimizer import Clipping, checked_processes, privatize
 from .private import Plan, Private
 from .sampling import PhysicalBatches, PoissonBatchSampler
@@ -95,6 +96,7 @@ def make_private(
     Raises:
         ConfigurationError: For arguments without meaning, or that contradict each other.
         UnsupportedModuleError: For a module that mixes examples.
+        CrossExampleError: For a ``collate_fn`` that does, as far as three examples show it.
 
     Guarantees:
         The training is (epsilon, delta)-differentially private for adding or removing one example, if the model that
@@ -137,6 +139,8 @@ def make_private(
     sampler = PoissonBatchSampler(len(dataset), rate, generator=sampling_generator, **shard)  # type: ignore[arg-type]
     batches = sampler if physical_batch_size is None else PhysicalBatches(sampler, physical_batch_size)
     collate = EmptyBatches(collate_fn, example=_first(dataset))
+    if collate_fn is not None:
+        refuse_mixing(collate_fn, dataset)
     loader = _loader(dataset, batches, collate, loader_options)
     extend(model, batch_dim=batch_dim)
     know = getattr(clipping, "know", None)

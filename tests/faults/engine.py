@@ -68,7 +68,7 @@ MUTANTS = (
     mutant(
         "F11-buffers",
         "lets a forward write data into buffers",
-        Body(f"{RECORD}:_refuse_written_buffers", "return None"),
+        Body(f"{RECORD}:_refuse_written", "return None"),
         killers="test_faults.py::test_f11_a_module_that_writes_its_buffers",
     ),
     mutant(
