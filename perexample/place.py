@@ -137,13 +137,18 @@ class Lost:
         why: What went wrong there.
         mixes: Whether examples were seen to be mixed, as opposed to an axis that cannot be known.
         error: What is to be raised, where it is known already.
+        meets: Whether rows of different examples met before they were joined, so that a single number of them is no
+            sum of what each has of its own.
     """
 
-    __slots__ = ("error", "mixes", "record", "where", "why")
+    __slots__ = ("error", "meets", "mixes", "record", "where", "why")
 
-    def __init__(self, record: Any, where: str, why: str, mixes: bool, error: Exception | None = None) -> None:
+    def __init__(
+        self, record: Any, where: str, why: str, mixes: bool, error: Exception | None = None, *, meets: bool = False
+    ) -> None:
         """Remember where it happened first; what is computed from the tensor is lost for the same reason."""
         self.record, self.where, self.why, self.mixes, self.error = record, where, why, mixes, error
+        self.meets = meets
 
     def __repr__(self) -> str:
         """For tables."""
@@ -218,11 +223,13 @@ def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: boo
     Returns:
         The place; ``None`` if more than one axis is needed to tell the examples.
     """
+    if whole.rows == 1:
+        return Place(whole, None)
     known = owner[owner >= 0]
     written = known.numel() < owner.numel() and not one_example
     if known.numel() == 0 or (not written and bool((known == known[0]).all())):
         one = known[:1].cpu() if known.numel() else torch.full((1,), -1)
-        return Place(whole if whole.rows == 1 else Space(whole.record, 1, one, made), None)
+        return Place(Space(whole.record, 1, one, made), None)
     for axis in range(owner.dim()):
         flat = owner.movedim(axis, 0).reshape(owner.shape[axis], -1)
         top = flat.amax(1)

@@ -46,11 +46,16 @@ _SHAPES = names("View UnsafeView Reshape Flatten Unflatten")
 _PRODUCTS = {"Mm": 0, "Addmm": 1, "Bmm": 0, "Baddbmm": 1}  # which input has the rows
 _SCALED = names("Add Sub Neg Mul Div ToCopy Clone View Squeeze Stack Cat Sum Mean")  # numbers that are added
 _DISTANCES = names("Cdist Pdist")  # which torch differentiates only once
+_KINKED = names(  # whose second derivatives are zero though examples may meet in them
+    "Relu LeakyRelu Abs Clamp ClampMin ClampMax Maximum Minimum Threshold Hardtanh HuberLoss SmoothL1Loss Where"
+)
+_ORDERING = names("Amax Amin Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin")
 _FEW = 2**22  # entries of the largest tensor up to which a loss is differentiated twice
 _MOST = 4096  # nodes, and forms that are remembered
 _SMALL = 8  # numbers below are axes and the like; larger ones are sizes, which differ from batch to batch
 _AXES = 3  # up to which a number that N divides may well be an axis
 _SOME = 4  # entries of distances that are looked at
+_PLACES = 16  # tensors in which they are
 _SEEN: dict[int, int] = {}  # how many backwards there were of each form in which examples may have met
 
 Near = tuple[GradientEdge, Tap, int]
@@ -80,7 +85,7 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     form = hash(tuple(_form(node, n) for node in nodes))
     if not _is_due(form) or not _can_be_differentiated(nodes, taps, loss):
         return
-    if _couples(loss, taps, n) or any(_meet_in(node, loss, found) for node in places if kind_of(node) in _DISTANCES):
+    if _couples(loss, taps, n) or (places and _meet_at_kinks(nodes, places, loss, found)):
         _SEEN.pop(form, None)  # it is due the next time too
         where = f", for which {places[-1].name()} is a likely place" if places else ""
         raise CrossExampleError(
@@ -278,10 +283,34 @@ def _half(owner: Tensor, bit: int) -> Tensor:
     return (owner >= 0) & (owner.bitwise_right_shift(bit) % 2 == 1)
 
 
-def _meet_in(node: Node, loss: Tensor, found: Walk) -> bool:
-    """Whether an entry of what an operation gives, and the loss uses, depends on several examples; some are tried."""
-    edge = GradientEdge(node, 0)
-    used = torch.autograd.grad(loss, edge, retain_graph=True)[0].flatten().nonzero()[:, 0]
+def _meet_at_kinks(nodes: list[Node], places: list[Node], loss: Tensor, found: Walk) -> bool:
+    """Whether examples meet in an entry of a function that torch differentiates once, or that has kinks."""
+    edges = [GradientEdge(node, 0) for node in places if kind_of(node) in _DISTANCES]
+    kinked = [node for node in nodes if kind_of(node) in _KINKED]
+    edges += [GradientEdge(one, at) for node in kinked for one, at in node.next_functions if one is not None]
+    edges = [edge for edge in edges if (shape := shape_of(edge.node, edge.output_nr)) is None or shape.numel() > 1]
+    if any(_meet_in(edge, loss, found) for edge in edges[:_PLACES]):
+        return True
+    ordering = [node for node in places if kind_of(node) in _ORDERING]
+    return any(_ordered_together(node, found) for node in ordering[:_PLACES])
+
+
+def _ordered_together(node: Node, found: Walk) -> bool:
+    """Whether entries among which the largest are looked for come from several examples."""
+    before, number = node.next_functions[0]
+    shape = shape_of(before, number)
+    if before is None or not shape:
+        return False
+    dims = _dims(node, len(shape))
+    weights = torch.zeros_like(ones_for(GradientEdge(before, number)))
+    weights[tuple(slice(None) if axis in dims else 0 for axis in range(len(shape)))] = 1.0
+    return examples_of(GradientEdge(before, number), found, weights) > 1
+
+
+def _meet_in(edge: GradientEdge, loss: Tensor, found: Walk) -> bool:
+    """Whether an entry of a tensor, which the loss uses, depends on several examples; some are tried."""
+    gradient = torch.autograd.grad(loss, edge, retain_graph=True, allow_unused=True)[0]
+    used = torch.empty(0, dtype=torch.long) if gradient is None else gradient.flatten().nonzero()[:, 0]
     for number in range(min(_SOME, len(used))):  # not all on a diagonal
         at = int(used[min(len(used) * number // _SOME + number, len(used) - 1)])
         weights = torch.zeros_like(ones_for(edge))

@@ -44,7 +44,7 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2:
         return
-    doubts = ((node, why) for node in _single_numbers(loss) if (why := _doubt(node, n)))
+    doubts = ((node, why) for node in _single_numbers(loss) if (why := _doubt(node, n) or _uneven(node, found, n)))
     for node, why in itertools.islice(doubts, _MOST):
         together = max((examples_of(edge, found) for edge in _inputs(node)), default=0)
         if together > 1:
@@ -128,6 +128,19 @@ def _doubt(node: Node, n: int) -> str:
         entries = _chosen(*inputs[0])
         return "" if entries % n == 0 else f"takes the mean of {entries} entries that were chosen"
     return ""
+
+
+def _uneven(node: Node, found: Walk, n: int) -> str:
+    """What is wrong with a mean over numbers that each come from one example, if some have more of them than others."""
+    if kind_of(node) != "Mean":
+        return ""
+    before, entries = node.next_functions[0][0], _entries(*node.next_functions[0])
+    if before is None or kind_of(before) not in ("Stack", "Cat") or entries % n == 0:
+        return ""
+    parts = [GradientEdge(one, number) for one, number in before.next_functions if one is not None]
+    if any(examples_of(part, found) > 1 for part in parts[:_MOST]):
+        return ""  # of several losses, each of all examples
+    return f"takes the mean of {entries} numbers, of which some examples have more than others"
 
 
 def _chosen(node: Node | None, number: int) -> int:

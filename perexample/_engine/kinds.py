@@ -60,7 +60,7 @@ _POINTWISE = names(
     "logsigmoid threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh"
 )
 _FILLS = names("full_like new_full new_tensor")
-_SIZED = names("arange zeros ones empty eye linspace rand randn")  # data says at most how large it is
+_SIZED = names("zeros ones empty eye rand randn")  # data says at most how large it is
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 

@@ -80,7 +80,8 @@ class Operation:
         if any(inside_functorch(t) for t in outputs):
             return out
         if self.lost is not None:
-            lose(outputs, self.lost)
+            several = any(isinstance(place, Lost) and t.numel() > 1 for t, place in self.tracked)
+            lose(outputs, self.lost, meets=several)
             for t, place in before:
                 self.record.wrote |= place is None
                 wrote(t, place, self.lost)
@@ -177,7 +178,7 @@ class Operation:
         made = next((place.space.made for _, place in self.tracked if place.space.made), "")
         by = f" (from {made})" if made else ""
         why = f"mixes examples: it is given rows of different ones, or in different orders{by}"
-        return [self._lost(why, True)] * len(outputs)
+        return [Lost(self.record, self._called(), why, True, meets=True)] * len(outputs)
 
     def _moves_by_data(self) -> bool:
         """Whether the entries' new order may differ from call to call."""
@@ -341,14 +342,15 @@ def parted(output: Any) -> Any:
         return map_tensors(lambda t: t.clone() if t.requires_grad else t, output)
 
 
-def lose(outputs: Iterable[Tensor], lost: Lost) -> None:
+def lose(outputs: Iterable[Tensor], lost: Lost, *, meets: bool = False) -> None:
     """Mark outputs in which the examples cannot be told apart.
 
-    A single number is what a loss is made of, and joins the examples rightly; anything else must not reach the loss.
+    A single number is what a loss is made of, and joins the examples rightly, unless they met before; anything else
+    must not reach the loss.
     """
     for t in outputs:
         put(t, lost)
-        if t.numel() > 1 and t.grad_fn is not None:
+        if (t.numel() > 1 or lost.meets or meets) and t.grad_fn is not None:
             metadata(t.grad_fn).setdefault(LOST, lost)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from .kinds import base_name
 from .table import place_of
 
 _TRIALS = 4
+_OWN = 2  # further trials on rows of the batch itself, for functions that are not defined everywhere
 _FEW = (3, 5)  # rows; powers of two would hide rotations
 _UNCHECKED = {"lstm"}  # reads beyond its states if these have fewer rows than its input: no other numbers of rows
+
+
+_UNTRIED = "cannot be tried on other values"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class _Made:
         self.generator = torch.Generator().manual_seed(rows + 1000 * trial)
         self.constants: dict[int, Tensor] = {}
         self.tracked = [t for t in tensors_in((args, kwargs)) if isinstance(place_of(t), Place)]
+        self.own = (torch.arange(rows) * (trial - _TRIALS)) if trial > _TRIALS else None
         self.values = [self._values(t) for t in self.tracked]
 
     def _values(self, t: Tensor, old: Tensor | None = None) -> Tensor:
@@ -65,6 +71,8 @@ class _Made:
         shape = list(t.shape)
         if place.axis is not None:
             shape[place.axis] = place.outer * self.rows * place.inner
+        if self.own is not None:
+            return self._rows_of(t, place, self.own + (old is not None))
         if self.trial == _TRIALS and old is None:
             return t.detach().clone()
         if t.dtype == torch.bool:
@@ -80,6 +88,14 @@ class _Made:
         if t.is_complex():
             return torch.complex(self._numbers(shape), self._numbers(shape)).to(t)
         return self._numbers(shape).to(t)
+
+    def _rows_of(self, t: Tensor, place: Place, numbers: Tensor) -> Tensor:
+        """Rows of the batch, of all arguments the same ones."""
+        if place.axis is None:
+            return t.detach().clone()
+        rows = t.detach().unflatten(place.axis, (place.outer, -1, place.inner))
+        numbers = (numbers % rows.shape[place.axis + 1]).to(t.device)
+        return rows.index_select(place.axis + 1, numbers).flatten(place.axis, place.axis + 2)
 
     def rolled(self, rows: Tensor) -> list[Tensor]:
         """The real values, with those of some rows replaced by their neighbours'."""
@@ -189,9 +205,12 @@ def _forms_of(
 def _over_trials(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], rows: int, count: int) -> list[Form]:
     """What the trials on one number of rows show together."""
     forms: list[Form] = []
-    for trial in range(_TRIALS):
-        forms = _judged(func, args, kwargs, outputs, rows, (count, trial))
-        if all(not form.why for form in forms) or any(form.mixes for form in forms):
+    for trial in (*range(_TRIALS), *range(_TRIALS + 1, _TRIALS + 1 + _OWN)):
+        if trial > _TRIALS and not any(form.why.startswith(_UNTRIED) for form in forms):
+            break
+        found = _judged(func, args, kwargs, outputs, rows, (count, trial))
+        forms = [old if old is not None and not old.why else new for old, new in zip_longest(forms, found)]
+        if all(not form.why for form in forms) or any(form.mixes for form in found):
             return forms
     return forms
 
@@ -225,7 +244,7 @@ def _judged(
         forms = _tried(func, args, kwargs, *trial)
     except Exception as error:  # noqa: BLE001 - whatever an operation raises on other values or sizes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return [Form(why=f"cannot be tried on other values ({reason})")] * len(outputs)
+        return [Form(why=f"{_UNTRIED} ({reason})")] * len(outputs)
     if len(forms) != len(outputs):
         return [Form(why="gives a number of results that depends on the examples")] * len(outputs)
     return [

@@ -149,8 +149,21 @@ class Record:
                 by = f" (from {place.space.made})" if place.space.made else ""
                 why = f"returns the examples in another order than it was given them{by}, so that targets do not fit"
                 lose([t], Lost(self, where, why, True))
+            elif lost is None and isinstance(place, Place) and self._of_one(place, t):
+                why = (
+                    f"returns rows for {self.space.rows} examples that were computed from one of them, and constants "
+                    f"beside it, which do not tell whose they are; compute what stands for an example without data "
+                    f"from its own row of a batch (a mask times a default, torch.where)"
+                )
+                lose([t], Lost(self, f"`{self.root_name}`", why, True, meets=True))
             elif lost is not None and t.grad_fn is not None:
                 metadata(t.grad_fn)[LOST] = lost
+
+    def _of_one(self, place: Place, t: Tensor) -> bool:
+        """Whether a tensor that should have a row for each example has the data of a single one."""
+        if place.axis is not None or place.space.rows != 1 or self.space.rows <= 1:
+            return False
+        return t.dim() > self.batch_dim and t.shape[self.batch_dim] == self.space.rows
 
     def _reordered(self, place: Place) -> bool:
         """Whether rows are all examples, but each in another's place."""
