@@ -132,6 +132,8 @@ COUPLED = {
     "two, weighted by themselves": lambda out: torch.stack([F.mse_loss(out, AIMS), each(out).mean()]).softmax(0)[0],
     "root of the mean of a stack": lambda out: torch.stack([each(out)[i] for i in range(N)]).mean().sqrt(),
     "one of two": lambda out: torch.stack([F.mse_loss(out, AIMS).sqrt(), each(out).mean()]).sum(),
+    "those that are there": lambda out: torch.stack([each(out)[i] for i in (0, 2, 3)]).mean(),
+    "all tokens of those": lambda out: torch.cat([out[0, :3], out[2], out[3, :1]]).mean(),
 }
 LINEAR = {
     "two": lambda out: 0.3 * each(out).mean() + 2 * F.mse_loss(out, AIMS) - 1,
@@ -152,6 +154,8 @@ LINEAR = {
     "roots one by one": lambda out: sum(F.mse_loss(out[i], AIMS[i]).sqrt() for i in range(N)) / N,
     "norms one by one": lambda out: torch.stack([torch.linalg.norm(out[i] - AIMS[i]) for i in range(N)]).mean(),
     "masks one by one": lambda out: sum((out[i] * MASK[:4]).sum() / MASK[:4].sum() for i in range(N)) / N,
+    "a mean of several, of all": lambda out: torch.stack([each(out).mean(), out.mean(), F.mse_loss(out, AIMS)]).mean(),
+    "as many of each": lambda out: torch.cat([out[i, :2] for i in range(N)]).mean(),
     "choices one by one": lambda out: sum(out[i][MASK[:4] > 0].mean() for i in range(N)) / N,
 }
 
@@ -222,6 +226,14 @@ MEETING = {
     "frequencies": lambda out: torch.fft.fft(out, dim=0).abs().mean(),
     "the next": lambda out: (out[1:] * out[:-1]).sum() / N,
     "beside what has no second derivative": lambda out: 0.5 * (alignment(out) + 2 * out.std(0).mean()),
+    "hinges of pairs": lambda out: F.relu(1 - out[:, :1] + out[:, 0]).mean(),
+    "ranks": lambda out: F.margin_ranking_loss(out[:-1], out[1:], torch.ones(N - 1, 4), margin=0.5),
+    "absolute differences": lambda out: (out[:, None] - out[None]).abs().mean(),
+    "total variation": lambda out: (out[1:] - out[:-1]).abs().sum() / N,
+    "the largest of each column": lambda out: out.amax(0).mean(),
+    "in order": lambda out: (out.sort(0).values - AIMS).abs().mean(),
+    "clamped differences": lambda out: (out - out.flip(0)).clamp(-0.5, 0.5).square().mean(),
+    "the larger of two": lambda out: torch.maximum(out, out[NEXT]).mean(),
     "beside what is infinite": lambda out: out[1] @ out[3] + (out * WEIGHTS).square().sum(1).mean(),
 }
 APART = {
@@ -241,6 +253,12 @@ APART = {
     "distances of partners": lambda out: torch.cdist(out, out + ANGLES).diagonal().exp().mean(),
     "parts of each": lambda out: out.view(2 * N, 2).log_softmax(1)[:, 0].mean(),
     "a constant of all": lambda out: (out - out.mean().detach()).square().mean(),
+    "hinges of each": lambda out: F.relu(1 - out[:, :1] + out[:, 1:]).mean(),
+    "hinges of each, turned": lambda out: F.relu(out.t()[1:] - out.t()[:1]).mean(),
+    "the largest of each": lambda out: out.t().amax(0).mean(),
+    "in order, in each": lambda out: (out.t().sort(0).values - AIMS.t()).abs().mean(),
+    "differences from constants": lambda out: (out[:, None] - AIMS[None]).abs().mean(),
+    "kinks of a table that all share": lambda out: (out[NEXT] - out[NEXT].detach().roll(1, 0)).abs().mean(),
 }
 
 

@@ -886,3 +886,181 @@ def test_many_like_positions_are_added_exactly(length, kind):
     counted = length - 7 * torch.arange(3).double() * (kind == "ragged rows")
     true = scale.double() * counted * 2**0.5  # of weight and bias
     assert ((true - clipping.norms) / true).max() < 1e-6
+
+
+# ------------------------------------------------------------------------ what a third reader found, and stays whole
+
+
+class Users(nn.Module):
+    """The mean of what a user has, and zeros where there is nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.item, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, history, counts):
+        rows = [
+            self.item(h[:k]).mean(0) if k else torch.zeros(4).double()
+            for h, k in zip(history, counts.tolist(), strict=True)
+        ]
+        return self.head(torch.stack(rows))
+
+
+@pytest.mark.parametrize("counts", [[3, 0], [0, 2, 0], [0, 0, 0, 1], [1, 2, 0], [2, 2]])
+def test_one_example_beside_constants(counts):
+    """Whose the constants are cannot be told where one example alone has data; it must not be that one's."""
+    torch.manual_seed(0)
+    model, n = extend(Users().double()), len(counts)
+    history, counts = torch.randint(9, (n, 5)), torch.tensor(counts)
+    y = torch.arange(n) % 3
+    loss = F.cross_entropy(model(history, counts), y)
+    if int((counts > 0).sum()) == 1:
+        with (
+            perex(BatchGrad()),
+            pytest.raises(CrossExampleError, match=r"rows for \d examples that were computed from"),
+        ):
+            F.cross_entropy(model(history, counts), y).backward()
+        return
+    with perex(BatchGrad()):
+        loss = F.cross_entropy(model(history, counts), y)
+        loss.backward()
+    for i in range(n):
+        own = F.cross_entropy(model(history[i : i + 1], counts[i : i + 1]), y[i : i + 1])
+        wanted = torch.autograd.grad(own, model.head.weight)[0]
+        torch.testing.assert_close(model.head.weight.grad_batch[i], wanted)
+
+
+LOSSES_INSIDE = {
+    "in another order": lambda h, y: F.cross_entropy(h.flip(0), y),
+    "neighbours": lambda h, y: F.l1_loss(h[1:], h[:-1]),
+    "halves": lambda h, y: F.margin_ranking_loss(h[:3, 0], h[3:, 0], torch.ones(3)),
+    "shuffled": lambda h, y: F.mse_loss(h[torch.tensor([3, 1, 0, 5, 4, 2])], h),
+    "weights of the batch": lambda h, y: F.binary_cross_entropy_with_logits(
+        h[:, :2], h.detach()[:, 2:].sigmoid(), pos_weight=y.bincount(minlength=2)[:2].float()
+    ),
+}
+OWN_INSIDE = {
+    "cross-entropy": lambda h, y: F.cross_entropy(h, y),
+    "both in another order": lambda h, y: F.cross_entropy(h.flip(0), y.flip(0)),
+    "parts of each": lambda h, y: F.l1_loss(h[:, 1:], h[:, :-1]),
+    "weights": lambda h, y: F.cross_entropy(h, y, weight=torch.ones(4)),
+    "a mask of a selection": lambda h, y: F.mse_loss(h.unflatten(1, (2, 2)), h.detach().unflatten(1, (2, 2)).exp()),
+}
+
+
+class WithLoss(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.layer, self.loss = nn.Linear(3, 4), loss
+
+    def forward(self, x, y):
+        return self.loss(self.layer(x), y)
+
+
+@pytest.mark.parametrize("name", LOSSES_INSIDE)
+def test_losses_inside_of_a_model_in_which_examples_meet(name):
+    model = extend(WithLoss(LOSSES_INSIDE[name]))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        model(torch.randn(6, 3), torch.arange(6) % 4).backward()
+
+
+@pytest.mark.parametrize("name", OWN_INSIDE)
+def test_losses_inside_of_a_model_of_each_example(name):
+    torch.manual_seed(0)
+    model, x, y = extend(WithLoss(OWN_INSIDE[name]).double()), torch.randn(6, 3).double(), torch.arange(6) % 4
+    if name == "weights":
+        model.loss = lambda h, y: F.cross_entropy(h, y, weight=torch.ones(4, dtype=h.dtype))
+    with perex(BatchGrad()):
+        model(x, y).backward()
+    for i in range(6):
+        wanted = torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]), model.layer.weight)[0]
+        torch.testing.assert_close(model.layer.weight.grad_batch[i], wanted)
+
+
+@pytest.mark.parametrize(
+    "centres", [lambda x: torch.linspace(x.min(), x.max(), 4), lambda x: torch.arange(x.min(), x.min() + 3.5)]
+)
+def test_ranges_between_values_of_the_batch(centres):
+    model = extend(naive.Lambda(lambda self, x: (self.a(x) - centres(x)).square(), a=nn.Linear(3, 4)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        model(torch.randn(5, 3)).mean().backward()
+
+
+def test_ranges_of_sizes():
+    """A mask of lengths: how long it is depends on the batch, what it holds does not."""
+
+    def masked(self, x, lengths):
+        mask = torch.arange(lengths.max())[None] < lengths[:, None]
+        return self.a(x[:, : mask.shape[1]] * mask[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    model = extend(naive.Lambda(masked, a=nn.Linear(3, 4)).double())
+    x, lengths = torch.randn(4, 5, 3).double(), torch.tensor([2, 4, 1, 3])
+    with perex(BatchGrad()):
+        model(x, lengths).square().sum(1).mean().backward()
+    for i in range(4):
+        mask = torch.zeros(4).double()
+        mask[: lengths[i]] = 1
+        own = model.a(x[i, :4] * mask[:, None]).sum(0).square().sum()
+        torch.testing.assert_close(model.a.weight.grad_batch[i], torch.autograd.grad(own, model.a.weight)[0])
+
+
+def positive(h):
+    return h.unflatten(1, (2, 2)) @ h.unflatten(1, (2, 2)).mT + torch.eye(2, dtype=h.dtype)
+
+
+DOMAINS = {
+    "cholesky": lambda h: torch.linalg.cholesky(positive(h)).flatten(1),
+    "normal": lambda h: torch.distributions.MultivariateNormal(h[:, :2], positive(h)).log_prob(
+        h[:, 2:].detach()
+    )[:, None],
+    "cross-entropy": lambda h: F.binary_cross_entropy(h.sigmoid(), h.detach().tanh().abs(), reduction="none"),
+    "logarithm of the determinant": lambda h: torch.logdet(positive(h))[:, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+@pytest.mark.parametrize("name", DOMAINS)
+def test_functions_that_are_not_defined_everywhere(name, n):
+    """They are tried on rows of the batch itself."""
+    torch.manual_seed(0)
+    model, x = (
+        extend(naive.Lambda(lambda self, x: DOMAINS[name](self.a(x)), a=nn.Linear(3, 4)).double()),
+        torch.randn(n, 3),
+    )
+    x = x.double()
+    with perex(BatchGrad()):
+        model(x).sum(1).mean().backward()
+    for i in range(n):
+        wanted = torch.autograd.grad(model(x[i : i + 1]).sum(), model.a.weight)[0]
+        torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)
+
+
+def test_functions_with_a_domain_that_mix():
+    """The batch's own rows show it too."""
+
+    def mixed(self, x):
+        return F.binary_cross_entropy(self.a(x).sigmoid(), (x @ x.T).sigmoid()[:, :4], reduction="none").cumsum(0)
+
+    model = extend(naive.Lambda(mixed, a=nn.Linear(3, 4)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        model(torch.randn(5, 3)).mean().backward()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_added_in_place_for_any_number_of_examples(n):
+    """Poisson batches may have one, which then owns all entries."""
+
+    def spread(self, x):
+        h = self.a(x)
+        out = h.new_zeros(len(x) * 3, 4)
+        out.index_add_(0, torch.arange(len(x)) * 3 + 1, h)
+        return out.unflatten(0, (-1, 3)).square().sum(1)
+
+    torch.manual_seed(0)
+    model, x = extend(naive.Lambda(spread, a=nn.Linear(3, 4)).double()), torch.randn(n, 3).double()
+    with perex(BatchGrad()):
+        model(x).sum(1).mean().backward()
+    for i in range(n):
+        wanted = torch.autograd.grad(model(x[i : i + 1]).sum(), model.a.weight)[0]
+        torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)

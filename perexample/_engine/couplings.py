@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .._private import metadata, ones_for, options_of, saved
 from ..errors import CrossExampleError
-from .joins import examples_of, kind_of, nearest_taps, shape_of
+from .joins import examples_of, kind_of, nearest_taps, owners_of, shape_of
 from .kinds import names
 from .state import STATE
 from .tap import KEY, Tap
@@ -292,7 +292,24 @@ def _meet_at_kinks(nodes: list[Node], places: list[Node], loss: Tensor, found: W
     if any(_meet_in(edge, loss, found) for edge in edges[:_PLACES]):
         return True
     ordering = [node for node in places if kind_of(node) in _ORDERING]
-    return any(_ordered_together(node, found) for node in ordering[:_PLACES])
+    compared = [node for node in nodes if kind_of(node) in ("Maximum", "Minimum")]
+    return any(_ordered_together(node, found) for node in ordering[:_PLACES]) or any(
+        _compared_with_others(node, loss, found) for node in compared[:_PLACES]
+    )
+
+
+def _compared_with_others(node: Node, loss: Tensor, found: Walk) -> bool:
+    """Whether the larger or smaller of two entries is taken that come from different examples."""
+    given = [GradientEdge(one, number) for one, number in node.next_functions if one is not None]
+    gradient = torch.autograd.grad(loss, GradientEdge(node, 0), retain_graph=True, allow_unused=True)[0]
+    used = [] if gradient is None else gradient.flatten().nonzero()[:_SOME, 0].tolist()
+    for at in used:
+        chosen = torch.zeros_like(ones_for(GradientEdge(node, 0)))
+        chosen.view(-1)[at] = 1.0
+        owners = [owners_of(edge, found, chosen.sum_to_size(ones_for(edge).shape)) for edge in given]
+        if len(set().union(*owners)) > 1:
+            return True
+    return False
 
 
 def _ordered_together(node: Node, found: Walk) -> bool:
