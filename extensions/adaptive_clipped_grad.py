@@ -13,7 +13,7 @@ from perexample._arguments import positive
 from perexample.errors import ConfigurationError, StaleGradientError
 
 from .clip import Clip
-from .clipped_grad import ClippedGrad
+from .clipped_grad import CLIP_ALIKE, ClippedGrad
 
 _LARGEST_EXPONENT = 700.0  # exp of more is not a float64
 
@@ -233,6 +233,9 @@ class AdaptiveClippedGrad(ClippedGrad):
         least, largest = self.bounds
         if not least <= max_norm <= largest:
             raise ConfigurationError(f"{name} is {max_norm:g}, outside of bounds=({least:g}, {largest:g}).")
+
+
+CLIP_ALIKE.add(AdaptiveClippedGrad)
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float]:

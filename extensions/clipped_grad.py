@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perexample._arguments import positive
 from perexample._looks import holds
 from perexample._private import added_up, version
-from perexample.errors import ConfigurationError, NonFiniteExampleWarning, StaleGradientError
+from perexample.errors import ConfigurationError, ExtensionError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
 
 from .clip import Clip, Flat, bounded, make_clip
@@ -101,6 +101,7 @@ class ClippedGrad(Extension):
     field = "clipped_sum"
     joint = True
     late_sums = True
+    looks_at_sums = True
 
     def __init__(
         self,
@@ -279,6 +280,11 @@ class ClippedGrad(Extension):
         staged.group_norms = {group: l2.sqrt() for group, l2 in squares.items()}
         results = {}
         for group, vs in members.items():
+            if self._lent is not None:  # a larger bound than that of the recording, beyond which sums may overflow
+                holds(
+                    self._limit(group, device) * max(1, len(total))
+                    <= max(Weights.SAFE, self._bound(group) * len(total))
+                )
             factors = self._weights(staged.group_norms[group], finite, self._limit(group, device))
             largest = 1.0 if type(self.clip) is Flat else None
             weights = Weights(factors, most=self._bound(group), largest=largest)
@@ -316,8 +322,14 @@ class ClippedGrad(Extension):
             It.
 
         Raises:
+            ExtensionError: For a subclass, which may clip otherwise.
             StaleGradientError: If sums are under way.
         """
+        if type(self) not in CLIP_ALIKE:
+            raise ExtensionError(
+                f"{type(self).__name__} is a subclass of ClippedGrad, and a recorded step would clip as ClippedGrad "
+                f"does; override recording, which returns what is to be asked in its place."
+            )
         if self.examples:
             raise StaleGradientError(
                 "ClippedGrad has sums that no step has used; call zero_grad before a step is recorded with it."
@@ -458,6 +470,9 @@ class ClippedGrad(Extension):
                 f"perex(clipping) before the next step."
             )
         return value
+
+
+CLIP_ALIKE: set[type] = {ClippedGrad}  # classes that clip as ClippedGrad does
 
 
 def _refuse_written(entry: _Entry, value: Tensor) -> None:

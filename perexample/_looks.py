@@ -26,7 +26,7 @@ class Notes:
         excesses: Tensors whose entries should be at most 0, and finite.
         norms: Tensors whose entries should be below `_LARGE`.
         found: What was found out by looking, one after the other.
-        by_model: Whether the model or its loss has looked at a value, which may say something of the whole batch.
+        by_model: Whether the model or its loss has looked at a value that comes from the batch, of all of it perhaps.
     """
 
     def __init__(self, before: Sequence[Any] | None = None) -> None:
@@ -166,11 +166,12 @@ def found_out(finding: Callable[[], Any]) -> Any:
     return finding() if notes is None else notes.found_out(finding)
 
 
-def model_looks(same: Callable[[], Tensor]) -> bool:
+def model_looks(same: Callable[[], Tensor], *, at_batch: bool) -> bool:
     """Note that the model has looked at a value.
 
     Args:
         same: Tells whether it would see the same again.
+        at_batch: Whether it comes from the batch.
 
     Returns:
         Whether anything is noted now.
@@ -179,7 +180,7 @@ def model_looks(same: Callable[[], Tensor]) -> bool:
     if notes is None:
         return False
     notes.conditions.append(same())
-    notes.by_model = True
+    notes.by_model |= at_batch
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,13 +32,13 @@ class StaticBatch:
 
     def __init__(self, batch: tuple, device: torch.device) -> None:
         """Copy it twice."""
+        self._form = _form(batch)
         self.size = _number(batch)
         if self.size < 1:
             raise BatchAxisError(
                 "RecordedStep needs a batch of one example or more to be recorded with, as many examples on the first "
                 "axis of each tensor."
             )
-        self._form = _form(batch)
         self.own = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
         self._spare = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
         self.real = torch.ones(self.size, dtype=torch.bool, device=device)
@@ -82,6 +83,12 @@ class StaticBatch:
         self._filled = n
         return n
 
+    def refill(self) -> None:
+        """Let other ones of the examples that it was made with stand for those that the batch does not have."""
+        for t, spare in zip(tensors_of(self.own), tensors_of(self._spare), strict=True):
+            t[self._filled :].copy_(spare.roll(self._filled + 1, 0)[self._filled :])
+        self._filled = self.size  # so that they are put back
+
     def others(self, n: int) -> tuple:
         """A batch of n of its own examples, in another order."""
         return map_tensors(lambda t: t.roll(1, 0)[:n].clone(), self._spare)
@@ -96,18 +103,25 @@ def _number(batch: Any) -> int:
 def _form(tree: Any) -> Any:
     """Structure, shapes and types, and all that is no tensor."""
     if isinstance(tree, Tensor):
+        if tree.layout is not torch.strided or tree.is_quantized or not tree.dim():
+            kind = "a number" if not tree.dim() else "a quantized one" if tree.is_quantized else str(tree.layout)
+            raise ConfigurationError(
+                f"RecordedStep takes batches of dense tensors with the examples on their first axis, and one is "
+                f"{kind}; make it dense, or let the loss have it in another way."
+            )
         return "tensor", tree.shape[1:], tree.dtype
     if isinstance(tree, Mapping):
         return type(tree), tuple((key, _form(value)) for key, value in tree.items())
     if isinstance(tree, (tuple, list)):
         return type(tree), tuple(map(_form, tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return type(tree), tuple((field.name, _form(getattr(tree, field.name))) for field in dataclasses.fields(tree))
     if type(tree) in PLAIN:
         return type(tree), tree
-    if not tensors_of(tree):
-        raise ConfigurationError(
-            f"RecordedStep takes batches of tensors; a {type(tree).__name__} would be that of the recording for ever."
-        )
-    return type(tree), tuple(_form(t) for t in tensors_of(tree))
+    raise ConfigurationError(
+        f"RecordedStep takes batches of tensors, in tuples, lists, mappings and dataclasses; a {type(tree).__name__} "
+        f"would be that of the recording for ever."
+    )
 
 
 def _lie_alike(t: Tensor, other: Tensor) -> bool:

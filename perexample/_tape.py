@@ -89,6 +89,7 @@ class Tape(TorchDispatchMode):
         self.writes_inputs = False
         self._memories: set[int] = set()  # of all that operations have made
         self._changing: set[int] = set()  # memory that may hold other values in a replay
+        self._of_batch: set[int] = set()  # the same, if they come from the inputs or by chance
 
     def record(self, function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Any:
         """Call a function and record what it does.
@@ -104,7 +105,7 @@ class Tape(TorchDispatchMode):
             ConfigurationError: If it looks at values.
         """
         for t in inputs:
-            self._number(t)
+            self._of_batch.add(self._number(t))
         try:
             with self:
                 found = function()
@@ -160,13 +161,19 @@ class Tape(TorchDispatchMode):
         if name in _WRITES_STATISTICS:
             self._written.update(self._root(t) for t in given[1:])
         known = {id(t) for t in given}
-        of_numbers = not given and torch.Tag.nondeterministic_seeded not in func.tags and not name.startswith("empty")
-        if func._schema.is_mutable and any(self._may_change(t) for t in given):
-            self._changing.update(map(self._root, given))
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        of_numbers = not given and not name.startswith("empty")
         results = [
             -1 if not isinstance(t, Tensor) or id(t) in known else self._number(t, given, of_numbers=of_numbers)
             for t in (found if isinstance(found, (tuple, list)) else [found])
         ]
+        roots = {self._roots[number] for number in results if number >= 0}
+        if func._schema.is_mutable:
+            roots.update(map(self._root, given))
+        if drawn or (func._schema.is_mutable and any(self._may_change(t) for t in given)):
+            self._changing.update(roots)
+        if drawn or any(self._comes_from_batch(t) for t in given):
+            self._of_batch.update(roots)
         self._calls.append(_Call(func, own_args, own_kwargs, results))
         return found
 
@@ -181,7 +188,7 @@ class Tape(TorchDispatchMode):
                     return equal if found else ~equal
                 return (args[0] == found).all()
 
-        return model_looks(same)
+        return model_looks(same, at_batch=any(map(self._comes_from_batch, tensors_of(args))))
 
     def _is_known(self, view: Tensor, of: Tensor) -> bool:
         """Whether a view shows what another tensor shows, which then stands for it; those of constants are constant."""
@@ -229,6 +236,10 @@ class Tape(TorchDispatchMode):
         """Whether a tensor may hold other values in a replay: all but what is made of numbers alone, as by arange."""
         number = self._slot(t)
         return number is None or self._roots[number] in self._changing
+
+    def _comes_from_batch(self, t: Tensor) -> bool:
+        number = self._slot(t)
+        return number is not None and self._roots[number] in self._of_batch
 
     def _named(self, t: Tensor) -> _Slot:
         number = self._slot(t)

@@ -3,45 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._engine.record import Enter, Exit
 from .extension import Extension
 
-_SETTINGS = frozenset({int, float, bool, str, type(None)})
-_SettingKey = tuple[str, str, str]
+_PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+_KEPT_BY_TORCH = frozenset(vars(nn.Module()))
+_HOOKS_OF_TORCH = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DEPTH = 4  # of objects inside of settings
+Key = tuple[str, str, str]
+State = dict[Key, Any]
 
 
-def state_of(model: nn.Module, extensions: Sequence[Extension], device: torch.device) -> dict[_SettingKey, Any]:
+def state_of(model: nn.Module, device: torch.device) -> State:
     """All that a replay would not know of if it changed, by where it is; `described` says what that is."""
-    found: dict[_SettingKey, Any] = {("", "autocast", ""): _autocast(device)}
+    found: State = {("", "autocast", ""): _autocast(device)}
+    seen: dict[int, Any] = {}
     for path, module in model.named_modules():
         kind, own = type(module).__name__, vars(module)
         found[path, kind, ""] = id(module)
-        found[path, kind, _HOOKS] = tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"]), own.get("forward")
+        hooks = [
+            [key for key, hook in own[name].items() if type(hook) not in (Enter, Exit)] for name in _HOOKS_OF_TORCH
+        ]
+        found[path, kind, _HOOKS] = hooks, own.get("forward")
         found[path, kind, _PARTS] = [
             _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
         ]
         for name, value in own.items():
-            if type(value) in _SETTINGS:
-                found[path, kind, name] = value
-            elif isinstance(value, Tensor) and value.is_leaf:  # else it is computed in each forward
-                found[path, kind, name] = _identity(value)
+            if name == "training" or name not in _KEPT_BY_TORCH:
+                found[path, kind, name] = value if type(value) in _PLAIN else _frozen(value, seen)
+    return found
+
+
+def settings_of(extensions: Sequence[Extension]) -> State:
+    """The same of extensions: of one that has a stand-in in a recording how it clips, else all that it has."""
+    found: State = {}
     for extension in extensions:
-        for name in ("clip", "groups"):
-            value = getattr(extension, name, None)
-            settings = repr(vars(value)) if hasattr(value, "__dict__") else ""
-            copied = dict(value) if isinstance(value, Mapping) else id(value)
-            found["", type(extension).__name__, name] = copied, settings
+        own = type(extension).recording is not Extension.recording
+        names = ("clip", "groups") if own else tuple(vars(extension))
+        for name in names:
+            found["", type(extension).__name__, name] = _frozen(getattr(extension, name, None), {})
     return found
 
 
 _HOOKS, _PARTS = "a hook or the forward", "a parameter or buffer"
 
 
-def described(key: _SettingKey) -> str:
+def what_differs(now: State, before: State, except_for: frozenset[Key] = frozenset()) -> Key | None:
+    """The first thing that is not as it was."""
+    if now == before:
+        return None
+    for key in [*now, *before]:
+        if key not in except_for and now.get(key, _PARTS) != before.get(key, _PARTS):
+            return key
+    return None
+
+
+def described(key: Key) -> str:
     """What a part of the state is, for a message."""
     path, kind, name = key
     if kind == "autocast":
@@ -50,6 +73,34 @@ def described(key: _SettingKey) -> str:
     if not name:
         return where
     return f"{name if name in (_HOOKS, _PARTS) else f'`{name}`'} of {where}"
+
+
+def _frozen(value: Any, seen: dict[int, Any], depth: int = _DEPTH) -> Any:
+    """Something that is equal as long as a setting is, of nested ones too; what is known from elsewhere is taken."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is float:
+        return repr(value)  # a NaN is what it was
+    if isinstance(value, Tensor):
+        return _identity(value) if value.is_leaf else kind  # else it is computed in each forward
+    if isinstance(value, (nn.Module, type, ModuleType)) or depth == 0:
+        return id(value)
+    if isinstance(value, MethodType):
+        return value.__func__, id(value.__self__)
+    if id(value) not in seen:
+        seen[id(value)] = id(value)  # of what holds itself
+        seen[id(value)] = _parts(value, seen, depth - 1)
+    return seen[id(value)]
+
+
+def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
+    if isinstance(value, Mapping):
+        return type(value), [(_frozen(k, seen, depth), _frozen(v, seen, depth)) for k, v in value.items()]
+    if isinstance(value, (tuple, list)):
+        return type(value), [_frozen(one, seen, depth) for one in value]
+    own = getattr(value, "__dict__", None) or {}
+    return id(value), [(name, _frozen(one, seen, depth)) for name, one in own.items()]
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:

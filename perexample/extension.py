@@ -29,6 +29,8 @@ class Extension:
     Attributes:
         field: Name of the attribute on each parameter.
         joint: Whether `finish` asks the views for more than `compute` did.
+        looks_at_sums: Whether sums over the examples are looked at for what is not finite, as an example with a loss of
+            0 may add: 0 times infinity.
         late_sums: Whether `finish` does with what `weighted_sum` returns nothing but hand it on; what it is to be added
             to is an argument. Then sums may be filled in after it, which ``perex(max_memory=...)`` needs.
     """
@@ -36,6 +38,7 @@ class Extension:
     field: ClassVar[str]
     joint: ClassVar[bool] = False
     late_sums: ClassVar[bool] = False
+    looks_at_sums: ClassVar[bool] = False
 
     def start(self, views: Sequence[ParameterView]) -> None:
         """Called before the backward with the views of all trainable parameters; raise here what can be known."""

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ._arguments import shown
+from ._chance import random_states, set_random_states
+from ._compared import Comparison, Found
 from ._engine.context import perex
-from ._looks import noting
+from ._first_run import Seen, first_run
+from ._looks import holds, noting
 from ._precision import full_precision, reduced
 from ._private import named_parameters, version
 from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from ._unchanged import described, state_of
+from ._unchanged import described, settings_of, state_of, what_differs
 from .errors import ConfigurationError, LossError, StaleGradientError
 from .extension import Extension
-
-
-@dataclass
-class _Found:
-    """What a step has found.
-
-    Attributes:
-        held: Whether values were what they were taken for.
-        losses: Of all examples.
-        outputs: What the function of the losses has returned behind them.
-        fields: By extension and parameter.
-        more: What else the extensions have found.
-    """
-
-    held: Tensor
-    losses: Tensor
-    outputs: Any
-    fields: list[dict[str, Tensor]]
-    more: list[Any]
 
 
 class RecordedStep:
@@ -68,7 +53,8 @@ class RecordedStep:
 
     What ``losses`` does on the host is recorded as it was: Python numbers, prints, the tensors that its variables were
     bound to. Where it looks at values (``item()``, ``if``), a batch for which it would see others is run as usual, and
-    so is one with fewer examples; on a GPU it cannot. The model must stay on its device, in its
+    so is one with fewer examples; on a GPU it cannot. It must not write into tensors that were there before. The model
+    must stay on its device, in its
     mode, with the same parameters, settings and hooks; what has changed is an error. Optimizers, schedules, and the
     bound of `ClippedGrad` may go on as usual. Autocast belongs inside of ``losses``.
 
@@ -78,7 +64,8 @@ class RecordedStep:
             else is wanted of the forward, such as the outputs: tensors with the examples on the first axis.
         batch: As many examples as a batch may have at most, on the first axis of each tensor; values are real ones.
         extensions: One, or several.
-        options: ``strategy`` and ``room`` of `perex`.
+        strategy: As in `perex`.
+        room: As in `perex`.
 
     Attributes:
         size: How many examples a batch may have.
@@ -106,15 +93,18 @@ class RecordedStep:
         losses: Callable[..., Tensor],
         *batch: Any,
         extensions: Extension | Sequence[Extension],
-        **options: Any,
+        strategy: str = "measure",
+        room: float | None = None,
     ) -> None:
         """Run the step a few times, record it, and compare."""
-        self.model, self.losses, self.options = model, losses, options
+        self.model, self.losses = model, losses
+        self.options: dict[str, Any] = {"strategy": strategy, "room": room}
         self.extensions = [extensions] if isinstance(extensions, Extension) else list(extensions)
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values
-        perex(*self.extensions, **options)  # raises what is wrong with them
+        self._seen = Seen()
+        perex(*self.extensions, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
         for name, p in self._parameters.items():
             if is_sharded(p):
@@ -129,10 +119,16 @@ class RecordedStep:
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
         kept = torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
+        before = state_of(self.model, self._device)
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
             self._replay = self._captured() if self._device.type == "cuda" else self._taped()
-            self._compare()
-        self._as_it_was = state_of(self.model, self.extensions, self._device)
+            replay, usual = self._again, self._usual
+            comparison = Comparison(self._batch, self.extensions, replay, usual, self._seen, self._device)
+            comparison.refuse_differences(whole=self._by_model)
+        self._model_was = state_of(self.model, self._device)
+        self._settings_were = settings_of(self.extensions)
+        # What a forward leaves at the modules says nothing of what is to be done.
+        self._left = frozenset(key for key, value in self._model_was.items() if before.get(key, before) != value)
 
     @property
     def size(self) -> int:
@@ -159,15 +155,27 @@ class RecordedStep:
             for extension, asked in zip(self.extensions, self._asked, strict=True):
                 extension.prepare(asked)
             # What a model looks at may say something of the whole batch, and would not if that is filled up.
-            found = None if self._by_model and n < self.size else self._replay()
+            random = random_states(self._device) if self._seen.random else None
+            found = None if self._by_model and n < self.size else self._replayed_if_it_can()
             if found is None or not found.held.item():
                 self.repeated += 1
                 self._warn()
-                return self._as_usual(batch)
+                if random is not None:  # or what happens to be drawn would decide whether it is drawn again
+                    set_random_states(random, self._device)
+                return self.as_usual(*batch)
             self._take_over(found, n)
             return _joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
 
-    def _captured(self) -> Callable[[], _Found]:
+    def _replayed_if_it_can(self) -> Found | None:
+        """What a replay finds; nothing where it fails, as the step as usual says what is wrong, or nothing is."""
+        if self._device.type == "cuda":
+            return self._replay()
+        try:
+            return self._replay()
+        except Exception:  # noqa: BLE001 - whatever an operation raises on other values
+            return None
+
+    def _captured(self) -> Callable[[], Found]:
         """The step as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
@@ -179,13 +187,13 @@ class RecordedStep:
             with torch.cuda.graph(graph):
                 found = self._run()
 
-        def replay() -> _Found:
+        def replay() -> Found:
             graph.replay()
             return found
 
         return replay
 
-    def _taped(self) -> Callable[[], _Found]:
+    def _taped(self) -> Callable[[], Found]:
         """The step as a tape."""
         self._warm_up()
         tape = Tape()
@@ -197,7 +205,7 @@ class RecordedStep:
                 "caller's; let it work on a copy."
             )
 
-        def replay() -> _Found:
+        def replay() -> Found:
             # Also of the model's own products, as they cannot be told apart.
             full = full_precision() if reduced(["cpu"]) else nullcontext()
             with full, torch.autocast("cpu", enabled=False):  # what autocast does is on the tape
@@ -207,42 +215,16 @@ class RecordedStep:
 
     def _warm_up(self) -> None:
         """What is measured and looked at once, and what a loss is looked at for twice."""
-        before = {name: version(b) for name, b in self.model.named_buffers()}
-        for _ in range(2):
-            self._usual(self._batch.own)
-        for name, b in self.model.named_buffers():
-            if version(b) != before.get(name, version(b)):
-                raise ConfigurationError(
-                    f"This step cannot be recorded: it changes the buffer `{name}`, and would do so twice where a "
-                    f"replay has to be run as usual. Run it as usual."
-                )
+        self._seen = first_run(
+            lambda more: self._usual(self._batch.own, more), self.model, self._parameters, self._asked, self._batch.own,
+            self._device,
+        )  # fmt: skip
+        self._usual(self._batch.own)
         for _ in range(2):
             self._before = None
             self._run()
 
-    def _compare(self) -> None:
-        """Whether a replay on other examples, and on one alone, gives what these give as usual."""
-        for n in [self.size] if self._by_model or self.size == 1 else [self.size, 1]:
-            batch = self._batch.others(n)
-            torch.manual_seed(0)
-            self._batch.fill(batch)
-            found = self._again()
-            torch.manual_seed(0)
-            before = _random_states(self._device)
-            wanted = self._usual(batch)
-            drawn = before != _random_states(self._device)
-            if not found.held.item() or wanted is None or (drawn and (n < self.size or self._device.type == "cuda")):
-                continue
-            if not all(self._alike(found, wanted, n)):
-                what = "examples" if n > 1 else "numbers of examples"
-                raise ConfigurationError(
-                    f"This step cannot be recorded: for other {what} it gives something else than as usual. The model "
-                    f"or its loss depends on Python or NumPy (lists of numbers, counters, random numbers), on how many "
-                    f"examples there are (divide no loss by their number), or on what is computed from all of them "
-                    f"together. Run it as usual."
-                )
-
-    def _again(self) -> _Found:
+    def _again(self) -> Found:
         try:
             return self._replay()
         except Exception as error:
@@ -251,10 +233,10 @@ class RecordedStep:
                 f"usual."
             ) from error
 
-    def _usual(self, batch: tuple) -> _Found | None:
+    def _usual(self, batch: tuple, *more: Extension) -> Found | None:
         """The step on a batch as usual, which leaves nothing behind; ``None`` if it fails on a single example."""
         try:
-            with self._context():
+            with self._context(*more):
                 losses, outputs = _parted(self.losses(*batch))
                 if batch is self._batch.own:
                     self._check(losses, outputs)
@@ -265,20 +247,8 @@ class RecordedStep:
             return None
         return self._collected(losses, outputs, torch.ones((), dtype=torch.bool))
 
-    def _alike(self, found: _Found, wanted: _Found, n: int) -> Iterator[bool]:
-        """Whether the results are the same up to rounding."""
-        yield _near([found.losses[:n]], [wanted.losses])
-        for extension, fields, others in zip(self.extensions, found.fields, wanted.fields, strict=True):
-            first = {name: field if n == self.size else extension.of_first(field, n) for name, field in fields.items()}
-            known = {name: field for name, field in first.items() if field is not None}
-            yield first.keys() == others.keys()
-            yield _near(list(known.values()), [others[name] for name in known])
-        for name in ("outputs", "more"):
-            for a, b in zip(tensors_of(getattr(found, name)), tensors_of(getattr(wanted, name)), strict=True):
-                yield _near([a[:n]], [b])
-
-    def _context(self) -> perex:
-        return perex(*self._asked, loss_reduction="sum", grad=False, **self.options)
+    def _context(self, *more: Extension) -> perex:
+        return perex(*self._asked, *more, loss_reduction="sum", grad=False, **self.options)
 
     def _check(self, losses: Any, outputs: Any) -> None:
         if not isinstance(losses, Tensor) or losses.shape != (self.size,):
@@ -287,6 +257,12 @@ class RecordedStep:
                 f"RecordedStep: losses returned {got} for {self.size} examples; it must return the loss of each, "
                 f"[{self.size}], as with reduction='none'."
             )
+        others = [t for t in _leaves(outputs) if not isinstance(t, Tensor)]
+        if others:
+            raise LossError(
+                f"RecordedStep: losses returned {shown(others[0])} behind the losses, which would be that of the "
+                f"recording for ever; return tensors with the examples on the first axis."
+            )
         for t in tensors_of(outputs):
             if not t.dim() or len(t) != self.size:
                 raise LossError(
@@ -294,24 +270,33 @@ class RecordedStep:
                     f"tensor must have the examples on its first axis, as there may be fewer in another batch."
                 )
 
-    def _run(self) -> _Found:
+    def _run(self) -> Found:
         """The step without a look at any value; what it was taken to be is noted."""
         with noting(everywhere=self._device.type == "cuda", before=self._before) as notes, self._context():
             losses, outputs = _parted(self.losses(*self._batch.own))
             self._check(losses, outputs)
             torch.where(self._batch.real, losses, torch.zeros_like(losses)).sum().backward()
-            held = notes.all_hold(self._device)
+            found = self._collected(losses, outputs, losses)
+            self._note_sums(found)
+            found.held = notes.all_hold(self._device)
         self._before, self._by_model = notes.found, notes.by_model
-        return self._collected(losses, outputs, held)
+        return found
 
-    def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> _Found:
+    def _note_sums(self, found: Found) -> None:
+        """A loss of 0 may have a gradient that is none: 0 times infinity."""
+        for asked, fields in zip(self._asked, found.fields, strict=True):
+            for field in fields.values() if self.size > 1 and not asked.looks_at_sums else ():
+                if asked.of_first(field, 1) is field:
+                    holds(field.sum().abs() < math.inf)
+
+    def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> Found:
         """What a backward has left at the parameters, taken off them."""
         fields = [
             {name: getattr(p, asked.field) for name, p in self._parameters.items() if hasattr(p, asked.field)}
             for asked in self._asked
         ]
         losses, outputs = map_tensors(Tensor.detach, (losses, outputs))
-        found = _Found(held, losses, outputs, fields, [asked.for_replay() for asked in self._asked])
+        found = Found(held, losses, outputs, fields, [asked.for_replay() for asked in self._asked])
         for asked in self._asked:
             if hasattr(asked, "zero_grad"):
                 asked.zero_grad()
@@ -346,20 +331,25 @@ class RecordedStep:
                     if name in before and version(b) != versions[name]:
                         b.copy_(before[name])
 
-    def _take_over(self, found: _Found, n: int) -> None:
+    def _take_over(self, found: Found, n: int) -> None:
         """Leave the fields at the parameters, as a backward does."""
         results = []
         for extension, fields, more in zip(self.extensions, found.fields, found.more, strict=True):
             known = {name: (self._parameters[name], field) for name, field in fields.items()}
             results.append(extension.replayed(more, known, n, self.size))
         for extension, result in zip(self.extensions, results, strict=True):  # when nothing can fail any more
-            for name, field in result.items():
-                setattr(self._parameters[name], extension.field, field)
+            for name, p in self._parameters.items():
+                if name in result:
+                    setattr(p, extension.field, result[name])
+                elif hasattr(p, extension.field):
+                    delattr(p, extension.field)
             extension.commit()
 
-    def _as_usual(self, batch: tuple) -> Any:
-        found = as_usual(self.losses, map_tensors(lambda t: t.to(self._device), batch), self.extensions, self.options)
-        self._as_it_was = state_of(self.model, self.extensions, self._device)  # a model may count its forwards
+    def as_usual(self, *batch: Any) -> Any:
+        """Take a step without the recording, with any number of examples."""
+        batch = map_tensors(lambda t: t.to(self._device), batch)
+        found = as_usual(self.losses, batch, self.extensions, self.options)
+        self._model_was = state_of(self.model, self._device)  # a model may count its forwards
         return found
 
     def _warn(self) -> None:
@@ -373,15 +363,24 @@ class RecordedStep:
             )
 
     def _refuse_changes(self) -> None:
-        now = state_of(self.model, self.extensions, self._device)
-        if now == self._as_it_was:
-            return
-        keys = [*now, *self._as_it_was]
-        what = next(key for key in keys if now.get(key, self) != self._as_it_was.get(key, self))
-        raise StaleGradientError(
-            f"RecordedStep: {described(what)} has changed since the step was recorded, and a replay would not know of "
-            f"it; make a new RecordedStep."
-        )
+        what = what_differs(state_of(self.model, self._device), self._model_was, self._left)
+        what = what or what_differs(settings_of(self.extensions), self._settings_were)
+        if what is not None:
+            raise StaleGradientError(
+                f"RecordedStep: {described(what)} has changed since the step was recorded, and a replay would not know "
+                f"of it; make a new RecordedStep."
+            )
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What a structure holds."""
+    if isinstance(tree, Mapping):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        for one in tree:
+            yield from _leaves(one)
+    elif tree is not None:
+        yield tree
 
 
 def as_usual(losses: Callable, batch: tuple, extensions: Sequence[Extension], options: dict[str, Any]) -> Any:
@@ -389,7 +388,7 @@ def as_usual(losses: Callable, batch: tuple, extensions: Sequence[Extension], op
     with perex(*extensions, loss_reduction="sum", grad=False, **options):
         of_each, outputs = _parted(losses(*batch))
         of_each.sum().backward()
-    return _joined(*map_tensors(Tensor.detach, (of_each, outputs)))
+    return _joined(*map_tensors(lambda t: t.detach().clone(), (of_each, outputs)))
 
 
 def _parted(returned: Any) -> tuple[Any, Any]:
@@ -402,24 +401,6 @@ def _joined(losses: Tensor, outputs: Any) -> Any:
 
 
 _OFTEN = 10
-_TOLERANCE = 3e-2  # relative to the largest entry; bfloat16 rounds otherwise for other numbers of examples
-
-
-def _near(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Whether tensors are the same up to rounding, of the largest of their entries."""
-    scale = max((t.double().abs().max().item() for t in wanted if t.numel()), default=0.0)
-    return all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), 0.0, _TOLERANCE * scale, equal_nan=True)
-        for a, b in zip(found, wanted, strict=True)
-    )
-
-
-def _random_states(device: torch.device) -> list[Any]:
-    """States of the generators, to be compared."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    return [state.tolist() for state in states]
-
-
 _HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # past all operations
 
 

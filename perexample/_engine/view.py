@@ -18,7 +18,6 @@ from ..methods import Choice
 from ..terms import Term, combine
 
 _TINY = 1e-30  # a weight below this loses digits in float32
-_SAFE = 1e30  # a sum of lengths below this does not overflow there
 
 
 _LET_GO = (
@@ -48,6 +47,8 @@ class Weights:
         none: Whether none is.
         tiny: Which are too small for float32, ``None`` if none is.
     """
+
+    SAFE = 1e30  # a sum of lengths below this does not overflow in float32
 
     def __init__(self, values: Tensor, most: float = math.inf, largest: float | None = None) -> None:
         """Look at the weights."""
@@ -83,7 +84,7 @@ class Weights:
         Returns:
             Whether that is sure.
         """
-        return self._most <= _SAFE and self._largest * scale <= 1.0
+        return self._most <= self.SAFE and self._largest * scale <= 1.0
 
     def scaled(self, device: torch.device, scale: float, dtype: torch.dtype) -> Tensor:
         """The weights times a factor, the same for many parameters."""

@@ -33,7 +33,7 @@ class PrivateStep:
     def __init__(self, private: Private, losses: Callable[..., Any]) -> None:
         """Nothing is recorded yet."""
         self._private, self._losses = private, losses
-        self._options = {"strategy": private.strategy}
+        self._options = {"strategy": private.strategy, "room": None}
         self._step: RecordedStep | None = None
         self.size = _most(private)
 
@@ -50,11 +50,11 @@ class PrivateStep:
         if self._step is None and n:
             filled = _filled(batch, n, self.size)
             self._step = RecordedStep(
-                private.model, self._losses, *filled, extensions=private.clipping, **self._options
+                private.model, self._losses, *filled, extensions=private.clipping, strategy=private.strategy
             )
-        if self._step is None or n > self.size:
+        if self._step is None:
             return as_usual(self._losses, batch, [private.clipping], self._options)
-        return self._step(*batch)
+        return self._step(*batch) if n <= self.size else self._step.as_usual(*batch)
 
 
 def _most(private: Private) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from .._looks import blind, holds
+from .._looks import blind
 from .._norms import squared_norms
 from ..methods import Method
 from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
@@ -52,8 +52,7 @@ class EmbeddingRule(_TableRule):
         """``F.embedding(ids, weight)``, or ``weight[ids]``."""
         if function is Tensor.__getitem__:
             weight, ids = args
-            whole = isinstance(ids, Tensor) and ids.dtype in (torch.long, torch.int) and weight.dim() == 2
-            if not whole or not holds(ids >= 0):
+            if not (isinstance(ids, Tensor) and ids.dtype in (torch.long, torch.int) and weight.dim() == 2):
                 return None
             options: dict[str, Any] = {}
         else:
@@ -65,6 +64,7 @@ class EmbeddingRule(_TableRule):
         if padding_idx is not None and padding_idx < 0:
             padding_idx += weight.shape[0]
         module = SimpleNamespace(
+            from_the_end=function is Tensor.__getitem__,  # an index may count from there
             weight=weight,
             padding_idx=padding_idx,
             scale_grad_by_freq=options.get("scale_grad_by_freq", False),
@@ -83,6 +83,8 @@ class EmbeddingRule(_TableRule):
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """The rows that were looked up."""
         ids = call.x.reshape(-1).long()
+        if getattr(call.module, "from_the_end", False):
+            ids = ids.remainder(call.params["weight"].shape[0])
         rows = g.reshape(-1, g.shape[-1])
         each = ids.numel() // max(call.n, 1)
         example = torch.arange(call.n, device=ids.device).unsqueeze(1).expand(-1, each).reshape(-1)

@@ -1,0 +1,161 @@
+"""Whether replays of a recorded step give what the step gives as usual, before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ._first_run import Seen
+from ._precision import reduced
+from ._static import StaticBatch
+from ._tree import map_tensors, tensors_of
+from ._watched import without_chance
+from .errors import ConfigurationError
+from .extension import Extension
+
+
+@dataclass
+class Found:
+    """What a step has found.
+
+    Attributes:
+        held: Whether values were what they were taken for.
+        losses: Of all examples.
+        outputs: What the function of the losses has returned behind them.
+        fields: By extension and parameter.
+        more: What else the extensions have found.
+    """
+
+    held: Tensor
+    losses: Tensor
+    outputs: Any
+    fields: list[dict[str, Tensor]]
+    more: list[Any]
+
+
+class Comparison:
+    """Compares replays with usual steps, and with each other.
+
+    Args:
+        batch: Where replays read their examples.
+        extensions: Whose fields are compared.
+        replay: Replays the step on what is there.
+        usual: Takes the step as usual on a batch; ``None`` if it cannot be taken.
+        seen: What was seen of the first run.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        batch: StaticBatch,
+        extensions: Sequence[Extension],
+        replay: Callable[[], Found],
+        usual: Callable[[tuple], Found | None],
+        seen: Seen,
+        device: torch.device,
+    ) -> None:
+        """Nothing is compared yet."""
+        self.batch, self.extensions, self.replay, self.usual = batch, extensions, replay, usual
+        self.random, self.device = seen.random, device
+        self._like = _COARSE if seen.half or reduced([device.type]) else _ROUNDED
+
+    def refuse_differences(self, *, whole: bool) -> None:
+        """Compare on other examples, on fewer, and on the same beside others.
+
+        Args:
+            whole: Whether replays are only of whole batches.
+
+        Raises:
+            ConfigurationError: If results differ by more than rounding.
+        """
+        size, on_gpu = self.batch.size, self.device.type == "cuda"
+        if not (on_gpu and self.random):  # a CUDA graph draws other numbers, which cannot be replaced
+            self._with_usual(size, nullcontext)
+        if whole:
+            return
+        for n in sorted({size - 1, 1} - {size, 0}, reverse=True) if not (on_gpu and self.random) else ():
+            self._with_usual(n, without_chance if self.random else nullcontext)
+        if size > 1:
+            self._fillers((size + 1) // 2)
+
+    def _with_usual(self, n: int, context: Callable[[], Any]) -> None:
+        batch = self.batch.others(n)
+        with context():
+            torch.manual_seed(_SEED)
+            self.batch.fill(batch)
+            found = self.replay()
+            torch.manual_seed(_SEED)
+            wanted = self.usual(batch)
+        if found.held.item() and wanted is not None and not all(self._alike(found, wanted, n)):
+            _refuse("examples" if n == self.batch.size else "numbers of examples")
+
+    def _fillers(self, n: int) -> None:
+        """Whether the examples that a batch is filled up with have no part in what is found of the others."""
+        found = []
+        for fill in (lambda: self.batch.fill(self.batch.others(n)), self.batch.refill):
+            fill()
+            torch.manual_seed(_SEED)
+            found.append(map_tensors(Tensor.clone, self.replay()))
+        one, other = found
+        if not (one.held.item() and other.held.item()):
+            return
+        other = self._of_first(other, n)
+        if not all(self._alike(one, other, n, _SAME)):
+            _refuse("examples")
+
+    def _of_first(self, found: Found, n: int) -> Found:
+        """What was found of the first n examples, as far as extensions tell."""
+        fields = [
+            {name: own for name, field in every.items() if (own := extension.of_first(field, n)) is not None}
+            for extension, every in zip(self.extensions, found.fields, strict=True)
+        ]
+        losses, outputs, more = map_tensors(lambda t: t[:n], (found.losses, found.outputs, found.more))
+        return Found(found.held, losses, outputs, fields, more)
+
+    def _alike(self, found: Found, wanted: Found, n: int, like: tuple[float, float] | None = None) -> Iterator[bool]:
+        """Whether a replay has found of n examples what was found of them alone, up to rounding."""
+        own = found if n == self.batch.size else self._of_first(found, n)
+        like = like or self._like
+        yield near([own.losses], [wanted.losses], like)
+        for fields, others in zip(own.fields, wanted.fields, strict=True):
+            yield near(list(fields.values()), [others[name] for name in fields], like)
+        if n == self.batch.size:
+            yield all(a.keys() == b.keys() for a, b in zip(found.fields, wanted.fields, strict=True))
+        for a, b in zip(tensors_of((own.outputs, own.more)), tensors_of((wanted.outputs, wanted.more)), strict=True):
+            yield near([a], [b], like)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ConfigurationError(
+        f"This step cannot be recorded: for other {what} it gives something else than as usual. The model or its loss "
+        f"depends on Python or NumPy (lists of numbers, counters, random numbers, seeds), on how many examples there "
+        f"are (divide no loss by their number), or on what is computed from all of them together. Run it as usual."
+    )
+
+
+_SEED = 0x5EED0F7E57  # one that no model is likely to set itself
+# Relative to the largest entry of a tensor, and to that of all. Other numbers of examples are rounded otherwise, and
+# take other sides of some kinks; in 16 bits, or with products in less than float32, much so.
+_ROUNDED, _COARSE, _SAME = (1e-2, 1e-4), (3e-2, 3e-2), (1e-4, 1e-6)
+
+
+def near(found: Sequence[Tensor], wanted: Sequence[Tensor], like: tuple[float, float]) -> bool:
+    """Whether tensors are the same up to rounding."""
+    sizes = [_size(t) for t in wanted]
+    least = like[1] * max(sizes, default=0.0)
+    return all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), 0.0, like[0] * size + least, equal_nan=True)
+        for a, b, size in zip(found, wanted, sizes, strict=True)
+    )
+
+
+def _size(t: Tensor) -> float:
+    """The largest entry that is finite."""
+    entries = t.double().abs()
+    finite = entries[entries.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0

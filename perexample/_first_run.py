@@ -1,0 +1,137 @@
+"""The first run of a step that is to be recorded: what it does that no replay may do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._chance import random_states
+from ._private import version
+from ._tree import tensors_of
+from ._watched import Watched
+from .errors import ConfigurationError, ExtensionError
+from .extension import Extension, ParameterView
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of a step.
+
+    Attributes:
+        random: Whether it draws random numbers.
+        half: Whether it computes something in 16 bits.
+    """
+
+    random: bool = False
+    half: bool = False
+
+
+class _Reached(Extension):
+    """Tells which parameters a loss depends on."""
+
+    field = "perexample_reached"
+    parameters: Sequence[tuple[str, Tensor]] = ()
+
+    def start(self, views: Sequence[ParameterView]) -> None:
+        self.parameters = [(view.name, view.param) for view in views]
+
+    def compute(self, view: ParameterView) -> None:
+        """Nothing."""
+
+
+def first_run(
+    run: Callable[[Extension], Any],
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    extensions: Sequence[Extension],
+    batch: Any,
+    device: torch.device,
+) -> Seen:
+    """Take a step as usual, and look what it does.
+
+    Args:
+        run: Takes it, with one more extension.
+        model: The model.
+        parameters: Of the model, by their names.
+        extensions: Those that are asked.
+        batch: What the step is given.
+        device: Where the model is.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        ConfigurationError: If it writes into something that was there before, which a replay would do again where the
+            step has to be run as usual, or depends on parameters of another model.
+        ExtensionError: If an extension keeps something of it.
+    """
+    states, watched, reached = random_states(device), Watched(), _Reached()
+    buffers = {name: version(b) for name, b in model.named_buffers()}
+    kept = {name: (p.detach().clone(), version(p)) for name, p in parameters.items()}
+    attributes = [dict(vars(extension)) for extension in extensions]
+    with watched:
+        run(reached)
+    _refuse_written_parameters(parameters, kept)
+    _refuse_written(model, buffers, watched.written, batch)
+    _refuse_others(parameters, reached)
+    for extension, before in zip(extensions, attributes, strict=True):
+        _refuse_remembering(extension, before)
+    return Seen(random_states(device) != states, watched.half)
+
+
+def _refuse_written_parameters(parameters: Mapping[str, Tensor], kept: Mapping[str, tuple[Tensor, int]]) -> None:
+    for name, p in parameters.items():
+        value, count = kept[name]
+        if version(p) != count:
+            with torch.no_grad():
+                p.copy_(value)
+            raise ConfigurationError(
+                f"This step cannot be recorded: its forward writes into the parameter `{name}`. Run it as usual."
+            )
+
+
+def _refuse_written(model: nn.Module, buffers: Mapping[str, int], t: Tensor | None, batch: Any) -> None:
+    for name, b in model.named_buffers():
+        if version(b) != buffers.get(name, version(b)):
+            raise ConfigurationError(
+                f"This step cannot be recorded: it changes the buffer `{name}`, and would do so twice where a replay "
+                f"has to be run as usual. Run it as usual."
+            )
+    if t is None:
+        return
+    if t.untyped_storage().data_ptr() in {own.untyped_storage().data_ptr() for own in tensors_of(batch)}:
+        raise ConfigurationError(
+            "This step cannot be recorded: it writes into its batch in place, which would be done to the caller's; let "
+            "it work on a copy."
+        )
+    raise ConfigurationError(
+        f"This step cannot be recorded: it writes into a tensor of shape {list(t.shape)} that was there before, such "
+        f"as a running mean, and would do so twice where a replay has to be run as usual. Run it as usual."
+    )
+
+
+def _refuse_others(parameters: Mapping[str, Tensor], reached: _Reached) -> None:
+    own = {id(p) for p in parameters.values()}
+    others = [name for name, p in reached.parameters if id(p) not in own]
+    if others:
+        raise ConfigurationError(
+            f"This step cannot be recorded: its loss depends on the parameter `{others[0]}`, which is not one of the "
+            f"model's that was given; give a module that holds both models."
+        )
+
+
+def _refuse_remembering(extension: Extension, before: Mapping[str, Any]) -> None:
+    """What an extension keeps of a backward would be that of the recording for ever."""
+    changed = [name for name, value in vars(extension).items() if name not in before or value is not before[name]]
+    if changed and type(extension).recording is Extension.recording:
+        raise ExtensionError(
+            f"{type(extension).__name__} remembers what its backwards have found (`{changed[0]}`), and cannot be "
+            f"recorded; override recording, prepare and replayed."
+        )
+
+
+__all__ = ["Seen", "first_run"]

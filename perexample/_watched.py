@@ -1,0 +1,75 @@
+"""What the operations of a step do that decides whether and how it can be recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._tree import tensors_of
+
+_HALF = (torch.bfloat16, torch.float16)
+_DRAWS = {
+    "bernoulli", "rand", "randn", "randint", "normal", "uniform", "exponential", "cauchy", "log_normal", "geometric",
+    "random", "multinomial", "poisson", "binomial",
+}  # fmt: skip
+
+
+class Watched(TorchDispatchMode):
+    """Watches operations.
+
+    Attributes:
+        half: Whether something was computed in 16 bits.
+        written: The first tensor that was there before and was written to.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        super().__init__()
+        self.half = False
+        self.written: Tensor | None = None
+        self._made: set[int] = set()  # memory of what operations have made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Let it pass."""
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if func._schema.is_mutable and self.written is None:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self.written = self.written or next(filter(self._was_there, tensors_of(value)), None)
+            by_name = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+            for name in by_name & kwargs.keys():
+                self.written = self.written or next(filter(self._was_there, tensors_of(kwargs[name])), None)
+        given = {_memory(t) for t in tensors_of((args, kwargs))}
+        for t in tensors_of(found):
+            self.half |= t.dtype in _HALF
+            if (memory := _memory(t)) not in given:
+                self._made.add(memory)
+        return found
+
+    def _was_there(self, t: Tensor) -> bool:
+        return bool(t.numel()) and _memory(t) not in self._made
+
+
+class without_chance(TorchDispatchMode):  # noqa: N801 - named as a function is
+    """Random numbers are all the same, so that runs with other numbers of them can be compared."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Replace what is drawn; functions that only may draw, as attention with dropout, are left as they are."""
+        found = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if name == "native_dropout":
+            found[0].copy_(args[0] / (1 - args[1]) if args[1] < 1 else torch.zeros_like(args[0]))
+            found[1].fill_(True)
+        elif name == "randperm":
+            found.copy_(torch.arange(len(found), device=found.device))
+        elif name.rstrip("_").removesuffix("_like") in _DRAWS:
+            found.fill_(0.5 if found.is_floating_point() else found.dtype == torch.bool)
+        return found
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)

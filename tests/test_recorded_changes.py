@@ -1,0 +1,495 @@
+"""What a recorded step would not know of: chance, settings, what is written, what examples do to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perexample import (
+    BatchAxisError,
+    ConfigurationError,
+    Extension,
+    ExtensionError,
+    LossError,
+    RecordedStep,
+    StaleGradientError,
+    extend,
+    perex,
+)
+from perexample._watched import without_chance
+from perexample.extensions import BatchGrad, BatchL2Grad, Clip, ClippedGrad, SumGradSquared, Variance
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N = 6
+X, Y = torch.linspace(-1, 1, 7 * N).view(N, 7).sin().to(DEVICE), (torch.arange(N) % 5).to(DEVICE)
+
+
+def cross_entropy(output, y):
+    return F.cross_entropy(output, y, reduction="none")
+
+
+def mlp():
+    torch.manual_seed(0)
+    return extend(nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).to(DEVICE))
+
+
+def per_class(model):
+    return lambda x, y: cross_entropy(model(x), y)
+
+
+def usual(losses, batch, *extensions):
+    with perex(*extensions, loss_reduction="sum", grad=False):
+        found = losses(*batch)
+        found.sum().backward()
+    return found.detach()
+
+
+def same_as_usual(step, losses, batch, field, tolerance=1e-5):
+    """Take the step both ways, with the same random numbers."""
+    model = step.model
+    torch.manual_seed(3)
+    found = step(*batch)
+    fields = {name: getattr(p, field).clone() for name, p in model.named_parameters() if hasattr(p, field)}
+    for extension in step.extensions:
+        if hasattr(extension, "zero_grad"):
+            extension.zero_grad()
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, usual(losses, batch, *step.extensions), equal_nan=True)
+    others = {name: getattr(p, field) for name, p in model.named_parameters() if hasattr(p, field)}
+    assert fields.keys() == others.keys()
+    for name, value in others.items():
+        torch.testing.assert_close(fields[name], value, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- chance
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA graph draws other numbers, and cannot be asked")
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_branch_on_a_drawn_number_is_taken_as_often_as_without_recording(taken):
+    model = mlp()
+
+    def losses(x, y):
+        return cross_entropy(model(x), y) * (100.0 if torch.rand(()) < 0.3 else 1.0)
+
+    for seed in range(99):
+        torch.manual_seed(seed)
+        if bool(torch.rand(()) < 0.3) == taken:
+            break
+    torch.manual_seed(seed)
+    step = RecordedStep(model, losses, X, Y, extensions=BatchL2Grad())
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is run as usual that often
+        found = [step(X, Y) for _ in range(40)]
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, [usual(losses, (X, Y), BatchL2Grad()) for _ in range(40)])
+    assert 0 < step.repeated < 40
+
+
+def test_a_step_that_is_run_as_usual_draws_the_same_numbers():
+    model = mlp()
+    model.insert(1, nn.Dropout(0.5))
+    extend(model)
+    step = RecordedStep(model, per_class(model), X, Y, extensions=ClippedGrad(1.0))
+    bad = X.clone()
+    bad[1, 0] = float("nan")
+    with pytest.warns(UserWarning, match="NaN"):
+        same_as_usual(step, per_class(model), (bad, Y), "clipped_sum")
+    assert step.repeated == 1
+
+
+DRAWS = {
+    "bernoulli of a number": lambda: torch.bernoulli(torch.full((), 0.5)).item(),
+    "in place": lambda: float(torch.zeros(()).uniform_() < 0.5),
+    "like another": lambda: float(torch.rand_like(torch.zeros(())) < 0.5),
+    "of weights": lambda: torch.multinomial(torch.ones(4), 1).item(),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA graph cannot be asked")
+@pytest.mark.parametrize("name", DRAWS)
+def test_chance_is_not_frozen(name):
+    model, draw = mlp(), DRAWS[name]
+
+    def losses(x, y):
+        return cross_entropy(model(x), y) * (1 + draw())
+
+    step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [step(X, Y) for _ in range(12)]
+    assert len({one[0].item() for one in found}) > 1
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, [usual(losses, (X, Y), BatchGrad()) for _ in range(12)])
+
+
+def test_random_numbers_without_chance():
+    with without_chance():
+        assert torch.rand(3).tolist() == [0.5] * 3
+        assert torch.zeros(2).bernoulli_(0.5).tolist() == [0.5] * 2
+        assert torch.randperm(4).tolist() == [0, 1, 2, 3]
+        assert torch.randint(5, (2,)).tolist() == [0, 0]
+        x = torch.ones(4)
+        assert torch.native_dropout(x, 0.5, True)[0].tolist() == [2.0] * 4
+        assert F.rrelu(-x, training=True).lt(0).all()
+        assert (F.dropout(x, 0.5) - 1).abs().max() < 1e-6
+    assert len(set(torch.rand(9).tolist())) > 1
+
+
+# --------------------------------------------------------------------------------------- what examples do to each other
+
+
+DEPENDENT = {
+    "their number": lambda model, x, y: cross_entropy(model(x), y) / len(x),
+    "their mean": lambda model, x, y: cross_entropy(model(x - x.mean(0)), y),
+    "a little of their mean": lambda model, x, y: cross_entropy(model(x - 1e-3 * x.mean(0)), y),
+    "a little of their number": lambda model, x, y: cross_entropy(model(x), y) * (1 + 0.005 * len(x)),
+    "even or odd": lambda model, x, y: cross_entropy(model(x if len(x) % 2 else -x), y),
+}
+
+
+def seeded(model, x, y):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noise = torch.randn(7).to(x)
+    return cross_entropy(model(x + noise), y)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("size", [5, 6])
+@pytest.mark.parametrize("name", [*DEPENDENT, "a seed"])
+def test_what_depends_on_all_examples_is_refused(name, size, dropout):
+    if DEVICE == "cuda" and dropout:
+        pytest.skip("random numbers of a CUDA graph cannot be replaced")
+    function = DEPENDENT.get(name, seeded)
+    model = mlp()
+    if dropout:
+        model.insert(1, nn.Dropout(1e-6))
+        extend(model)
+    with pytest.raises(ConfigurationError, match=r"gives something else than as usual|cannot be called by itself"):
+        RecordedStep(model, lambda x, y: function(model, x, y), X[:size], Y[:size], extensions=BatchGrad())
+
+
+@pytest.mark.parametrize("make", [mlp, lambda: extend(mlp().insert(1, nn.Dropout(0.3)))])
+def test_what_depends_on_each_example_is_not(make):
+    model = make()
+    step = RecordedStep(model, per_class(model), X, Y, extensions=[BatchGrad(), ClippedGrad(0.1)])
+    assert step(X[:4], Y[:4]).shape == (4,)
+    assert step.repeated == 0
+
+
+def test_an_example_that_is_not_there_adds_no_infinity():
+    """Its loss is 0, and the gradient 0 times infinity."""
+    torch.manual_seed(0)
+    model = extend(nn.Linear(7, 1).to(DEVICE))
+
+    def losses(x, y):
+        return F.poisson_nll_loss(model(x).squeeze(1), y, reduction="none")
+
+    x, y = X.clone(), torch.ones(N, device=DEVICE)
+    x[5] *= 20
+    extensions = [SumGradSquared(), BatchGrad()]
+    step = RecordedStep(model, losses, x, y, extensions=extensions)
+    with torch.no_grad():
+        model.weight.copy_(x[5:] / x[5].norm() * 40)
+    for field in ("sum_grad_squared", "grad_batch"):
+        same_as_usual(step, losses, (0.1 * X[:3], y[:3]), field)
+    assert model.weight.sum_grad_squared.isfinite().all()
+    assert step.repeated > 0
+
+
+# ------------------------------------------------------------------------------------------------- settings that change
+
+
+class Setting:
+    def __init__(self):
+        self.scale = 1.0
+
+
+class Settings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act, self.scales = nn.Linear(7, 5), torch.tanh, [1.0]
+        self.table, self.object, self.pair, self.nan = {"scale": 1.0}, Setting(), (1.0,), float("nan")
+        self.kept: Any = None
+        self.calls, self.seen = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(len(x))
+        self.kept = self.layer(x)
+        return self.act(self.kept) * self.scales[0] * self.table["scale"] * self.object.scale * self.pair[0]
+
+
+SETTINGS = {
+    "act": lambda m: setattr(m, "act", torch.relu),
+    "scales": lambda m: setattr(m, "scales", [3.0]),
+    "table": lambda m: m.table.update(scale=3.0),
+    "object": lambda m: setattr(m.object, "scale", 3.0),
+    "pair": lambda m: setattr(m, "pair", (3.0,)),
+    "a hook or the forward": lambda m: m.register_full_backward_pre_hook(lambda module, g: (g[0] * 2,)),
+    "nan": lambda m: setattr(m, "nan", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_any_kind(name):
+    torch.manual_seed(0)
+    model = extend(Settings().to(DEVICE))
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    step(X, Y)
+    with torch.no_grad():
+        model(X)  # what a forward leaves behind is no setting
+    extend(model)  # nor is this
+    step(X, Y)
+    SETTINGS[name](model)
+    with pytest.raises(StaleGradientError, match=f"{name}`? of Settings has changed"):
+        step(X, Y)
+
+
+def test_an_inner_list_of_a_list():
+    torch.manual_seed(0)
+    model = extend(Settings().to(DEVICE))
+    model.more = {"a": [[1.0]]}
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    model.more["a"][0][0] = 2.0
+    with pytest.raises(StaleGradientError, match="`more` of Settings has changed"):
+        step(X, Y)
+
+
+class Softly(Clip):
+    def __init__(self):
+        self.share = 0.5
+
+    def __call__(self, norms, bound):
+        return self.share * bound / (norms + self.share)
+
+
+class Scaled(Extension):
+    field = "scaled"
+
+    def __init__(self):
+        self.scale = 1.0
+
+    def compute(self, view):
+        return view.batch_l2() * self.scale
+
+    def of_first(self, field, n):
+        return field[:n]
+
+
+def test_settings_of_clip_functions_and_extensions():
+    model, clip, scaled = mlp(), Softly(), Scaled()
+    step = RecordedStep(model, per_class(model), X, Y, extensions=ClippedGrad(0.1, clip=clip))
+    step(X, Y)
+    clip.share = 0.1
+    with pytest.raises(StaleGradientError, match="`clip` of ClippedGrad"):
+        step(X, Y)
+    step = RecordedStep(model, per_class(model), X, Y, extensions=scaled)
+    step(X[:2], Y[:2])
+    scaled.scale = 3.0
+    with pytest.raises(StaleGradientError, match="`scale` of Scaled"):
+        step(X, Y)
+
+
+class Half(ClippedGrad):
+    def _weights(self, *given):
+        return super()._weights(*given) * 0.5
+
+
+class Keeping(Extension):
+    field, joint = "kept", True
+
+    def finish(self, views):
+        self.norms = torch.stack([view.batch_l2() for view in views]).sum(0)
+        return {view.name: view.weighted_sum(torch.ones(view.n, device=DEVICE)) for view in views}
+
+    def of_first(self, field, n):
+        return field
+
+
+def test_extensions_that_do_more_than_is_recorded():
+    model = mlp()
+    with pytest.raises(ExtensionError, match=r"Half is a subclass of ClippedGrad.*override recording"):
+        RecordedStep(model, per_class(model), X, Y, extensions=Half(1.0))
+    with pytest.raises(ExtensionError, match=r"Keeping remembers .*\(`norms`\)"):
+        RecordedStep(model, per_class(model), X, Y, extensions=Keeping())
+
+
+def test_a_bound_beyond_what_sums_can_hold():
+    torch.manual_seed(0)
+    model, clipping = extend(nn.Linear(7, 5).to(DEVICE)), ClippedGrad(1.0)
+
+    def losses(x, y, k):
+        return cross_entropy(model(x), y) * k
+
+    step = RecordedStep(model, losses, X, Y, torch.ones(N, device=DEVICE), extensions=clipping)
+    clipping.max_norm = 1e39
+    k = torch.tensor([3e38, 3e38, -3e38, -3e38, 1, 1], device=DEVICE)
+    same = torch.randn(1, 7).to(DEVICE).repeat(N, 1)
+    step(same, Y[:1].repeat(N), k)
+    assert model.weight.clipped_sum.isfinite().all()
+    assert step.repeated == 1
+
+
+# ----------------------------------------------------------------------------------------------------- what is written
+
+
+class Shrinking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 5)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.layer.weight.mul_(0.9)
+        return self.layer(x)
+
+
+def test_a_running_mean_outside_of_buffers():
+    model, mean = mlp(), torch.zeros((), device=DEVICE)
+
+    def losses(x, y):
+        found = cross_entropy(model(x), y)
+        mean.lerp_(found.detach().mean(), 0.1)
+        return found - mean
+
+    with pytest.raises(ConfigurationError, match=r"writes into a tensor of shape \[\] that was there before"):
+        RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    parts = torch.zeros(3, device=DEVICE)
+
+    def by_name(x, y):
+        torch.add(parts[:1], 1, out=parts[1:2])
+        return cross_entropy(model(x), y)
+
+    with pytest.raises(ConfigurationError, match="that was there before"):
+        RecordedStep(model, by_name, X, Y, extensions=BatchGrad())
+
+
+def test_weights_that_a_forward_writes():
+    torch.manual_seed(0)
+    model = extend(Shrinking().to(DEVICE))
+    before = model.layer.weight.detach().clone()
+    with pytest.raises(ConfigurationError, match=r"writes into the parameter `layer\.weight`"):
+        RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    assert torch.equal(model.layer.weight, before)
+
+
+def test_a_second_model_in_the_loss():
+    first, second = extend(nn.Linear(7, 9).to(DEVICE)), extend(nn.Linear(9, 5).to(DEVICE))
+
+    def losses(x, y):
+        return cross_entropy(second(first(x).tanh()), y)
+
+    with pytest.raises(ConfigurationError, match=r"depends on the parameter `weight.*a module that holds both"):
+        RecordedStep(first, losses, X, Y, extensions=BatchGrad())
+    both = extend(nn.Sequential(first, nn.Tanh(), second))
+    RecordedStep(both, per_class(both), X, Y, extensions=BatchGrad())(X, Y)
+
+
+def test_a_field_of_a_parameter_that_is_frozen_now():
+    model = mlp()
+    usual(per_class(model), (X, Y), BatchGrad())
+    model[0].weight.requires_grad_(False)
+    RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())(X[:2], Y[:2])
+    assert not hasattr(model[0].weight, "grad_batch")
+    assert model[0].bias.grad_batch.shape == (2, 9)
+
+
+# ------------------------------------------------------------------------------------------ batches and what comes back
+
+
+@dataclasses.dataclass
+class Batch:
+    x: Any
+    y: Any
+    scale: float = 1.0
+    plus: Any = None
+    minus: Any = None
+
+
+def test_batches_in_dataclasses():
+    model = mlp()
+
+    def losses(batch):
+        h = batch.x * batch.scale
+        h = h if batch.plus is None else h + batch.plus
+        return cross_entropy(model(h if batch.minus is None else h - batch.minus), batch.y)
+
+    step = RecordedStep(model, losses, Batch(X, Y, plus=X), extensions=BatchGrad())
+    same_as_usual(step, losses, (Batch(X[:3], Y[:3], plus=X[1:4]),), "grad_batch")
+    for other in (Batch(X, Y, 3.0, plus=X), Batch(X, Y, minus=X), Batch(X, Y)):
+        with pytest.raises(BatchAxisError, match="all that is no tensor must be the same"):
+            step(other)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [((X.to_sparse(), Y), "torch.sparse_coo"), ((X, Y, torch.ones((), device=DEVICE)), "one is a number")],
+)
+def test_batches_of_other_tensors(batch, message):
+    model = mlp()
+    with pytest.raises(ConfigurationError, match=f"dense tensors with the examples on their first axis.*{message}"):
+        RecordedStep(model, lambda x, y, *more: per_class(model)(x.to_dense(), y), *batch, extensions=BatchGrad())
+
+
+def test_what_is_returned_behind_the_losses():
+    model = mlp()
+    for more in (6, "text", {"rate": 0.1}):
+        with pytest.raises(LossError, match="behind the losses, which would be that of the recording"):
+            RecordedStep(model, lambda x, y, more=more: (per_class(model)(x, y), more), X, Y, extensions=BatchGrad())
+    step = RecordedStep(model, lambda x, y: (per_class(model)(x, y), None, x), X, Y, extensions=ClippedGrad(1.0))
+    bad = X.clone()
+    bad[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="NaN"):
+        found = step(bad, Y)  # as usual
+    assert found[1] is None
+    assert found[2].data_ptr() != bad.data_ptr()
+
+
+@pytest.mark.parametrize("offset", [0, -11])
+def test_indices_from_the_end(offset):
+    """Recorded with others, and in a usual step too."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.head = nn.Parameter(torch.randn(11, 8)), nn.Linear(8, 5)
+
+        def forward(self, ids):
+            return self.head(self.rows[ids].sum(1))
+
+    torch.manual_seed(0)
+    model, ids = extend(Rows().to(DEVICE)), torch.randint(11, (N, 4)).to(DEVICE)
+    step = RecordedStep(model, per_class(model), ids, Y, extensions=[BatchGrad(), BatchL2Grad()])
+    same_as_usual(step, per_class(model), (ids + offset, Y), "grad_batch")
+    same_as_usual(step, per_class(model), (ids[:2] + offset, Y[:2]), "batch_l2")
+    assert step.repeated == 0
+    step(ids, Y)
+    own = torch.autograd.grad(per_class(model)(ids[:1], Y[:1]).sum(), model.rows)[0]
+    torch.testing.assert_close(model.rows.grad_batch[0], own)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA graph reads what is there")
+def test_what_cannot_be_replayed_is_run_as_usual():
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Flatten(), nn.Linear(32, 5))
+    extend(model)
+    ids = torch.randint(11, (N, 4))
+    step = RecordedStep(model, per_class(model), ids, Y, extensions=Variance())
+    step(ids, Y)
+    before = model[0].weight.variance
+    with pytest.raises(IndexError):
+        step(ids + 20, Y)  # what is wrong is said as usual
+    assert model[0].weight.variance is before
+    replay = step._replay
+    step._replay = lambda: replay() if step.repeated > 1 else torch.ones(2) @ torch.ones(3)
+    same_as_usual(step, per_class(model), (ids, Y), "variance")
+    assert step.repeated == 2
