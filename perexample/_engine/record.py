@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -417,7 +417,7 @@ class Exit:
                 output = _leave_opaque(frame, args, kwargs, output)
         finally:
             _close(frame)
-        if module._buffers or module._parameters or not frames:
+        if module._buffers or not frames or _touched(module._parameters.values(), frame.parameters):
             _refuse_written(frame, module if frames else None)
         checkpointed = frame.record is not None and frame.record.checkpointed
         if (checkpointed or has_backward_hooks(module)) and output is not None:
@@ -439,9 +439,11 @@ def _refuse_written(frame: Frame, inner: nn.Module | None) -> None:
     else:
         named = [(path or frame.name, module) for path, module in frame.module.named_modules()]
     for path, module in named:
-        written = [(name, "buffer", t) for name, t in module._buffers.items() if t is not None and _holds_data(t)]
+        written = [
+            (name, "buffer", t) for name, t in module._buffers.items() if t is not None and place_of(t) is not None
+        ]
         for name, p in module._parameters.items():  # in a functional call there is something else in its place
-            if isinstance(p, nn.Parameter) and _holds_data(p):
+            if isinstance(p, nn.Parameter) and place_of(p) is not None:
                 written.append((name, "parameter", p))
         for name, what, t in written:
             forget_memory(t)
@@ -456,8 +458,14 @@ def _refuse_written(frame: Frame, inner: nn.Module | None) -> None:
         _refuse_replaced(frame, record)
 
 
-def _holds_data(t: Tensor) -> bool:
-    return place_of(t) is not None
+def _touched(now: Collection[Any], before: tuple[Any, ...]) -> bool:
+    """Whether a parameter is another one, or holds data; asked of every module that has some."""
+    if len(now) != len(before):
+        return True
+    for p, old in zip(now, before, strict=True):  # noqa: SIM110 - a generator takes twice as long
+        if p is not old or (p is not None and place_of(p) is not None):
+            return True
+    return False
 
 
 def _refuse_replaced(frame: Frame, record: Record) -> None:
