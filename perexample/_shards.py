@@ -11,8 +11,8 @@ from torch import Tensor
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``, of which each process holds a part."""
-    module = sys.modules.get("torch.distributed.tensor")  # not there yet: there are none
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # not there yet: there are none
+    return kind is not None and isinstance(tensor, kind)
 
 
 def summed_into_shards(whole: Tensor, like: Tensor) -> Tensor:

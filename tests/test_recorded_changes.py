@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
 import warnings
 from typing import Any
 
@@ -493,3 +495,37 @@ def test_what_cannot_be_replayed_is_run_as_usual():
     step._replay = lambda: replay() if step.repeated > 1 else torch.ones(2) @ torch.ones(3)
     same_as_usual(step, per_class(model), (ids, Y), "variance")
     assert step.repeated == 2
+
+
+def test_two_threads_record_at_once():
+    """Notes are of the thread that makes them."""
+    failed = []
+
+    def work():
+        try:
+            for _ in range(4):
+                model = mlp()
+                step = RecordedStep(model, per_class(model), X.clone(), Y.clone(), extensions=ClippedGrad(1.0))
+                bad = X.clone()
+                bad[0, 0] = float("nan")
+                step(bad, Y)
+                assert step.repeated == 1
+                assert model[0].weight.clipped_sum.isfinite().all()
+        except Exception as error:  # noqa: BLE001 - shown below
+            failed.append(error)
+
+    if DEVICE == "cuda":
+        pytest.skip("a CUDA graph is captured in one thread at a time")
+    interval = sys.getswitchinterval()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+    assert not failed

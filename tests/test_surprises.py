@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perexample import BatchAxisError, CrossExampleError, LossError, UnsupportedModuleError, extend, perex
+from perexample import (
+    BatchAxisError,
+    CrossExampleError,
+    LossError,
+    UncoveredParameterError,
+    UnsupportedModuleError,
+    extend,
+    perex,
+)
 from perexample._vjp import pulled_back
 from perexample.extensions import BatchGrad, ClippedGrad
 
@@ -1064,3 +1072,42 @@ def test_added_in_place_for_any_number_of_examples(n):
     for i in range(n):
         wanted = torch.autograd.grad(model(x[i : i + 1]).sum(), model.a.weight)[0]
         torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)
+
+
+HINTS = {
+    "tolist": lambda self, x: self.b(torch.tensor(self.a(x).tolist())),
+    "numpy": lambda self, x: self.b(torch.from_numpy(self.a(x).detach().numpy())),
+    "torch.func": lambda self, x: self.b(torch.func.vmap(torch.tanh)(self.a(x))),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_errors_name_what_cannot_be_followed(name):
+    """Rather than the layer after it alone."""
+    net = naive.Lambda(HINTS[name], a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    model = extend(net)
+    with (
+        perex(BatchGrad()),
+        pytest.raises(UncoveredParameterError, match=rf"last forward there was: `?{name}.*`Lambda`"),
+    ):
+        model(torch.randn(5, 3)).sum(1).mean().backward()
+    model.forward = lambda x: net.b(net.a(x))
+    with perex(BatchGrad()):
+        model(torch.randn(5, 3)).sum(1).mean().backward()
+
+
+def test_an_input_that_may_be_a_mask_is_named():
+    towers = extend(naive.Lambda(lambda self, x, y: (self.a(x), self.b(y)), a=nn.Linear(4, 3), b=nn.Linear(4, 3)))
+    for n in (5, 4):
+        x, y = torch.randn(2, n, 4)
+        if n == 5:
+            with perex(BatchGrad()):
+                (torch.mul(*towers(x, y)).sum(1)).mean().backward()
+        else:
+            with (
+                perex(BatchGrad()),
+                pytest.raises(
+                    UncoveredParameterError, match=r"input 2 of `Lambda`.*\(4\), was taken for a mask.*pass it first"
+                ),
+            ):
+                (torch.mul(*towers(x, y)).sum(1)).mean().backward()

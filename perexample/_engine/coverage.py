@@ -20,6 +20,7 @@ from ..errors import (
 )
 from ..place import Place
 from .record import ROOTS, Enter
+from .state import STATE
 from .table import place_of
 from .tap import Tap
 from .walk import Walk, refuse_lost
@@ -162,7 +163,7 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"forward ran before extend() or under torch.compile, the loss (a penalty on weights?) does not depend on "
             f"the batch, or the parameter is used by a torch.autograd.Function in a module with children. Run the "
             f"forward again; put such a function into a module without children, or register a rule for the module "
-            f"that uses it (register_rule(ThatClass)(GenericRule))."
+            f"that uses it (register_rule(ThatClass)(GenericRule)).{_hints()}"
         )
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in a factor of the loss when the "
@@ -170,8 +171,13 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
         f"followed, such as a torch.autograd.Function in a module with children. Add penalties in the optimizer "
         f"(weight_decay), bring factors to each example's own loss inside the model, put such a function into a module "
         f"without children, register a rule for the module that uses it (register_rule(ThatClass)(GenericRule)), or "
-        f"freeze the parameter with requires_grad_(False)."
+        f"freeze the parameter with requires_grad_(False).{_hints()}"
     )
+
+
+def _hints() -> str:
+    """What in the last forward of this thread may be the cause."""
+    return f" In the last forward there was: {'; '.join(STATE.hints)}." if STATE.hints else ""
 
 
 def check_divisors(found: Walk, n: int) -> None:

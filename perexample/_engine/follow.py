@@ -28,8 +28,8 @@ from .._private import (
 from .._tree import PLAIN, tensors_in
 from ..place import Lost, Place
 from .arithmetic import simple_place
-from .kinds import HOOKING, PARTS, TRAITS, Kind, Traits, traits_of
-from .operation import Operation
+from .kinds import HOOKING, LEAVING, PARTS, TRAITS, Kind, Traits, traits_of
+from .operation import Operation, where
 from .state import STATE, resumed
 from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin
 
@@ -109,6 +109,8 @@ class Follow(TorchFunctionMode):
             args = tuple(kwargs.pop(name) for name in _FIRST if name in kwargs)
         if traits.kind is Kind.IGNORED and traits.plain and not kwargs.get("requires_grad"):
             STATE.once |= func in HOOKING
+            if func in LEAVING and args and known_place(args[0]) is not None:
+                STATE.hints[f"`{traits.name}` of a tensor that holds examples, in {where()}"] = None
             return self._run(func, types, args, kwargs)
         if self.ended or torch.compiler.is_compiling():
             return func(*args, **kwargs)
@@ -133,7 +135,10 @@ class Follow(TorchFunctionMode):
                 _recognise((args, kwargs), self.repeated)
             tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
-            return _underived(self._run(func, types, args, kwargs), traits, args, targets)
+            out = self._run(func, types, args, kwargs)
+            if isinstance(out, Tensor) and inside_functorch(out):
+                STATE.hints[f"torch.func (vmap, grad, jacrev and others) in {where()}"] = None
+            return _underived(out, traits, args, targets)
         if kind is Kind.COMPOSITE:
             with self:
                 return (PARTS.get(func) or without_dispatch(func))(*args, **kwargs)

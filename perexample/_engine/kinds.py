@@ -39,6 +39,7 @@ _IGNORED = names(
     "is_pinned is_shared is_same_size result_type can_cast is_tensor __dlpack__ __array__ names is_nonzero equal "
     "allclose is_inference is_set_to requires_grad_ detach_ sym_size _version"
 )
+LEAVING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.as_subclass}  # what follows is not seen
 _SAME = names(
     "contiguous clone detach to float double half bfloat16 type type_as cuda cpu int long short bool alias dropout "
     "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout pin_memory positive __pos__ _to_copy "

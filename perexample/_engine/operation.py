@@ -239,7 +239,7 @@ class Operation:
         return Lost(self.record, self._called(), why, mixes)
 
     def _called(self) -> str:
-        return f"`{self._shown}` in {_where()}"
+        return f"`{self._shown}` in {where()}"
 
     @property
     def _shown(self) -> str:
@@ -354,7 +354,8 @@ def lose(outputs: Iterable[Tensor], lost: Lost, *, meets: bool = False) -> None:
             metadata(t.grad_fn).setdefault(LOST, lost)
 
 
-def _where() -> str:
+def where() -> str:
+    """What runs now, for messages."""
     if not STATE.frames:
         return "a part that a checkpoint repeats"
     frame = STATE.frames[-1]

@@ -112,6 +112,12 @@ class Record:
             if not (number and square and not t.requires_grad and self.space.rows > 1):
                 place = self._places[number] = Place(self.space, self.batch_dim)
                 put(t, place)
+            else:
+                STATE.hints[
+                    f"input {number + 1} of `{self.root_name}`, of as many rows as columns as there are examples "
+                    f"({t.shape[0]}), was taken for a mask that all share: if its rows are examples, pass it first, or "
+                    f"batches of another size"
+                ] = None
 
     def inputs(self) -> list[tuple[Tensor, Place]]:
         """Those of the inputs that hold the examples, as far as they are alive."""
@@ -305,6 +311,7 @@ class Enter:
     def _outermost(self, module: nn.Module, args: tuple, kwargs: dict) -> Frame:
         if self.root:
             ROOTS.add(module)
+        STATE.hints.clear()
         record = Record(module, self.name, self.batch_dim, args, kwargs)
         if global_forward_hooks():
             record.refused.append(

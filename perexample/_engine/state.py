@@ -56,6 +56,7 @@ class _State(threading.local):
         self.listener: Callable[..., None] | None = None
         self.opened: object = None  # stands for the context that is open
         self.once = False  # whether its losses must not be differentiated but once
+        self.hints: dict[str, None] = {}  # what in the last forward may be why a later use cannot be followed
 
     def silent(self) -> bool:
         """Whether operations are none of our business now."""

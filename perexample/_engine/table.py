@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -31,6 +32,8 @@ class _Entry(weakref.ref):
         self.key, self.known = id(tensor), known
 
 
+# Between a look at an entry of a tensor that is gone and taking it out another thread may make one with its identity.
+_LOCK = threading.RLock()
 _PLACES: dict[int, _Entry] = {}
 _ORIGINS: dict[int, _Entry] = {}
 _MADE: dict[int, _Entry] = {}
@@ -38,9 +41,10 @@ _MADE: dict[int, _Entry] = {}
 
 def _drop(entry: Any) -> None:
     key = entry.key
-    for table in (_PLACES, _ORIGINS, _MADE):
-        if table.get(key) is entry:
-            table.pop(key, None)
+    with _LOCK:
+        for table in (_PLACES, _ORIGINS, _MADE):
+            if table.get(key) is entry:
+                table.pop(key, None)
 
 
 def known_place(tensor: Tensor) -> Place | Lost | None:
@@ -83,7 +87,9 @@ def put_on_edge(tensor: Tensor) -> None:
 
 def put(tensor: Tensor, place: Place | Lost) -> None:
     """Note where a tensor holds the examples."""
-    _PLACES[id(tensor)] = _Entry(tensor, place)
+    entry = _Entry(tensor, place)
+    with _LOCK:
+        _PLACES[entry.key] = entry
 
 
 def put_all_on_edges() -> None:
@@ -178,7 +184,9 @@ def origin_of(tensor: Tensor) -> Tensor:
 def put_made(tensor: Any) -> None:
     """Note that a tensor was made in a forward and told to need a gradient, so that no optimizer can have it."""
     if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf:
-        _MADE[id(tensor)] = _Entry(tensor, True)
+        entry = _Entry(tensor, True)
+        with _LOCK:
+            _MADE[entry.key] = entry
 
 
 def made_inside(tensor: Tensor) -> bool:
@@ -195,4 +203,6 @@ def forget_memory(tensor: Tensor) -> None:
 
 def put_origin(tensor: Tensor, source: Tensor) -> None:
     """Note that a tensor repeats another one along axes of size 1."""
-    _ORIGINS[id(tensor)] = _Entry(tensor, source)
+    entry = _Entry(tensor, source)
+    with _LOCK:
+        _ORIGINS[entry.key] = entry
