@@ -1111,3 +1111,49 @@ def test_an_input_that_may_be_a_mask_is_named():
                 ),
             ):
                 (torch.mul(*towers(x, y)).sum(1)).mean().backward()
+
+
+class Sorted(nn.Module):
+    """A mixture of experts whose tokens are brought into the order of their experts, and back."""
+
+    def __init__(self, k, experts=3):
+        super().__init__()
+        self.gate, self.k, self.out = nn.Linear(6, experts), k, nn.Linear(6, 4)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(experts))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.gate(tokens).softmax(-1).topk(self.k, -1)
+        order = chosen.flatten().argsort()
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        parts = tokens[order // self.k].split(counts)
+        found = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        found = found * weights.flatten()[order].unsqueeze(1)
+        together = torch.zeros_like(tokens).index_add(0, order // self.k, found)
+        return self.out(together.view_as(x).mean(1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 2])
+def test_experts_by_sorting(n, k):
+    torch.manual_seed(0)
+    model, x = extend(Sorted(k).double()), torch.randn(n, 7, 6).double()
+    with perex(BatchGrad()):
+        square(model, x).backward()
+    for i in range(n):
+        for name, p in model.named_parameters():
+            own = torch.autograd.grad(square(model, x[i : i + 1]), p, allow_unused=True)[0]
+            wanted = torch.zeros_like(p) if own is None else own
+            torch.testing.assert_close(p.grad_batch[i], wanted, msg=name)
+
+
+def test_a_choice_of_some_tokens_by_all_is_refused():
+    """How often an entry is taken depends on the others."""
+
+    def first(self, x):
+        order = self.a(x).flatten().argsort()
+        return self.b(x).index_add(0, order // 2 * 2 % len(x), torch.ones(len(x), 4))
+
+    model = extend(naive.Lambda(first, a=nn.Linear(3, 1), b=nn.Linear(3, 4)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        model(torch.randn(5, 3)).sum(1).mean().backward()

@@ -370,13 +370,17 @@ def _named(targets: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _chooses_across(index: Tensor, place: Any, values: list[Tensor]) -> bool:
-    """Whether what an index chooses of one example depends on others; the order of all entries may."""
+    """Whether what an index chooses of one example depends on others; the order of all, equally often, may."""
     if not (isinstance(place, Lost) and place.mixes):
         return False
     if index.dtype == torch.bool or index.is_floating_point() or not values:
         return True
-    everything = torch.arange(index.numel(), device=index.device)
-    return index.numel() not in values[0].shape or not torch.equal(index.flatten().sort().values, everything)
+    chosen = index.flatten().sort().values
+    for size in set(values[0].shape) - {0}:
+        times, rest = divmod(index.numel(), size)
+        if not rest and torch.equal(chosen, torch.arange(size, device=index.device).repeat_interleave(times)):
+            return False
+    return True
 
 
 def _has_index(index: Any) -> bool:
