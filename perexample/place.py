@@ -22,13 +22,21 @@ class Space:
         rows: Number of rows M.
         owner: Example of each row, ``[M]``, -1 for none; ``None`` if row n is example n.
         made: The operation that has chosen the rows, for messages.
+        beside: Whether entries of nobody were put beside those of a single example, and are taken to be its own.
     """
 
-    __slots__ = ("made", "owner", "record", "rows")
+    __slots__ = ("beside", "made", "owner", "record", "rows")
 
     def __init__(self, record: Any, rows: int, owner: Tensor | None = None, made: str = "") -> None:
         """Rows of a forward."""
         self.record, self.rows, self.owner, self.made = record, rows, owner, made
+        self.beside = False
+
+    def with_constants(self) -> Space:
+        """The same, with a note that there are constants beside it."""
+        noted = Space(self.record, self.rows, self.owner, self.made)
+        noted.beside = True
+        return noted
 
     def owners(self, device: Any = None) -> Tensor:
         """Example of each row, ``[M]``."""
@@ -229,7 +237,8 @@ def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: boo
     written = known.numel() < owner.numel() and not one_example
     if known.numel() == 0 or (not written and bool((known == known[0]).all())):
         one = known[:1].cpu() if known.numel() else torch.full((1,), -1)
-        return Place(Space(whole.record, 1, one, made), None)
+        alone = Space(whole.record, 1, one, made)
+        return Place(alone if known.numel() == owner.numel() else alone.with_constants(), None)
     for axis in range(owner.dim()):
         flat = owner.movedim(axis, 0).reshape(owner.shape[axis], -1)
         top = flat.amax(1)

@@ -154,6 +154,9 @@ LINEAR = {
     "roots one by one": lambda out: sum(F.mse_loss(out[i], AIMS[i]).sqrt() for i in range(N)) / N,
     "norms one by one": lambda out: torch.stack([torch.linalg.norm(out[i] - AIMS[i]) for i in range(N)]).mean(),
     "masks one by one": lambda out: sum((out[i] * MASK[:4]).sum() / MASK[:4].sum() for i in range(N)) / N,
+    "a mean of those that count": lambda out: torch.stack(
+        [(each(out) * CLASSES.eq(c)).mean() for c in (0, 1, 2)]
+    ).mean(),
     "a mean of several, of all": lambda out: torch.stack([each(out).mean(), out.mean(), F.mse_loss(out, AIMS)]).mean(),
     "as many of each": lambda out: torch.cat([out[i, :2] for i in range(N)]).mean(),
     "choices one by one": lambda out: sum(out[i][MASK[:4] > 0].mean() for i in range(N)) / N,
@@ -198,6 +201,19 @@ def alignment(out):
     return F.ctc_loss(steps, torch.ones(N, 1, dtype=torch.long), (2,) * N, (1,) * N)
 
 
+def many_hinges(out):
+    for _ in range(20):
+        out = F.relu(out + 0.3)
+    return out.mean()
+
+
+def in_place(out):
+    total = torch.zeros(4, N)
+    total[1:3] = out.t()[1:3]
+    total[0].add_(out.t()[3])
+    return total
+
+
 MEETING = {
     "contrastive": lambda out: F.cross_entropy(similarities(out).fill_diagonal_(-9.0), NEXT),
     "two sides": lambda out: F.cross_entropy(out[:, :2] @ out[:, 2:].T, torch.arange(N)),
@@ -234,6 +250,14 @@ MEETING = {
     "in order": lambda out: (out.sort(0).values - AIMS).abs().mean(),
     "clamped differences": lambda out: (out - out.flip(0)).clamp(-0.5, 0.5).square().mean(),
     "the larger of two": lambda out: torch.maximum(out, out[NEXT]).mean(),
+    "all pairs": lambda out: F.relu(0.5 - (out[:, None, 0] - out[None, :, 0])).mean(),
+    "variation of all in a row": lambda out: out.flatten().diff().abs().mean(),
+    "rows that cross examples": lambda out: out[:, :2].flatten()[1:-1].view(-1, 4).max(1).values.mean(),
+    "norms of differences": lambda out: torch.linalg.vector_norm(out - out.roll(1, 0), ord=1, dim=1).mean(),
+    "ranges": lambda out: torch.stack(torch.aminmax(out, dim=0)).mean(),
+    "one pair before many hinges": lambda out: many_hinges(F.relu(1 + out - 0.1 * out.roll(1, 0))),
+    "smooth absolute differences": lambda out: F.smooth_l1_loss(9 * out, 9 * out.roll(1, 0)),
+    "one or the other": lambda out: torch.where(out > out.roll(1, 0), out, out.roll(1, 0)).mean(),
     "beside what is infinite": lambda out: out[1] @ out[3] + (out * WEIGHTS).square().sum(1).mean(),
 }
 APART = {
@@ -258,6 +282,10 @@ APART = {
     "the largest of each": lambda out: out.t().amax(0).mean(),
     "in order, in each": lambda out: (out.t().sort(0).values - AIMS.t()).abs().mean(),
     "differences from constants": lambda out: (out[:, None] - AIMS[None]).abs().mean(),
+    "one or the other of each": lambda out: torch.where(AIMS > 0, out, out.flip(1)).mean(),
+    "sums over some": lambda out: torch.where(torch.arange(4) > 1, out.mean(0), 0.0).sum(),
+    "written in place": lambda out: in_place(out).mean(),
+    "pooled over classes": lambda out: F.max_pool1d(out[NEXT][:, None], 2).mean(),
     "kinks of a table that all share": lambda out: (out[NEXT] - out[NEXT].detach().roll(1, 0)).abs().mean(),
 }
 

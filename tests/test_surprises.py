@@ -948,12 +948,21 @@ LOSSES_INSIDE = {
     ),
 }
 OWN_INSIDE = {
+    "added up one by one": lambda h, y: sum(F.cross_entropy(a, b) for a, b in zip(h, y, strict=True)) / len(h),
+    "added up in place": lambda h, y: added_up(h, y),
     "cross-entropy": lambda h, y: F.cross_entropy(h, y),
     "both in another order": lambda h, y: F.cross_entropy(h.flip(0), y.flip(0)),
     "parts of each": lambda h, y: F.l1_loss(h[:, 1:], h[:, :-1]),
     "weights": lambda h, y: F.cross_entropy(h, y, weight=torch.ones(4)),
     "a mask of a selection": lambda h, y: F.mse_loss(h.unflatten(1, (2, 2)), h.detach().unflatten(1, (2, 2)).exp()),
 }
+
+
+def added_up(h, y):
+    total = h.new_zeros(())
+    for a, b in zip(h, y, strict=True):
+        total += F.cross_entropy(a, b)
+    return total / len(h)
 
 
 class WithLoss(nn.Module):
@@ -1157,3 +1166,60 @@ def test_a_choice_of_some_tokens_by_all_is_refused():
     model = extend(naive.Lambda(first, a=nn.Linear(3, 1), b=nn.Linear(3, 4)))
     with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
         model(torch.randn(5, 3)).sum(1).mean().backward()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_outputs_of_each_example_may_be_as_long_as_the_batch(n):
+    """A list of them, or of those of a loop."""
+    model = extend(naive.Lambda(lambda self, x: [self.a(row) for row in x], a=nn.Linear(3, 2)).double())
+    x = rand(n, n, 3)
+    with perex(BatchGrad()):
+        (torch.stack([row.square().sum() for row in model(x)]).mean()).backward()
+    for i in range(n):
+        wanted = torch.autograd.grad(model(x[i : i + 1])[0].square().sum(), model.a.weight)[0]
+        torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_ctc_with_flat_targets(reduction):
+    """As models of speech have it inside: the targets of each example, one behind the other."""
+
+    def loss(self, x, targets, lengths):
+        steps = self.a(x).log_softmax(-1).transpose(0, 1)
+        flat = targets.masked_select(torch.arange(targets.shape[1]) < lengths[:, None])
+        return F.ctc_loss(steps, flat, (x.shape[1],) * len(x), tuple(lengths.tolist()), reduction=reduction)
+
+    model = extend(naive.Lambda(loss, a=nn.Linear(3, 5)).double())
+    x, targets, lengths = rand(4, 6, 3), torch.randint(1, 5, (4, 3)), torch.tensor([2, 3, 1, 2])
+    joined = {"none": lambda t: t.mean(), "mean": lambda t: t, "sum": lambda t: t}[reduction]
+    with perex(BatchGrad(), loss_reduction="sum" if reduction == "sum" else "mean"):
+        joined(model(x, targets, lengths)).backward()
+    for i in range(4):
+        own = joined(model(x[i : i + 1], targets[i : i + 1], lengths[i : i + 1]))
+        wanted = torch.autograd.grad(own, model.a.weight)[0]
+        torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)
+
+
+def test_a_frozen_table_may_be_given_to_the_model():
+    net = naive.Lambda(lambda self, x: self.a(x), a=nn.Linear(3, 2))
+    net.z = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    model = extend(net)
+    with perex(BatchGrad()):
+        model(model.z).sum(1).mean().backward()
+    assert model.a.weight.grad_batch.shape == (4, 2, 3)
+
+
+def test_mixing_that_a_later_trial_shows_is_not_forgotten():
+    """Of two outputs one is clear only when the other one's trial has gone by."""
+
+    def two(x):
+        return torch.where((x > 3.2).any(), x.flip(0), x), torch.ones(4)
+
+    wrapped = torch.library.custom_op(
+        "perexample_tests::two", two, mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)"
+    )
+    wrapped.register_fake(lambda x: (torch.empty_like(x), x.new_empty(4)))
+    wrapped.register_autograd(lambda ctx, g, h: g)
+    model = extend(naive.Lambda(lambda self, x: self.b(wrapped(self.a(x))[0]), a=nn.Linear(3, 4), b=nn.Linear(4, 2)))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        model(0.1 * torch.randn(5, 3)).sum(1).mean().backward()

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .._private import metadata, ones_for, options_of, saved
 from ..errors import CrossExampleError
-from .joins import examples_of, kind_of, nearest_taps, owners_of, shape_of
+from .joins import examples_of, kind_of, nearest_taps, shape_of
 from .kinds import names
 from .state import STATE
 from .tap import KEY, Tap
@@ -45,17 +45,25 @@ _ALONG = names(
 _SHAPES = names("View UnsafeView Reshape Flatten Unflatten")
 _PRODUCTS = {"Mm": 0, "Addmm": 1, "Bmm": 0, "Baddbmm": 1}  # which input has the rows
 _SCALED = names("Add Sub Neg Mul Div ToCopy Clone View Squeeze Stack Cat Sum Mean")  # numbers that are added
-_DISTANCES = names("Cdist Pdist")  # which torch differentiates only once
-_KINKED = names(  # whose second derivatives are zero though examples may meet in them
-    "Relu LeakyRelu Abs Clamp ClampMin ClampMax Maximum Minimum Threshold Hardtanh HuberLoss SmoothL1Loss Where"
+_SOME = 8  # entries that are tried one by one, of tensors of which torch knows no second derivative
+_LINEAR = names(  # of one tensor that has a graph, whatever else they are given: sums of its entries times numbers
+    "Add Sub Rsub Neg Mul Div View UnsafeView Reshape Flatten Unflatten Transpose Permute T Expand Unsqueeze Squeeze "
+    "Select Slice Index IndexSelect Gather Sum Mean Nanmean Nansum Cat Stack Unbind Split SplitWithSizes Chunk Clone "
+    "Alias Copy ToCopy Mm Addmm Bmm Baddbmm Mv Dot Cumsum Flip Roll Repeat RepeatInterleave Scatter ScatterAdd "
+    "IndexAdd IndexPut IndexCopy MaskedFill MaskedSelect MaskedScatter ConstantPadNd AsStrided Diagonal Trace Tril "
+    "Triu Where Lerp Addcmul NativeDropout Detach Unfold AvgPool1D AvgPool2D AdaptiveAvgPool2D Movedim Real Imag "
+    "Convolution Take Put Trapezoid FftR2C FftC2R FftC2C NanToNum torch::autograd::CopySlices"
 )
-_ORDERING = names("Amax Amin Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin")
+_SMOOTH = names(  # what examples do to each other in these shows in second derivatives
+    "Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Sigmoid Tanh Softmax LogSoftmax Logsumexp "
+    "Softplus LogSigmoid Gelu Silu Mish Erf Erfc Sin Cos Tan Atan Asin Acos Sinh Cosh Var Std NativeLayerNorm "
+    "NativeGroupNorm ScaledDotProductFlashAttentionForCpu"
+)
+_ORDERING = names("Amax Amin Aminmax Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin Mode")
 _FEW = 2**22  # entries of the largest tensor up to which a loss is differentiated twice
 _MOST = 4096  # nodes, and forms that are remembered
 _SMALL = 8  # numbers below are axes and the like; larger ones are sizes, which differ from batch to batch
 _AXES = 3  # up to which a number that N divides may well be an axis
-_SOME = 4  # entries of distances that are looked at
-_PLACES = 16  # tensors in which they are
 _SEEN: dict[int, int] = {}  # how many backwards there were of each form in which examples may have met
 
 Near = tuple[GradientEdge, Tap, int]
@@ -82,10 +90,10 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     taps = _nearest(loss, found) if places or not by_rows else []
     if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
-    form = hash(tuple(_form(node, n) for node in nodes))
+    form = hash(frozenset(_with_inputs(node, n) for node in nodes))  # of a loop over the examples one of each kind
     if not _is_due(form) or not _can_be_differentiated(nodes, taps, loss):
         return
-    if _couples(loss, taps, n) or (places and _meet_at_kinks(nodes, places, loss, found)):
+    if _couples(loss, taps, n) or (places and _meet_at_kinks(nodes, loss, taps, found, n)):
         _SEEN.pop(form, None)  # it is due the next time too
         where = f", for which {places[-1].name()} is a likely place" if places else ""
         raise CrossExampleError(
@@ -159,6 +167,10 @@ def _dims(node: Node, axes: int) -> set[int]:
     return {(d - 2**64 if d >= 2**63 else d) % axes for d in wrapped}
 
 
+def _with_inputs(node: Node, n: int) -> Any:
+    return _form(node, n), frozenset(_form(one, n) for one, _ in node.next_functions if one is not None)
+
+
 def _form(node: Node, n: int) -> Any:
     """What makes one loss like another: its operations with their options; of sizes whether they count examples."""
 
@@ -170,7 +182,8 @@ def _form(node: Node, n: int) -> Any:
         return "size" if type(value) is int and abs(value) >= _SMALL else str(value)
 
     given = tuple(before is not None for before, _ in node.next_functions)
-    return node.name(), relative(shape_of(node, 0)), given, relative(options_of(node))
+    some = given if len(given) < _SMALL else frozenset(given)  # of a loop over the examples there are N
+    return node.name(), relative(shape_of(node, 0)), some, relative(options_of(node))
 
 
 def _nearest(loss: Tensor, found: Walk) -> list[Near]:
@@ -283,55 +296,133 @@ def _half(owner: Tensor, bit: int) -> Tensor:
     return (owner >= 0) & (owner.bitwise_right_shift(bit) % 2 == 1)
 
 
-def _meet_at_kinks(nodes: list[Node], places: list[Node], loss: Tensor, found: Walk) -> bool:
-    """Whether examples meet in an entry of a function that torch differentiates once, or that has kinks."""
-    edges = [GradientEdge(node, 0) for node in places if kind_of(node) in _DISTANCES]
-    kinked = [node for node in nodes if kind_of(node) in _KINKED]
-    edges += [GradientEdge(one, at) for node in kinked for one, at in node.next_functions if one is not None]
-    edges = [edge for edge in edges if (shape := shape_of(edge.node, edge.output_nr)) is None or shape.numel() > 1]
-    if any(_meet_in(edge, loss, found) for edge in edges[:_PLACES]):
+def _meet_at_kinks(nodes: list[Node], loss: Tensor, taps: list[Near], found: Walk, n: int) -> bool:
+    """Whether examples meet in a function that is not linear, be its second derivative zero, or unknown to torch.
+
+    They do if an entry that it is given, or that it gives, changes with two of them, or if the largest is taken of
+    entries that do: each by derivatives of all entries along random changes of half of the examples, and of the others.
+
+    Args:
+        nodes: Of the loss.
+        loss: The loss.
+        taps: The nearest.
+        found: The graph.
+        n: Number of examples.
+
+    Returns:
+        Whether they do.
+    """
+    kinked = [node for node in nodes if _is_kinked(node)]
+    inputs = {node: [GradientEdge(one, at) for one, at in node.next_functions if one is not None] for node in kinked}
+    edges = {_key(e): e for node in kinked for e in (*inputs[node], GradientEdge(node, 0)) if _is_large(e)}
+    if not edges:
+        return False
+    gradients = torch.autograd.grad(loss, list(edges.values()), retain_graph=True, allow_unused=True)
+    used = {key: g != 0 for key, g in zip(edges, gradients, strict=True) if g is not None}
+    moved = _moved([edges[key] for key in used], taps, n)
+    if any(_entry_meets(edges[key], used[key], found) for key in used.keys() - moved.keys()):
         return True
-    ordering = [node for node in places if kind_of(node) in _ORDERING]
-    compared = [node for node in nodes if kind_of(node) in ("Maximum", "Minimum")]
-    return any(_ordered_together(node, found) for node in ordering[:_PLACES]) or any(
-        _compared_with_others(node, loss, found) for node in compared[:_PLACES]
-    )
+    return any(_meet_in(node, [_key(e) for e in inputs[node]], moved, used) for node in kinked)
 
 
-def _compared_with_others(node: Node, loss: Tensor, found: Walk) -> bool:
-    """Whether the larger or smaller of two entries is taken that come from different examples."""
-    given = [GradientEdge(one, number) for one, number in node.next_functions if one is not None]
-    gradient = torch.autograd.grad(loss, GradientEdge(node, 0), retain_graph=True, allow_unused=True)[0]
-    used = [] if gradient is None else gradient.flatten().nonzero()[:_SOME, 0].tolist()
-    for at in used:
-        chosen = torch.zeros_like(ones_for(GradientEdge(node, 0)))
-        chosen.view(-1)[at] = 1.0
-        owners = [owners_of(edge, found, chosen.sum_to_size(ones_for(edge).shape)) for edge in given]
-        if len(set().union(*owners)) > 1:
+def _is_kinked(node: Node) -> bool:
+    shape, given = shape_of(node, 0), [one for one, _ in node.next_functions if one is not None]
+    if shape is None or not given:
+        return False
+    if shape.numel() == 1:  # these have a check of their own
+        return kind_of(node) in _LOSSES and len(given) > 1
+    return (len(given) > 1 and kind_of(node) == "Where") or kind_of(node) not in _LINEAR | _SMOOTH
+
+
+Key = tuple[Node, int]
+Sides = list[tuple[Tensor, Tensor]]  # for each bit: which entries change with examples that have it, and with others
+
+
+def _key(edge: GradientEdge) -> Key:
+    return edge.node, edge.output_nr
+
+
+def _is_large(edge: GradientEdge) -> bool:
+    shape = shape_of(edge.node, edge.output_nr)
+    return shape is not None and shape.numel() > 1
+
+
+def _moved(edges: list[GradientEdge], taps: list[Near], n: int) -> dict[Key, Sides]:
+    """What the entries of these tensors change with; some may be left out, of which torch knows no derivative."""
+    found: dict[Key, Sides] = {}
+    groups = [edges]
+    while groups:
+        group = groups.pop()
+        sides = _sides(group, taps, n) if group else []
+        if sides is not None:
+            found |= {_key(edge): side for edge, side in zip(group, sides, strict=True)}
+        elif len(group) > 1:
+            half = len(group) // 2
+            groups += [group[:half], group[half:]]
+    return found
+
+
+def _sides(group: list[GradientEdge], taps: list[Near], n: int) -> list[Sides] | None:
+    """The same of a few at once; ``None`` if it cannot be done."""
+    sides: list[Sides] = [[] for _ in group]
+    draws = torch.Generator().manual_seed(0)
+    try:
+        with torch.enable_grad():
+            directions = [ones_for(edge).requires_grad_() for edge in group]
+            edges = [edge for edge, _, _ in taps]
+            back = torch.autograd.grad(group, edges, directions, create_graph=True, allow_unused=True)
+            rows = [_rows(near, h) for near, h in zip(taps, back, strict=True) if h is not None and h.requires_grad]
+            sums = [((r * _noise(r, draws)).sum(1), owner) for r, owner in rows]
+            for bit in range((n - 1).bit_length()) if sums else ():
+                both = [_along_half(sums, directions, bit, chosen=chosen) for chosen in (True, False)]
+                for side, a, b in zip(sides, *both, strict=True):
+                    side.append((a, b))
+    except (RuntimeError, NotImplementedError):
+        return None
+    return sides
+
+
+def _along_half(sums: list[tuple[Tensor, Tensor]], directions: list[Tensor], bit: int, *, chosen: bool) -> list[Tensor]:
+    """Which entries change with the examples that have a bit, or have it not."""
+    halves = [s[(owner >= 0) & (_half(owner, bit) == chosen)].sum() for s, owner in sums]
+    moves = torch.autograd.grad(torch.stack(halves).sum(), directions, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(d, dtype=torch.bool) if m is None else m != 0 for m, d in zip(moves, directions, strict=True)
+    ]
+
+
+def _meet_in(node: Node, inputs: list[Key], moved: dict[Key, Sides], used: dict[Key, Tensor]) -> bool:
+    """Whether examples meet in what an operation is given, or gives."""
+    known = [key for key in inputs if key in moved]
+    for key in [*known, (node, 0)]:
+        if any(bool((a & b & used[key]).any()) for a, b in moved.get(key, ())):
+            return True
+    if kind_of(node) in _ORDERING and any(_along(node, a, b) for key in known for a, b in moved[key]):
+        return True
+    if len(known) < 2:
+        return False
+    for sides in zip(*(moved[key] for key in known), strict=False):
+        try:
+            left, right = (torch.stack(torch.broadcast_tensors(*(pair[i] for pair in sides))).any(0) for i in (0, 1))
+        except RuntimeError:  # no entry stands beside another
+            return False
+        if bool((left & right).any()):
             return True
     return False
 
 
-def _ordered_together(node: Node, found: Walk) -> bool:
-    """Whether entries among which the largest are looked for come from several examples."""
-    before, number = node.next_functions[0]
-    shape = shape_of(before, number)
-    if before is None or not shape:
-        return False
-    dims = _dims(node, len(shape))
-    weights = torch.zeros_like(ones_for(GradientEdge(before, number)))
-    weights[tuple(slice(None) if axis in dims else 0 for axis in range(len(shape)))] = 1.0
-    return examples_of(GradientEdge(before, number), found, weights) > 1
+def _along(node: Node, a: Tensor, b: Tensor) -> bool:
+    """Whether along the axes in which an order is sought there are entries of both sides."""
+    dims = sorted(_dims(node, a.dim()))
+    return bool((a.amax(dims) & b.amax(dims)).any()) if dims else False
 
 
-def _meet_in(edge: GradientEdge, loss: Tensor, found: Walk) -> bool:
-    """Whether an entry of a tensor, which the loss uses, depends on several examples; some are tried."""
-    gradient = torch.autograd.grad(loss, edge, retain_graph=True, allow_unused=True)[0]
-    used = torch.empty(0, dtype=torch.long) if gradient is None else gradient.flatten().nonzero()[:, 0]
-    for number in range(min(_SOME, len(used))):  # not all on a diagonal
-        at = int(used[min(len(used) * number // _SOME + number, len(used) - 1)])
+def _entry_meets(edge: GradientEdge, used: Tensor, found: Walk) -> bool:
+    """Whether an entry of a tensor changes with several examples; some of those that the loss uses are tried."""
+    entries = used.flatten().nonzero()[:, 0]
+    for number in torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:_SOME].tolist():
         weights = torch.zeros_like(ones_for(edge))
-        weights.view(-1)[at] = 1.0
+        weights.view(-1)[int(entries[number])] = 1.0
         if examples_of(edge, found, weights) > 1:
             return True
     return False

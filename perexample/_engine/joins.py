@@ -28,6 +28,7 @@ _BENT = names(
     "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
 )
 _CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
+_LOOKED_THROUGH = 256  # nodes
 _MOST = 16  # doubts that are looked into, the nearest to the loss first: a loop over the examples has one for each
 
 
@@ -137,10 +138,28 @@ def _uneven(node: Node, found: Walk, n: int) -> str:
     before, entries = node.next_functions[0][0], _entries(*node.next_functions[0])
     if before is None or kind_of(before) not in ("Stack", "Cat") or entries % n == 0:
         return ""
-    parts = [GradientEdge(one, number) for one, number in before.next_functions if one is not None]
-    if any(examples_of(part, found) > 1 for part in parts[:_MOST]):
+    parts = [GradientEdge(one, number) for one, number in before.next_functions if one is not None][:_MOST]
+    if not all(_of_rows(part) for part in parts) or any(examples_of(part, found) > 1 for part in parts):
         return ""  # of several losses, each of all examples
     return f"takes the mean of {entries} numbers, of which some examples have more than others"
+
+
+def _of_rows(edge: GradientEdge) -> bool:
+    """Whether a number comes from a part of what is there for all examples, along the first axis."""
+    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
+    seen = set[Node]()
+    while stack and len(seen) < _LOOKED_THROUGH:
+        node, number = stack.pop()
+        if node is None or node in seen or number in metadata(node).get(KEY, {}):
+            continue
+        seen.add(node)
+        kind = kind_of(node)
+        if kind in ("Unbind", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect"):
+            return True
+        if kind in ("Select", "Slice") and saved(node, "dim") in (0, None):
+            return True
+        stack += node.next_functions
+    return False
 
 
 def _chosen(node: Node | None, number: int) -> int:

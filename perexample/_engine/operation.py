@@ -19,7 +19,7 @@ from ..place import Lost, Place, Space, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .arithmetic import simple_place
-from .kinds import Kind, Traits
+from .kinds import Kind, Traits, names
 from .oracle import Form, fits, form_key, forms_of
 from .owners import INTO, MOVERS, moved, values_of
 from .state import STATE, quiet
@@ -29,6 +29,7 @@ from .tap import LOST, Tap
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
 _FORMS: dict[Any, list[Form]] = {}
 _MOST_FORMS = 20_000
+_ADDS = names("add add_ sub sub_ rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ sum subtract subtract_")
 
 
 class Operation:
@@ -47,6 +48,10 @@ class Operation:
             if counts or not any(_chooses_across(t, place, values) for t, place in indices):
                 kept = [(t, place) for t, place in tracked if any(t is v for v in values)]
                 tracked = self.tracked = kept or tracked
+        self.flat_targets = False  # whether those of all examples come as one list
+        if self.name == "ctc_loss" and len(tracked) > 1:
+            self.tracked = _without_flat_targets(args, kwargs, tracked)
+            self.flat_targets, tracked = len(self.tracked) < len(tracked), self.tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
         self.record = (self.lost or tracked[0][1].space).record
         self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
@@ -148,11 +153,13 @@ class Operation:
         if space is None:
             return self._apart(outputs)
         if space.rows <= 1 and not self._fills():
-            place = Place(space, None)
+            place = Place(self._beside_constants(space), None)
             return [place] * len(outputs)
         if self._shape is not None:
             found = reshaped(self.tracked[0][1], self._shape, outputs[0].shape)
             return [found or self._lost("leaves no axis that tells the examples apart", False)]
+        if self.flat_targets and outputs[0].dim() == 1:
+            return [Place(space, 0)]
         if len(outputs) == 1:
             simple = simple_place(self.traits, self.args, self.kwargs, self.tracked, outputs[0])
             if simple is not None:
@@ -160,6 +167,13 @@ class Operation:
         if self._moves_by_data():
             return self._moved(self.args, outputs)
         return self._tried(outputs, space.rows)
+
+    def _beside_constants(self, space: Space) -> Space:
+        """The space of one example; a note of it, if something that belongs to nobody was put beside it."""
+        if space.beside or self.record.space.rows <= 1 or self.name not in JOINS:
+            return space
+        others = any(place_of(t) is None and t.numel() for t in tensors_in((self.args, self.kwargs)))
+        return space.with_constants() if others else space
 
     def _fills(self) -> bool:
         """Whether one example's entries are written among what may become those of others."""
@@ -178,7 +192,10 @@ class Operation:
         made = next((place.space.made for _, place in self.tracked if place.space.made), "")
         by = f" (from {made})" if made else ""
         why = f"mixes examples: it is given rows of different ones, or in different orders{by}"
-        return [Lost(self.record, self._called(), why, True, meets=True)] * len(outputs)
+        meets = not (
+            self.name in _ADDS and all(t.numel() == 1 for t, _ in self.tracked)
+        )  # as a loop over examples does
+        return [Lost(self.record, self._called(), why, True, meets=meets)] * len(outputs)
 
     def _moves_by_data(self) -> bool:
         """Whether the entries' new order may differ from call to call."""
@@ -381,6 +398,23 @@ def _chooses_across(index: Tensor, place: Any, values: list[Tensor]) -> bool:
         if not rest and torch.equal(chosen, torch.arange(size, device=index.device).repeat_interleave(times)):
             return False
     return True
+
+
+def _without_flat_targets(args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]]) -> list[tuple[Tensor, Any]]:
+    """The arguments of a CTC loss without targets that come as one list, if each example's are its own."""
+    named = dict(zip(("log_probs", "targets", "input_lengths", "target_lengths"), args, strict=False)) | kwargs
+    targets, lengths = named.get("targets"), named.get("target_lengths")
+    place = next((place for t, place in tracked if t is targets), None)
+    first = next((place for t, place in tracked if t is named.get("log_probs")), None)
+    if not isinstance(place, Place) or not isinstance(first, Place) or targets is None or targets.dim() != 1:
+        return tracked
+    lengths = torch.as_tensor(lengths).cpu()
+    owners = first.space.owners(torch.device("cpu"))
+    if len(owners) == len(lengths) and torch.equal(
+        place.owner_of_entry(torch.device("cpu")), owners.repeat_interleave(lengths)
+    ):
+        return [(t, known) for t, known in tracked if t is not targets]
+    return tracked
 
 
 def _has_index(index: Any) -> bool:

@@ -209,7 +209,9 @@ def _over_trials(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor
         if trial > _TRIALS and not any(form.why.startswith(_UNTRIED) for form in forms):
             break
         found = _judged(func, args, kwargs, outputs, rows, (count, trial))
-        forms = [old if old is not None and not old.why else new for old, new in zip_longest(forms, found)]
+        forms = [
+            old if old is not None and not (old.why or new.mixes) else new for old, new in zip_longest(forms, found)
+        ]
         if all(not form.why for form in forms) or any(form.mixes for form in found):
             return forms
     return forms

@@ -124,6 +124,10 @@ class Record:
         pairs = ((reference(), place) for reference, place in zip(self._inputs, self._places, strict=True))
         return [(t, place) for t, place in pairs if t is not None and place is not None]
 
+    def was_given(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the inputs, as a table of the model's own may be."""
+        return any(reference() is tensor for reference in self._inputs)
+
     def settle(self, n: int) -> None:
         """The number of examples has turned up: bags of ids come as one flat list."""
         self.pending, self.space = False, Space(self, n)
@@ -155,7 +159,7 @@ class Record:
                 by = f" (from {place.space.made})" if place.space.made else ""
                 why = f"returns the examples in another order than it was given them{by}, so that targets do not fit"
                 lose([t], Lost(self, where, why, True))
-            elif lost is None and isinstance(place, Place) and self._of_one(place, t):
+            elif lost is None and isinstance(place, Place) and self._of_one(place, t, alone=len(outputs) == 1):
                 why = (
                     f"returns rows for {self.space.rows} examples that were computed from one of them, and constants "
                     f"beside it, which do not tell whose they are; compute what stands for an example without data "
@@ -165,9 +169,11 @@ class Record:
             elif lost is not None and t.grad_fn is not None:
                 metadata(t.grad_fn)[LOST] = lost
 
-    def _of_one(self, place: Place, t: Tensor) -> bool:
-        """Whether a tensor that should have a row for each example has the data of a single one."""
+    def _of_one(self, place: Place, t: Tensor, *, alone: bool) -> bool:
+        """Whether a tensor that should have a row for each has the data of a single one; several may have one each."""
         if place.axis is not None or place.space.rows != 1 or self.space.rows <= 1:
+            return False
+        if not (alone or place.space.beside):
             return False
         return t.dim() > self.batch_dim and t.shape[self.batch_dim] == self.space.rows
 
@@ -453,6 +459,8 @@ def _refuse_written(frame: Frame, inner: nn.Module | None) -> None:
             if isinstance(p, nn.Parameter) and place_of(p) is not None:
                 written.append((name, "parameter", p))
         for name, what, t in written:
+            if record is not None and record.was_given(t):
+                continue
             forget_memory(t)
             if record is not None:
                 reason = (
