@@ -219,6 +219,12 @@ class AdaptiveClippedGrad(ClippedGrad):
         Raises:
             ConfigurationError: If it holds no C, or one outside of the bounds.
         """
+        max_norm = self.check_state(state)
+        self.zero_grad()
+        self._set(max_norm)
+
+    def check_state(self, state: Mapping[str, Any]) -> float:
+        """Raise what `load_state_dict` would raise, and return C."""
         if "max_norm" not in state:
             raise ConfigurationError(
                 f"The state of AdaptiveClippedGrad holds no 'max_norm' but {sorted(state)}; it was saved with another "
@@ -226,8 +232,7 @@ class AdaptiveClippedGrad(ClippedGrad):
             )
         max_norm = positive("max_norm (in the state of AdaptiveClippedGrad)", state["max_norm"])
         self._refuse_outside("max_norm (in the state of AdaptiveClippedGrad)", max_norm)
-        self.zero_grad()
-        self._set(max_norm)
+        return max_norm
 
     def _refuse_outside(self, name: str, max_norm: float) -> None:
         least, largest = self.bounds

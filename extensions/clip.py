@@ -74,18 +74,21 @@ class Global(Clip):
 class _Custom(Clip):
     """A user's function of the norms, held to the bound and to examples being independent."""
 
-    def __init__(self, function: Callable[[Tensor, float], Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], *, of_norms: bool = False) -> None:
+        self.function, self.of_norms = function, of_norms  # whether it takes no bound
+
+    def _factors(self, norms: Tensor, bound: float) -> Tensor:
+        return self.function(norms) if self.of_norms else self.function(norms, bound)
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
-        factors = self.function(norms, bound)
+        factors = self._factors(norms, bound)
         if not isinstance(factors, Tensor) or factors.shape != norms.shape:
             return factors  # what is wrong is said elsewhere
         if blind():  # it was tried before the step was recorded
             return factors
         half = len(norms) // 2
-        parts = [self.function(norms[:half], bound), self.function(norms[half:], bound)] if half else [factors]
-        if not _equal(parts, factors) or not _equal([_rolled(self.function(norms.roll(1), bound))], factors):
+        parts = [self._factors(norms[:half], bound), self._factors(norms[half:], bound)] if half else [factors]
+        if not _equal(parts, factors) or not _equal([_rolled(self._factors(norms.roll(1), bound))], factors):
             raise CrossExampleError(
                 "ClippedGrad(clip=...): the function gives other factors for a part of the norms, or in another order, "
                 "than for all; each factor must depend on the norm of its own example only, or the sensitivity is "
@@ -131,8 +134,7 @@ def make_clip(clip: str | Clip | Callable[[Tensor], Tensor]) -> Clip:
     if isinstance(clip, type):
         raise ConfigurationError(f"clip is the class {clip.__name__}; pass an instance: {clip.__name__}().")
     if not isinstance(clip, str) and callable(clip):
-        function = clip
-        return _Custom(lambda norms, bound: function(norms))
+        return _Custom(clip, of_norms=True)
     raise ConfigurationError(
         f"clip must be one of {', '.join(map(repr, _BY_NAME))}, a Clip, or a function from norms [N] to factors [N]; "
         f"not {clip!r}."

@@ -13,6 +13,14 @@ def random_states(device: torch.device) -> list[bytes]:
     return [bytes(state.numpy()) for state in states]
 
 
+def seed(number: int, device: torch.device) -> None:
+    """Seed these, and no others."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
+
+
 def set_random_states(states: Sequence[bytes], device: torch.device) -> None:
     """Set them back."""
     first, *others = (torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ._chance import random_states, seed
 from ._first_run import Seen
 from ._precision import reduced
 from ._static import StaticBatch
@@ -86,12 +87,16 @@ class Comparison:
     def _with_usual(self, n: int, context: Callable[[], Any]) -> None:
         batch = self.batch.others(n)
         with context():
-            torch.manual_seed(_SEED)
+            seed(_SEED, self.device)
             self.batch.fill(batch)
             found = self.replay()
-            torch.manual_seed(_SEED)
+            drawn = random_states(self.device)
+            seed(_SEED, self.device)
             wanted = self.usual(batch)
-        if found.held.item() and wanted is not None and not all(self._alike(found, wanted, n)):
+            alike = n < self.batch.size or drawn == random_states(self.device)
+        if not found.held.item() or wanted is None:
+            return
+        if not alike or not all(self._alike(found, wanted, n)):
             _refuse("examples" if n == self.batch.size else "numbers of examples")
 
     def _fillers(self, n: int) -> None:
@@ -99,7 +104,7 @@ class Comparison:
         found = []
         for fill in (lambda: self.batch.fill(self.batch.others(n)), self.batch.refill):
             fill()
-            torch.manual_seed(_SEED)
+            seed(_SEED, self.device)
             found.append(map_tensors(Tensor.clone, self.replay()))
         one, other = found
         if not (one.held.item() and other.held.item()):
@@ -133,8 +138,9 @@ class Comparison:
 def _refuse(what: str) -> NoReturn:
     raise ConfigurationError(
         f"This step cannot be recorded: for other {what} it gives something else than as usual. The model or its loss "
-        f"depends on Python or NumPy (lists of numbers, counters, random numbers, seeds), on how many examples there "
-        f"are (divide no loss by their number), or on what is computed from all of them together. Run it as usual."
+        f"depends on Python or NumPy (lists of numbers, counters), on seeds, on dropout in a part that a checkpoint "
+        f"runs again, on how many examples there are (divide no loss by their number), or on what is computed from all "
+        f"of them together. Run it as usual."
     )
 
 

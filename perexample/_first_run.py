@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +26,12 @@ class Seen:
     Attributes:
         random: Whether it draws random numbers.
         half: Whether it computes something in 16 bits.
+        called: The modules that are called.
     """
 
     random: bool = False
     half: bool = False
+    called: tuple[nn.Module, ...] = ()
 
 
 class _Reached(Extension):
@@ -73,25 +77,46 @@ def first_run(
     buffers = {name: version(b) for name, b in model.named_buffers()}
     kept = {name: (p.detach().clone(), version(p)) for name, p in parameters.items()}
     attributes = [dict(vars(extension)) for extension in extensions]
-    with watched:
-        run(reached)
+    called: dict[nn.Module, None] = {}
+    elsewhere = _other_generators()
+    noting = [
+        module.register_forward_pre_hook(lambda module, _: called.setdefault(module), prepend=True)
+        for module in model.modules()
+    ]
+    try:
+        with watched:
+            run(reached)
+    finally:
+        for handle in noting:
+            handle.remove()
+    if _other_generators() != elsewhere:
+        raise ConfigurationError(
+            "This step cannot be recorded: it draws random numbers of Python or NumPy, which would be those of the "
+            "recording for ever. Draw them with torch, or run it as usual."
+        )
     _refuse_written_parameters(parameters, kept)
     _refuse_written(model, buffers, watched.written, batch)
     _refuse_others(parameters, reached)
     for extension, before in zip(extensions, attributes, strict=True):
         _refuse_remembering(extension, before)
-    return Seen(random_states(device) != states, watched.half)
+    return Seen(random_states(device) != states, watched.half, tuple(called))
+
+
+def _other_generators() -> Any:
+    """Where the random numbers of Python and NumPy are."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else repr(numpy.random.get_state())
 
 
 def _refuse_written_parameters(parameters: Mapping[str, Tensor], kept: Mapping[str, tuple[Tensor, int]]) -> None:
-    for name, p in parameters.items():
-        value, count = kept[name]
-        if version(p) != count:
-            with torch.no_grad():
-                p.copy_(value)
-            raise ConfigurationError(
-                f"This step cannot be recorded: its forward writes into the parameter `{name}`. Run it as usual."
-            )
+    written = [name for name, p in parameters.items() if version(p) != kept[name][1]]
+    for name in written:
+        with torch.no_grad():
+            parameters[name].copy_(kept[name][0])
+    if written:
+        raise ConfigurationError(
+            f"This step cannot be recorded: its forward writes into the parameter `{written[0]}`. Run it as usual."
+        )
 
 
 def _refuse_written(model: nn.Module, buffers: Mapping[str, int], t: Tensor | None, batch: Any) -> None:

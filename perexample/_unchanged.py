@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MethodType, ModuleType
+import inspect
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from types import CodeType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -20,8 +23,43 @@ Key = tuple[str, str, str]
 State = dict[Key, Any]
 
 
-def state_of(model: nn.Module, device: torch.device) -> State:
-    """All that a replay would not know of if it changed, by where it is; `described` says what that is."""
+def names_read(functions: Iterable[tuple[Any, type | None]]) -> frozenset[str]:
+    """Names of attributes that functions may read, and the methods and properties that they may call.
+
+    Args:
+        functions: Each with the class that it is a method of.
+
+    Returns:
+        The names, and others.
+    """
+    found, seen, waiting = set[str](), set[CodeType](), list(functions)
+    while waiting:
+        function, owner = waiting.pop()
+        for name in ("fget", "func", "__func__"):  # of properties, partials, static methods and those of a class
+            function = getattr(function, name, None) or function
+        code = function if isinstance(function, CodeType) else getattr(inspect.unwrap(function), "__code__", None)
+        if not isinstance(code, CodeType) or code in seen:
+            continue
+        seen.add(code)
+        found.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
+        waiting += [(one, owner) for one in code.co_consts if isinstance(one, CodeType)]
+        if owner is not None:
+            methods = (inspect.getattr_static(owner, name, None) for name in code.co_names)
+            waiting += [(method, owner) for method in methods if method is not None]
+    return frozenset(found)
+
+
+def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | None) -> State:
+    """All that a replay would not know of if it changed, by where it is; `described` says what that is.
+
+    Args:
+        model: The model.
+        device: Where it is.
+        names: Of the attributes that matter; all if not given.
+
+    Returns:
+        It.
+    """
     found: State = {("", "autocast", ""): _autocast(device)}
     seen: dict[int, Any] = {}
     for path, module in model.named_modules():
@@ -35,7 +73,7 @@ def state_of(model: nn.Module, device: torch.device) -> State:
             _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
         ]
         for name, value in own.items():
-            if name == "training" or name not in _KEPT_BY_TORCH:
+            if name == "training" or (name not in _KEPT_BY_TORCH and (names is None or name in names)):
                 found[path, kind, name] = value if type(value) in _PLAIN else _frozen(value, seen)
     return found
 
@@ -97,8 +135,14 @@ def _frozen(value: Any, seen: dict[int, Any], depth: int = _DEPTH) -> Any:
 def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
     if isinstance(value, Mapping):
         return type(value), [(_frozen(k, seen, depth), _frozen(v, seen, depth)) for k, v in value.items()]
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         return type(value), [_frozen(one, seen, depth) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return type(value), sorted(map(repr, value))
+    if isinstance(value, partial):
+        return [_frozen(one, seen, depth) for one in (value.func, value.args, value.keywords)]
+    if hasattr(value, "__array_interface__") and hasattr(value, "tobytes"):
+        return type(value), getattr(value, "shape", ()), value.tobytes()
     own = getattr(value, "__dict__", None) or {}
     return id(value), [(name, _frozen(one, seen, depth)) for name, one in own.items()]
 

@@ -24,7 +24,7 @@ from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from ._unchanged import described, settings_of, state_of, what_differs
+from ._unchanged import described, names_read, settings_of, state_of, what_differs
 from .errors import ConfigurationError, LossError, StaleGradientError
 from .extension import Extension
 
@@ -103,7 +103,7 @@ class RecordedStep:
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values
-        self._seen = Seen()
+        self._seen, self._names = Seen(), frozenset[str]()
         perex(*self.extensions, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
         for name, p in self._parameters.items():
@@ -119,13 +119,13 @@ class RecordedStep:
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
         kept = torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
-        before = state_of(self.model, self._device)
+        before = state_of(self.model, self._device, None)
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
             self._replay = self._captured() if self._device.type == "cuda" else self._taped()
             replay, usual = self._again, self._usual
             comparison = Comparison(self._batch, self.extensions, replay, usual, self._seen, self._device)
             comparison.refuse_differences(whole=self._by_model)
-        self._model_was = state_of(self.model, self._device)
+        self._model_was = state_of(self.model, self._device, self._names)
         self._settings_were = settings_of(self.extensions)
         # What a forward leaves at the modules says nothing of what is to be done.
         self._left = frozenset(key for key, value in self._model_was.items() if before.get(key, before) != value)
@@ -156,7 +156,7 @@ class RecordedStep:
                 extension.prepare(asked)
             # What a model looks at may say something of the whole batch, and would not if that is filled up.
             random = random_states(self._device) if self._seen.random else None
-            found = None if self._by_model and n < self.size else self._replayed_if_it_can()
+            found = None if self._by_model and 0 < n < self.size else self._replayed_if_it_can()
             if found is None or not found.held.item():
                 self.repeated += 1
                 self._warn()
@@ -219,6 +219,7 @@ class RecordedStep:
             lambda more: self._usual(self._batch.own, more), self.model, self._parameters, self._asked, self._batch.own,
             self._device,
         )  # fmt: skip
+        self._names = names_read([(self.losses, None), *((type(m).forward, type(m)) for m in self._seen.called)])
         self._usual(self._batch.own)
         for _ in range(2):
             self._before = None
@@ -347,9 +348,10 @@ class RecordedStep:
 
     def as_usual(self, *batch: Any) -> Any:
         """Take a step without the recording, with any number of examples."""
+        self._refuse_changes()
         batch = map_tensors(lambda t: t.to(self._device), batch)
         found = as_usual(self.losses, batch, self.extensions, self.options)
-        self._model_was = state_of(self.model, self._device)  # a model may count its forwards
+        self._model_was = state_of(self.model, self._device, self._names)  # a model may count its forwards
         return found
 
     def _warn(self) -> None:
@@ -363,7 +365,7 @@ class RecordedStep:
             )
 
     def _refuse_changes(self) -> None:
-        what = what_differs(state_of(self.model, self._device), self._model_was, self._left)
+        what = what_differs(state_of(self.model, self._device, self._names), self._model_was, self._left)
         what = what or what_differs(settings_of(self.extensions), self._settings_were)
         if what is not None:
             raise StaleGradientError(

@@ -5,6 +5,7 @@ import math
 import os
 from ast import literal_eval
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,32 @@ def test_empty_and_large_batches_of_a_recorded_training():
     assert min(counts) < 11 < max(counts)
     for one, other in zip(parameters(usual.model), parameters(p.model), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_large_batch_does_not_hide_what_has_changed():
+    p = private()
+    backward = p.recorded(losses_of(p.model))
+    backward.size = 4
+    x, y = next(iter(p))
+    backward(x[:4], y[:4])
+    p.clipping.zero_grad()
+    p.model.eval()
+    for n in (5, 4):
+        with pytest.raises(StaleGradientError, match="`training` of"):
+            backward(x[:n], y[:n])
+
+
+def test_a_recorded_training_begins_with_empty_batches_and_single_examples():
+    p = private()
+    backward = p.recorded(losses_of(p.model))
+    x, y = next(iter(p))
+    assert backward(x[:0], y[:0]).shape == (0,)
+    assert p.clipping.norms is None  # many models cannot be run on nothing
+    backward(x[:1], y[:1])
+    assert backward._step is None
+    p.clipping.zero_grad()
+    backward(x[:2], y[:2])
+    assert backward._step.size == 16
 
 
 def test_a_recorded_training_that_cannot_be():
@@ -1063,6 +1090,37 @@ def test_a_state_of_the_optimizer_goes_on_with_its_weights():
     assert sum(count for *_, count in state["privacy"]["ledger"]["runs"]) == p.steps > 2
 
 
+def test_a_state_of_the_beginning_goes_on_too():
+    p = private()
+    state = p.optimizer.state_dict()
+    run(p, until=3)
+    assert sum(count for *_, count in state["privacy"]["ledger"]["runs"]) == p.steps == 3
+
+
+def test_a_state_that_went_on_repeats_no_noise():
+    """Its ledger and weights are of now, its random numbers of then."""
+    p = private(noise_multiplier=100.0, epochs=9)
+    run(p, until=3)
+    state = p.optimizer.state_dict()
+    first = moved_by(p, 3)
+    p.optimizer.load_state_dict(state)
+    assert torch.nn.functional.cosine_similarity(first, moved_by(p, 3), dim=0).abs() < 0.9
+    q = private(noise_multiplier=100.0, epochs=9)
+    q.optimizer.load_state_dict(state)
+    assert torch.nn.functional.cosine_similarity(first, moved_by(q, 3), dim=0).abs() < 0.9
+
+
+def test_what_does_not_fit_is_said_before_anything_is_loaded():
+    p, q = private(), private(dataset=data(39))
+    run(p, until=2)
+    before = q.optimizer.state_dict()["param_groups"][0]["lr"]
+    p.optimizer.param_groups[0]["lr"] = 0.125
+    with pytest.raises(ConfigurationError, match="data_size"):
+        q.optimizer.load_state_dict(p.optimizer.state_dict())
+    assert q.optimizer.param_groups[0]["lr"] == before
+    assert q.steps == 0
+
+
 def test_torch_may_fail_to_load_its_part():
     p = private(make=torch.optim.Adam)
     run(p, until=2)
@@ -1188,6 +1246,37 @@ def centred(examples):
     return {"x": x - x.mean(0), "y": y}
 
 
+def seldom_mixed(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return (x + 0.5 * x.roll(1, 0) if torch.rand(()) < 0.25 else x), y
+
+
+def beside_the_originals(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return torch.cat([x, x + x.flip(0)]), torch.cat([y, y])
+
+
+def with_texts(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return {"x": x + x.roll(1, 0), "y": y, "text": np.array(["a", "b", "c"][: len(x)])}
+
+
+def time_first(examples):
+    x, y = torch.utils.data.default_collate(examples)
+    return torch.stack([x, 2 * x]), y
+
+
+def cropped(examples):
+    """Padded to the longest, and cut by chance to as many."""
+    x, y = torch.utils.data.default_collate(examples)
+    start = int(torch.randint(2, ()))
+    return x[:, start : start + 2] + torch.randn(2, dtype=x.dtype), y
+
+
+def ragged(examples):
+    return {"list": [x[: 1 + i % 2] for i, (x, _) in enumerate(examples)], "y": torch.stack([y for _, y in examples])}
+
+
 def shuffled(examples):
     x, y = torch.utils.data.default_collate(examples)
     order = torch.randperm(len(x))
@@ -1207,18 +1296,21 @@ def of_its_own(examples):
 OWN = torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize("collate", [mixed_up, centred])
+@pytest.mark.parametrize("collate", [mixed_up, centred, seldom_mixed, beside_the_originals, with_texts])
 def test_examples_that_are_mixed_before_the_model(collate):
     with pytest.raises(CrossExampleError, match=r"collate_fn mixes examples.*MixUp"):
         private(collate_fn=collate)
 
 
-@pytest.mark.parametrize("collate", [shuffled, noisy, of_its_own, torch.utils.data.default_collate])
+@pytest.mark.parametrize(
+    "collate", [shuffled, noisy, of_its_own, torch.utils.data.default_collate, time_first, cropped, ragged]
+)
 def test_examples_that_are_not(collate):
     """Nor are random numbers drawn for that, of which a training might know."""
     model, dataset, states = network(), data(), torch.get_rng_state()
     private(model, dataset, collate_fn=collate)
-    assert torch.equal(torch.get_rng_state(), states) or collate in (shuffled, noisy)  # which draw some themselves
+    drawing = (shuffled, noisy, cropped)  # which draw some themselves
+    assert torch.equal(torch.get_rng_state(), states) or collate in drawing
 
 
 class Codebook(nn.Module):

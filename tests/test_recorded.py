@@ -565,9 +565,7 @@ def test_weights_that_were_computed_before_are_refused():
 CHANGES = {
     "eps": ("layers by positions", lambda model: setattr(model[0], "eps", 1.0), "`eps` of `0`"),
     "hook": ("mlp", lambda model: model[0].register_forward_hook(lambda *a: a[2] * 2), "a hook or the forward of `0`"),
-    "flag": ("mlp", lambda model: setattr(model, "on", True), "`on` of Sequential"),
     "forward": ("mlp", lambda model: setattr(model[0], "forward", torch.sin), "a hook or the forward of `0`"),
-    "tensor": ("mlp", lambda model: setattr(model, "scale", torch.ones(())), "`scale` of Sequential"),
 }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import sys
 import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from perexample import (
@@ -223,12 +226,24 @@ class Settings(nn.Module):
         self.table, self.object, self.pair, self.nan = {"scale": 1.0}, Setting(), (1.0,), float("nan")
         self.kept: Any = None
         self.calls, self.seen = 0, []
+        self.more, self.on, self.tensor = {"a": [[1.0]]}, True, torch.ones((), device=DEVICE)
+        self.history, self.names = [], {"a"}
+
+    def factor(self):
+        return self.more["a"][0][0] * self.tensor if self.on and "a" in self.names else self.nan
 
     def forward(self, x):
         self.calls += 1
         self.seen.append(len(x))
         self.kept = self.layer(x)
-        return self.act(self.kept) * self.scales[0] * self.table["scale"] * self.object.scale * self.pair[0]
+        return (
+            self.act(self.kept)
+            * self.scales[0]
+            * self.table["scale"]
+            * self.object.scale
+            * self.pair[0]
+            * self.factor()
+        )
 
 
 SETTINGS = {
@@ -239,6 +254,10 @@ SETTINGS = {
     "pair": lambda m: setattr(m, "pair", (3.0,)),
     "a hook or the forward": lambda m: m.register_full_backward_pre_hook(lambda module, g: (g[0] * 2,)),
     "nan": lambda m: setattr(m, "nan", 0.0),
+    "more": lambda m: m.more["a"][0].__setitem__(0, 2.0),
+    "on": lambda m: setattr(m, "on", False),
+    "tensor": lambda m: setattr(m, "tensor", torch.ones((), device=DEVICE)),
+    "names": lambda m: m.names.add("b"),
 }
 
 
@@ -250,21 +269,55 @@ def test_settings_of_any_kind(name):
     step(X, Y)
     with torch.no_grad():
         model(X)  # what a forward leaves behind is no setting
-    extend(model)  # nor is this
+    extend(model)  # nor is this, or what no forward reads
+    model.history.append(3.0)
+    model.optimizer = torch.optim.SGD(model.parameters())
     step(X, Y)
     SETTINGS[name](model)
     with pytest.raises(StaleGradientError, match=f"{name}`? of Settings has changed"):
         step(X, Y)
 
 
-def test_an_inner_list_of_a_list():
-    torch.manual_seed(0)
-    model = extend(Settings().to(DEVICE))
-    model.more = {"a": [[1.0]]}
-    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
-    model.more["a"][0][0] = 2.0
-    with pytest.raises(StaleGradientError, match="`more` of Settings has changed"):
-        step(X, Y)
+def test_numbers_that_are_written_in_the_code_may_be_written_to():
+    model = mlp()
+
+    def losses(x, y):
+        total, weights = torch.tensor(0.0), torch.tensor([1.0, 2.0])
+        weights[0] = 3.0
+        total += weights.sum()
+        return cross_entropy(model(x), y) * total + x.new_tensor([2.0]).mul_(2)
+
+    step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    same_as_usual(step, losses, (X[:3], Y[:3]), "grad_batch")
+
+
+def test_random_numbers_of_python_are_refused():
+    model = mlp()
+    for draw in (random.random, np.random.rand):
+        with pytest.raises(ConfigurationError, match="random numbers of Python or NumPy"):
+            RecordedStep(
+                model, lambda x, y, draw=draw: cross_entropy(model(x), y) * (1 + (draw() < 1e-9)), X, Y,
+                extensions=BatchGrad(),
+            )  # fmt: skip
+
+
+def test_dropout_in_a_part_that_a_checkpoint_runs_again():
+    model = nn.Sequential(nn.Linear(7, 9), nn.Dropout(0.003), nn.Linear(9, 5))
+    extend(model.to(DEVICE))
+
+    def losses(x, y):
+        return cross_entropy(torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False), y)
+
+    with pytest.raises((ConfigurationError, RuntimeError), match=r"checkpoint|captur"):
+        RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+
+
+class Callable:
+    def __init__(self):
+        self.share = 0.5
+
+    def __call__(self, norms):
+        return self.share * 0.1 / (norms + self.share)
 
 
 class Softly(Clip):
@@ -293,6 +346,12 @@ def test_settings_of_clip_functions_and_extensions():
     step = RecordedStep(model, per_class(model), X, Y, extensions=ClippedGrad(0.1, clip=clip))
     step(X, Y)
     clip.share = 0.1
+    with pytest.raises(StaleGradientError, match="`clip` of ClippedGrad"):
+        step(X, Y)
+    function = Callable()
+    step = RecordedStep(model, per_class(model), X, Y, extensions=ClippedGrad(0.1, clip=function))
+    step(X, Y)
+    function.share = 0.1
     with pytest.raises(StaleGradientError, match="`clip` of ClippedGrad"):
         step(X, Y)
     step = RecordedStep(model, per_class(model), X, Y, extensions=scaled)

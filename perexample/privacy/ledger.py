@@ -116,8 +116,7 @@ class Ledger:
             self._refuse_lost(self._file)
             _append(self._file, [release])
         _add(self.runs, release, 1)
-        if self._state:
-            self.state_dict()
+        self.state_dict()
 
     def _refuse_lost(self, path: Path) -> None:
         if self.runs and not path.exists():
@@ -193,6 +192,7 @@ class Ledger:
         if self._file is not None:
             _append(self._file, _expand(runs, _count(self.runs)))
         self.runs = list(long)
+        self.state_dict()
 
     def __repr__(self) -> str:
         parts = [f"{count} steps of {release}" for release, count in self.runs]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ..errors import CrossExampleError
-from .collate import _children, _fresh, _is_array
+from .collate import _children, _fresh, _is_array, _with_children
 
-_SEEDS = 3  # with how many random numbers it is tried: mixing may be left to chance
+_SEEDS = 20  # with how many random numbers it is tried: mixing may be left to chance
+_KEPT = 2 / 3  # share of the rows that stay as they are when the last of three examples is changed
 
 
 def refuse_mixing(collate: Callable[[list[Any]], Any], dataset: Any) -> None:
@@ -21,35 +22,62 @@ def refuse_mixing(collate: Callable[[list[Any]], Any], dataset: Any) -> None:
 
     Args:
         collate: From a list of examples to a batch.
-        dataset: Where they come from; nothing is done if it has fewer, or fails.
+        dataset: Where they come from; nothing is done if it has fewer, if these hold no numbers that could be changed
+            (images are numbers only when they are tensors), or if something fails.
 
     Raises:
-        CrossExampleError: If the same example is another one beside others.
+        CrossExampleError: If examples are others when numbers of another one are changed, and nothing else.
     """
-    if len(dataset) < 3:
-        return
+    mixes = False
     with suppress(Exception), _random_kept():  # what fails here fails in the training, where it says more
-        first, *others = (dataset[i] for i in range(3))
-        for seed in range(_SEEDS):
-            one, again, other = (_batch(collate, [first, b], seed) for b in (others[0], others[0], others[1]))
-            if not all(map(_same, _arrays(one), _arrays(again))):
-                return  # it has random numbers of its own
-            parts = list(zip(_arrays(one), _arrays(other), strict=True))
-            mixed = [a for a, b in parts if a.shape == b.shape and len(a.shape) and len(a) == 2 and not _shares(a, b)]
-            if mixed:
-                break
-        else:
-            return
-    if mixed:
+        examples = [dataset[i] for i in range(min(3, len(dataset)))]
+        changed, count = _changed(examples[-1])
+        if len(examples) == 3 and count:
+            mixes = any(_mixes(collate, examples, [*examples[:2], changed], seed) for seed in range(_SEEDS))
+    if mixes:
         raise CrossExampleError(
-            "collate_fn mixes examples: what a batch has of dataset[0] is another beside dataset[1] than beside "
+            "collate_fn mixes examples: what a batch has of dataset[0] or dataset[1] changes with the numbers in "
             "dataset[2] (MixUp, CutMix, statistics of the batch?). One example then changes several rows, each of "
             "which is clipped by itself, and the bound on its influence does not hold. Augment each example by itself."
         )
 
 
+def _mixes(collate: Callable[[list[Any]], Any], one: list[Any], other: list[Any], seed: int) -> bool:
+    """Whether more changes in a batch than the rows of its last example, which alone is another one."""
+    alone, first, again, second = (_arrays(_batch(collate, e, seed)) for e in (one[:1], one, one, other))
+    if not all(map(_same, first, again)):
+        return False  # it has random numbers of its own
+    for a, b, c in zip(alone, first, second, strict=True):
+        axes = [axis for axis in range(b.dim()) if a.dim() == b.dim() and b.shape[axis] == 3 * a.shape[axis]]
+        if b.shape != c.shape or len(axes) != 1:
+            continue
+        rows, others = b.unbind(axes[0]), c.unbind(axes[0])
+        if sum(any(_same(row, old) for old in others) for row in rows) < _KEPT * len(rows):
+            return True
+    return False
+
+
+def _changed(example: Any) -> tuple[Any, int]:
+    """The example with other numbers of the same shapes, and how many arrays these were."""
+    count = 0
+
+    def other(value: Any) -> Any:
+        nonlocal count
+        if _is_array(value):
+            t = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+            if not t.is_floating_point() or not t.numel():
+                return value
+            count += 1
+            new = 1.5 * t + 0.25
+            return new if isinstance(value, torch.Tensor) else new.numpy().astype(value.dtype)
+        children = _children(value)
+        return value if children is None else _with_children(value, [other(child) for child in children.values()])
+
+    return other(example), count
+
+
 def _batch(collate: Callable[[list[Any]], Any], examples: Sequence[Any], seed: int) -> Any:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # and not those of GPUs
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
@@ -70,20 +98,18 @@ def _random_kept() -> Iterator[None]:
             numpy.random.set_state(state)
 
 
-def _arrays(value: Any) -> list[Any]:
-    """Tensors and arrays of a batch, in order."""
+def _arrays(value: Any) -> list[torch.Tensor]:
+    """Tensors and arrays of numbers in a batch, in order."""
     if _is_array(value):
-        return [torch.as_tensor(value)]
+        with suppress(TypeError, ValueError, RuntimeError):  # texts and objects
+            t = torch.as_tensor(value)
+            return [t] if t.layout is torch.strided else []
+        return []
     return [array for child in (_children(value) or {}).values() for array in _arrays(child)]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two batches have a row in common, wherever it is."""
-    return any(_same(one, other) for one in a for other in b)
 
 
 __all__ = ["refuse_mixing"]

@@ -144,6 +144,7 @@ class Privatizer:
         """What a resumed run needs, as plain numbers and tensors."""
         return {
             "ledger": self.ledger.state_dict(),
+            "steps": self.ledger.steps,  # now; the ledger's own state goes on
             "noise": self.noise.state(),
             "clipping": self.clipping.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
@@ -163,6 +164,11 @@ class Privatizer:
                 f"optimizer was made {'without' if self.sampler is None else 'with'} one; privatize(sampler=...) must "
                 f"be given in both runs or in none."
             )
+        check = getattr(self.clipping, "check_state", None)
+        if callable(check):
+            check(state["clipping"])
+        if self.sampler is not None:
+            self.sampler.check_state(state["sampler"])
         self.ledger.load_state_dict(state["ledger"])
         self._loaded = state
 
@@ -179,7 +185,8 @@ class Privatizer:
         sampler = state["sampler"] or {}
         repeats = state["noise"] is not None and self.noise.given is not None
         repeats = repeats and (self.sampler is None or sampler.get("generator") is not None)
-        repeats = repeats and self._steps <= steps_of(state["ledger"])
+        known = steps_of(state["ledger"])
+        repeats = repeats and self._steps <= known == state.get("steps", known)
         self.noise.renew()
         self.clipping.load_state_dict(state["clipping"])
         if self.sampler is not None:

@@ -199,7 +199,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         """What a resumed run needs.
 
         With a generator of yours it draws exactly those batches that were not stepped on (without a private optimizer:
-        not handed out). Otherwise it draws new ones: after a crash, steps that were released and are taken again with
+        not handed out; with one, if its noise has a generator of yours as well). Otherwise it draws new ones: after a crash, steps that were released and are taken again with
         other noise are accounted as independent samples, so they must be.
 
         Returns:
@@ -220,7 +220,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         Raises:
             ConfigurationError: If it is not such a state; nothing is changed then.
         """
-        position, generator = _checked_state(state, {name: getattr(self, name) for name in _CONFIGURATION})
+        position, generator = self.check_state(state)
         self._iteration += 1
         self._pending.clear()
         if self._forget is not None:
@@ -228,6 +228,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if generator is not None:
             self._generator, self._repeatable = generator, True
         self._position = self._resume = position
+
+    def check_state(self, state: Any) -> tuple[int, torch.Generator | None]:
+        """Raise what `load_state_dict` would raise, and return position and generator."""
+        return _checked_state(state, {name: getattr(self, name) for name in _CONFIGURATION})
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse to be copied or pickled.
@@ -399,6 +403,10 @@ class PhysicalBatches(Sampler[list[int]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As `PoissonBatchSampler.load_state_dict`; the size of the pieces may be another."""
         self.sampler.load_state_dict(state)
+
+    def check_state(self, state: Any) -> None:
+        """As `PoissonBatchSampler.check_state`."""
+        self.sampler.check_state(state)
 
     def renew(self) -> None:
         """As `PoissonBatchSampler.renew`."""

@@ -47,11 +47,13 @@ class PrivateStep:
             The losses ``[N]``, or the tuple that ``losses`` returns, without a graph.
         """
         private, n = self._private, _number(batch)
-        if self._step is None and n:
+        if self._step is None and n >= min(2, self.size):  # of one alone nothing can be told by comparison
             filled = _filled(batch, n, self.size)
             self._step = RecordedStep(
                 private.model, self._losses, *filled, extensions=private.clipping, strategy=private.strategy
             )
+        if not n and self._step is None:
+            return torch.zeros(0)  # no backward is needed, and many models cannot be run on nothing
         if self._step is None:
             return as_usual(self._losses, batch, [private.clipping], self._options)
         return self._step(*batch) if n <= self.size else self._step.as_usual(*batch)
