@@ -254,6 +254,8 @@ def _regular(owner: Tensor, axis: int, whole: Space) -> Place | None:
     if n < 2 or size % n or whole.owner is not None:
         return None
     known, found = owner >= 0, []
+    if size > n and size in whole.record.other_axes and owner[known].unique().numel() == 1:
+        return None  # a tensor that is as long as an example may be that of one alone
     for inner in (i for i in range(1, size // n + 1) if size // n % i == 0):
         place = Place(whole, axis, size // (n * inner), inner)
         if torch.equal(place.row_of_entry(owner.device)[known], owner[known]):

@@ -1220,3 +1220,21 @@ def test_mixing_that_a_later_trial_shows_is_not_forgotten():
     model = extend(naive.Lambda(lambda self, x: self.b(two(self.a(x))[0]), a=nn.Linear(3, 4), b=nn.Linear(4, 2)))
     with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
         model(0.1 * torch.randn(5, 3)).sum(1).mean().backward()
+
+
+def test_padding_of_one_example_is_not_that_of_the_next_one():
+    """Whose rows would fit behind it."""
+
+    def padded(self, x, lengths):
+        rows = []
+        for row, k in zip(x, lengths, strict=True):
+            buffer = row.new_zeros(4, 4)
+            buffer[:k] = row[:k]
+            rows.append(self.a(buffer))
+        return rows
+
+    torch.manual_seed(0)
+    model = extend(naive.Lambda(padded, a=nn.Linear(4, 3)).double())
+    x, y = rand(2, 4, 4), torch.randint(3, (2, 4))
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match="rows that belong to no example"):
+        sum(F.cross_entropy(o, t) for o, t in zip(model(x, [2, 4]), y, strict=True)).div(2).backward()

@@ -77,6 +77,7 @@ class Record:
         wrote: Whether data was written into a tensor that did not depend on the batch before.
         opened: Stands for the context that was open; ``None`` if none was.
         space: The examples; without rows as long as their number is not known.
+        other_axes: Sizes of the first input along its other axes.
     """
 
     def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
@@ -85,7 +86,7 @@ class Record:
         tensors = list(tensors_in((args, kwargs)))
         self.input_sizes, self.output_sizes = self._sizes(tensors), list[int]()
         self.output_axes: set[int] = set()
-        self._other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
+        self.other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
         flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point()
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
@@ -223,7 +224,7 @@ class Record:
         first = self.input_sizes[0]
         if first in outputs:
             return True
-        return first in {*self.output_axes, 1} and sizes & outputs <= self._other_axes
+        return first in {*self.output_axes, 1} and sizes & outputs <= self.other_axes
 
     def numbered(self, key: Any, name: str) -> str:
         """The name, with a number from its second use on."""

@@ -199,8 +199,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         """What a resumed run needs.
 
         With a generator of yours it draws exactly those batches that were not stepped on (without a private optimizer:
-        not handed out; with one, if its noise has a generator of yours as well). Otherwise it draws new ones: after a crash, steps that were released and are taken again with
-        other noise are accounted as independent samples, so they must be.
+        not handed out; with one, if its noise has a generator of yours as well). Otherwise it draws new ones: after a
+        crash, steps that were released and are taken again with other noise are accounted as independent samples, so
+        they must be.
 
         Returns:
             Integers, a float and a byte tensor or None: ``position``, the number of batches done in the iteration under
