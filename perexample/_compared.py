@@ -62,7 +62,7 @@ class Comparison:
     ) -> None:
         """Nothing is compared yet."""
         self.batch, self.extensions, self.replay, self.usual = batch, extensions, replay, usual
-        self.random, self.device = seen.random, device
+        self.random, self.drew, self.device = seen.random, seen.drew, device
         self._like = _COARSE if seen.half or reduced([device.type]) else _ROUNDED
 
     def refuse_differences(self, *, whole: bool) -> None:
@@ -93,7 +93,7 @@ class Comparison:
             drawn = random_states(self.device)
             seed(_SEED, self.device)
             wanted = self.usual(batch)
-            alike = n < self.batch.size or drawn == random_states(self.device)
+            alike = n < self.batch.size or not self.drew or drawn == random_states(self.device)
         if not found.held.item() or wanted is None:
             return
         if not alike or not all(self._alike(found, wanted, n)):

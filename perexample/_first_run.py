@@ -24,12 +24,14 @@ class Seen:
     """What was seen of a step.
 
     Attributes:
-        random: Whether it draws random numbers.
+        random: Whether it draws random numbers, as far as generators tell, which other threads may use too.
+        drew: The same, as far as operations tell.
         half: Whether it computes something in 16 bits.
         called: The modules that are called.
     """
 
     random: bool = False
+    drew: bool = False
     half: bool = False
     called: tuple[nn.Module, ...] = ()
 
@@ -99,7 +101,8 @@ def first_run(
     _refuse_others(parameters, reached)
     for extension, before in zip(extensions, attributes, strict=True):
         _refuse_remembering(extension, before)
-    return Seen(random_states(device) != states, watched.half, tuple(called))
+    drew = watched.drew
+    return Seen(drew or random_states(device) != states, drew, watched.half, tuple(called))
 
 
 def _other_generators() -> Any:

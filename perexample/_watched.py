@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._looks import trying
 from ._tree import tensors_of
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -22,13 +23,14 @@ class Watched(TorchDispatchMode):
 
     Attributes:
         half: Whether something was computed in 16 bits.
+        drew: Whether something was drawn, in this thread.
         written: The first tensor that was there before and was written to.
     """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
         super().__init__()
-        self.half = False
+        self.half = self.drew = False
         self.written: Tensor | None = None
         self._made: set[int] = set()  # memory of what operations have made
 
@@ -36,6 +38,9 @@ class Watched(TorchDispatchMode):
         """Let it pass."""
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
+        if trying():  # that is not the step's own
+            return found
+        self.drew |= _draws(func._schema.name.partition("::")[2])
         if func._schema.is_mutable and self.written is None:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -61,15 +66,19 @@ class without_chance(TorchDispatchMode):  # noqa: N801 - named as a function is
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Replace what is drawn; functions that only may draw, as attention with dropout, are left as they are."""
         found = func(*args, **(kwargs or {}))
-        name = func._schema.name.partition("::")[2]
+        name = "" if trying() else func._schema.name.partition("::")[2]
         if name == "native_dropout":
             found[0].copy_(args[0] / (1 - args[1]) if args[1] < 1 else torch.zeros_like(args[0]))
             found[1].fill_(True)
         elif name == "randperm":
             found.copy_(torch.arange(len(found), device=found.device))
-        elif name.rstrip("_").removesuffix("_like") in _DRAWS:
+        elif _draws(name):
             found.fill_(0.5 if found.is_floating_point() else found.dtype == torch.bool)
         return found
+
+
+def _draws(name: str) -> bool:
+    return name in ("native_dropout", "randperm") or name.rstrip("_").removesuffix("_like") in _DRAWS
 
 
 def _memory(t: Tensor) -> int:

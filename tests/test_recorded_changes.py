@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 import threading
 import warnings
 from typing import Any
@@ -27,6 +26,7 @@ from perexample import (
     extend,
     perex,
 )
+from perexample._looks import blind, holds, noting
 from perexample._watched import without_chance
 from perexample.extensions import BatchGrad, BatchL2Grad, Clip, ClippedGrad, SumGradSquared, Variance
 
@@ -556,35 +556,24 @@ def test_what_cannot_be_replayed_is_run_as_usual():
     assert step.repeated == 2
 
 
-def test_two_threads_record_at_once():
-    """Notes are of the thread that makes them."""
-    failed = []
+def test_notes_are_of_the_thread_that_makes_them():
+    inside, go_on, seen = threading.Event(), threading.Event(), []
 
     def work():
-        try:
-            for _ in range(4):
-                model = mlp()
-                step = RecordedStep(model, per_class(model), X.clone(), Y.clone(), extensions=ClippedGrad(1.0))
-                bad = X.clone()
-                bad[0, 0] = float("nan")
-                step(bad, Y)
-                assert step.repeated == 1
-                assert model[0].weight.clipped_sum.isfinite().all()
-        except Exception as error:  # noqa: BLE001 - shown below
-            failed.append(error)
+        with noting() as own:
+            inside.set()
+            go_on.wait(10)
+            holds(torch.zeros(()) > 1)
+        seen.append(own.conditions)
 
-    if DEVICE == "cuda":
-        pytest.skip("a CUDA graph is captured in one thread at a time")
-    interval = sys.getswitchinterval()
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sys.setswitchinterval(1e-6)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-    assert not failed
+    thread = threading.Thread(target=work)
+    with noting() as notes:
+        thread.start()
+        inside.wait(10)
+        holds(torch.ones(2) > 0)
+        assert blind()
+    assert not blind()
+    go_on.set()
+    thread.join()
+    assert [bool(c) for c in notes.conditions] == [True]
+    assert [bool(c) for c in seen[0]] == [False]
