@@ -15,9 +15,7 @@ OPTIMIZER = "perexample.privacy.optimizer"
 
 def shared_by_threads(state: Any) -> Any:
     """The same without a copy for each thread."""
-    return SimpleNamespace(
-        frames=[], quiet=0, listener=None, opened=None, once=False, silent=type(state).silent.__get__(state)
-    )
+    return SimpleNamespace(**vars(state), silent=type(state).silent.__get__(state))
 
 
 UNREACHED = "for key, p, name in trainable if any(t is p for tap in found.taps for t in tap.params.values())}"

@@ -361,6 +361,7 @@ MUTANTS = (
             ("if self.given is not None and state is not None:", "if True:"),
             ("self.given.set_state(", "(self.given or self._for(torch.device('cpu'))).set_state("),
         ),
+        Edit(f"{STEP}.end_load", ('state["noise"] is not None and self.noise.given is not None', "True")),
         killers=[
             "test_make_private.py::test_noise_of_the_system_is_not_repeated_by_a_resumed_run",
             "test_privacy_faults.py::test_f43_a_resumed_run_draws_other_noise",
