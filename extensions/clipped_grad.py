@@ -150,7 +150,7 @@ class ClippedGrad(Extension):
         if not self._under_way():
             self._bounds = self._bounds_of(name for name, p in named if p.requires_grad)
 
-    def _remember(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def _remember(self, named: Iterable[tuple[str, Tensor]]) -> None:
         self._names |= {id(p): (weakref.ref(p), name) for name, p in named}
 
     def _name(self, p: nn.Parameter) -> str | None:
