@@ -86,7 +86,6 @@ class Tape(TorchDispatchMode):
         self._wanted: Any = None
         self._code: Callable[..., tuple] | None = None
         self.random = False
-        self.writes_inputs = False
         self._memories: set[int] = set()  # of all that operations have made
         self._changing: set[int] = set()  # memory that may hold other values in a replay
         self._of_batch: set[int] = set()  # the same, if they come from the inputs or by chance
@@ -115,7 +114,6 @@ class Tape(TorchDispatchMode):
         self._wanted = map_tensors(self._named, found)
         wanted = [slot.number for slot in _slots_of(self._wanted) if slot.number >= 0]
         calls = _needed(_once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
-        self.writes_inputs = bool(self._written.intersection(range(len(inputs))))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
         self._code = _compiled(calls, len(inputs), wanted)
         self._calls, self._shown, self._kept = [], {}, []

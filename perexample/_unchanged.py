@@ -6,7 +6,7 @@ import inspect
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from types import CodeType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -43,10 +43,26 @@ def names_read(functions: Iterable[tuple[Any, type | None]]) -> frozenset[str]:
         seen.add(code)
         found.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
         waiting += [(one, owner) for one in code.co_consts if isinstance(one, CodeType)]
+        waiting += [(one, None) for one in _helpers(function, code)]
         if owner is not None:
             methods = (inspect.getattr_static(owner, name, None) for name in code.co_names)
             waiting += [(method, owner) for method in methods if method is not None]
     return frozenset(found)
+
+
+def _helpers(function: Any, code: CodeType) -> list[Any]:
+    """Functions of the user's that a function may call, by their names or from around it."""
+    space = getattr(function, "__globals__", {})
+    around = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    found = [space.get(name) for name in code.co_names] + around
+    return [one for one in found if isinstance(one, FunctionType) and not one.__module__.startswith("torch.")]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | None) -> State:

@@ -199,11 +199,6 @@ class RecordedStep:
         tape = Tape()
         with no_host_reads():
             tape.record(self._run, tensors_of(self._batch.own))
-        if tape.writes_inputs:
-            raise ConfigurationError(
-                "This step cannot be recorded: it writes into its batch in place, which would be done to the "
-                "caller's; let it work on a copy."
-            )
 
         def replay() -> Found:
             # Also of the model's own products, as they cannot be told apart.
@@ -219,7 +214,8 @@ class RecordedStep:
             lambda more: self._usual(self._batch.own, more), self.model, self._parameters, self._asked, self._batch.own,
             self._device,
         )  # fmt: skip
-        self._names = names_read([(self.losses, None), *((type(m).forward, type(m)) for m in self._seen.called)])
+        forwards = ((vars(m).get("forward", type(m).forward), type(m)) for m in self._seen.called)
+        self._names = names_read([(self.losses, type(getattr(self.losses, "__self__", None))), *forwards])
         self._usual(self._batch.own)
         for _ in range(2):
             self._before = None

@@ -217,7 +217,12 @@ def test_a_recorded_training_begins_with_empty_batches_and_single_examples():
     backward = p.recorded(losses_of(p.model))
     x, y = next(iter(p))
     assert backward(x[:0], y[:0]).shape == (0,)
-    assert p.clipping.norms is None  # many models cannot be run on nothing
+    assert backward._step is None
+    both = p.recorded(lambda x, y: (losses_of(p.model)(x, y), x))
+    assert [len(t) for t in both(x[:0], y[:0])] == [0, 0]
+    picky = p.recorded(lambda x, y: losses_of(p.model)(x, y) + x[0].sum())  # as many models, fails on nothing
+    assert picky(x[:0], y[:0]).shape == (0,)
+    p.clipping.zero_grad()
     backward(x[:1], y[:1])
     assert backward._step is None
     p.clipping.zero_grad()
@@ -1095,7 +1100,10 @@ def test_a_state_of_the_beginning_goes_on_too():
     p = private()
     state = p.optimizer.state_dict()
     run(p, until=3)
-    assert sum(count for *_, count in state["privacy"]["ledger"]["runs"]) == p.steps == 3
+    p.optimizer.param_groups[0]["noise_multiplier"] = 2.0
+    run(p, until=2)
+    assert state["privacy"]["ledger"]["runs"] == [[1.0, RATE, 3], [2.0, RATE, p.steps - 3]]
+    assert p.steps > 3
 
 
 def test_a_state_that_went_on_repeats_no_noise():
@@ -1116,8 +1124,9 @@ def test_a_state_that_went_on_repeats_no_noise():
         assert torch.equal(drawn, old["privacy"]["sampler"]["generator"]) == repeats
 
 
-def test_what_does_not_fit_is_said_before_anything_is_loaded():
-    p, q = private(), private(dataset=data(39))
+@pytest.mark.parametrize("physical", [None, 3])
+def test_what_does_not_fit_is_said_before_anything_is_loaded(physical):
+    p, q = (private(dataset=data(n), physical_batch_size=physical) for n in (40, 39))
     run(p, until=2)
     before = q.optimizer.state_dict()["param_groups"][0]["lr"]
     p.optimizer.param_groups[0]["lr"] = 0.125

@@ -229,6 +229,9 @@ class Settings(nn.Module):
         self.more, self.on, self.tensor = {"a": [[1.0]]}, True, torch.ones((), device=DEVICE)
         self.history, self.names = [], {"a"}
 
+    def unread(self):
+        return self.history
+
     def factor(self):
         return self.more["a"][0][0] * self.tensor if self.on and "a" in self.names else self.nan
 
@@ -259,6 +262,46 @@ SETTINGS = {
     "tensor": lambda m: setattr(m, "tensor", torch.ones((), device=DEVICE)),
     "names": lambda m: m.names.add("b"),
 }
+
+
+class Helped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale, self.shift = nn.Linear(7, 5), 1.0, 0.0
+
+    def forward(self, x):
+        return scaled_by(self, x)
+
+
+def scaled_by(module, x):
+    return module.layer(x) * module.scale
+
+
+@pytest.mark.parametrize("name", ["scale", "shift"])
+def test_settings_that_helpers_read(name):
+    """Of functions beside the class, and of those around the losses."""
+    torch.manual_seed(0)
+    model = extend(Helped().to(DEVICE))
+
+    def shifted(x):
+        return model(x) + model.shift
+
+    step = RecordedStep(model, lambda x, y: cross_entropy(shifted(x), y), X, Y, extensions=BatchGrad())
+    step(X, Y)
+    setattr(model, name, 3.0)
+    with pytest.raises(StaleGradientError, match=f"`{name}` of Helped"):
+        step(X, Y)
+
+
+def test_settings_that_a_forward_of_the_object_reads():
+    model = mlp()
+    model.scale = 1.0
+    model.forward = lambda x: model[2](model[1](model[0](x))) * model.scale
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    step(X, Y)
+    model.scale = 2.0
+    with pytest.raises(StaleGradientError, match="`scale` of Sequential"):
+        step(X, Y)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -5,7 +5,8 @@ examples meet, it is differentiated twice: it is a sum of the examples' own loss
 zero for the outputs ``z`` of any two examples. For half of the examples at a time, those whose number has a bit set,
 the gradients are summed with random weights and differentiated by the outputs of the other half; each two examples
 differ in a bit. That is done at the first backward of each form of the graph, at the second, the fourth, and so on, as
-examples may have to do with each other by a permutation that is drawn, or only beyond a threshold.
+examples may have to do with each other by a permutation that is drawn, or only beyond a threshold. Where a function has
+kinks, second derivatives are zero though examples meet in it; there first derivatives tell.
 
 Nothing is differentiated where each operation is known to leave the examples side by side on the first axis, as most
 losses do.
@@ -59,6 +60,7 @@ _SMOOTH = names(  # what examples do to each other in these shows in second deri
     "Softplus LogSigmoid Gelu Silu Mish Erf Erfc Sin Cos Tan Atan Asin Acos Sinh Cosh Var Std NativeLayerNorm "
     "NativeGroupNorm ScaledDotProductFlashAttentionForCpu"
 )
+_NOT_KINKED = _LINEAR | _SMOOTH
 _ORDERING = names("Amax Amin Aminmax Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin Mode")
 _FEW = 2**22  # entries of the largest tensor up to which a loss is differentiated twice
 _MOST = 4096  # nodes, and forms that are remembered
@@ -331,7 +333,7 @@ def _is_kinked(node: Node) -> bool:
         return False
     if shape.numel() == 1:  # these have a check of their own
         return kind_of(node) in _LOSSES and len(given) > 1
-    return (len(given) > 1 and kind_of(node) == "Where") or kind_of(node) not in _LINEAR | _SMOOTH
+    return (len(given) > 1 and kind_of(node) == "Where") or kind_of(node) not in _NOT_KINKED
 
 
 Key = tuple[Node, int]

@@ -182,14 +182,9 @@ def _multiple(value: float, n: int) -> bool:
 
 def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> int:
     """On how many examples a tensor depends, or its sum with some weights, by its gradients at the nearest taps."""
-    return len(owners_of(edge, found, weights))
-
-
-def owners_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> set[int]:
-    """Which these are."""
     taps = list(nearest_taps(edge))
     if not taps:
-        return set()
+        return 0
     edges = [at for at, _, _ in taps]
     weights = ones_for(edge) if weights is None else weights
     grads = torch.autograd.grad(edge, edges, weights, retain_graph=True, allow_unused=True)
@@ -199,7 +194,7 @@ def owners_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) ->
             place = tap.places[index]
             rows = (place.rows_first(tap.in_shape(index, g)) != 0).unsqueeze(-1).flatten(1).any(1)
             owners.update(place.space.owners(rows.device)[rows].tolist())
-    return owners - {-1}
+    return len(owners - {-1})
 
 
 def nearest_taps(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Tap, int]]:

@@ -85,7 +85,7 @@ class Ledger:
             raise ConfigurationError(f"Ledger(path={str(path)!r}): its folder does not exist; make it first.")
         self.runs: Runs = _read(Path(path)) if path is not None and Path(path).exists() else []
         self._file = Path(path).absolute() if path is not None and write else None
-        self._state: list[list[Any]] = []  # of `state_dict`
+        self._state = self._rows(0)  # of `state_dict`
         if self._file is not None:
             _end_with_whole_line(self._file)
 
@@ -116,7 +116,7 @@ class Ledger:
             self._refuse_lost(self._file)
             _append(self._file, [release])
         _add(self.runs, release, 1)
-        self.state_dict()
+        self._state[self._shown() :] = self._rows(self._shown())
 
     def _refuse_lost(self, path: Path) -> None:
         if self.runs and not path.exists():
@@ -162,8 +162,15 @@ class Ledger:
             As torch's own, of the present for ever: steps that are taken later are part of it, as the weights are that
             they have moved. Copy all of it together, or none.
         """
-        self._state[:] = [[r.noise_multiplier, r.sample_rate, count] for r, count in self.runs]
+        self._state[:] = self._rows(0)
         return {"runs": self._state}
+
+    def _shown(self) -> int:
+        """How many entries a step that was taken has left as they were."""
+        return max(0, min(len(self._state), len(self.runs)) - 1)
+
+    def _rows(self, first: int) -> list[list[Any]]:
+        return [[r.noise_multiplier, r.sample_rate, count] for r, count in self.runs[first:]]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; what this ledger knows beyond it is kept, since those steps were taken as well.

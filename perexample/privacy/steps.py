@@ -44,7 +44,8 @@ class PrivateStep:
             batch: What ``losses`` takes.
 
         Returns:
-            The losses ``[N]``, or the tuple that ``losses`` returns, without a graph.
+            The losses ``[N]``, or the tuple that ``losses`` returns, without a graph; of an empty batch before anything
+            is recorded the losses alone, if ``losses`` fails on it.
         """
         private, n = self._private, _number(batch)
         if self._step is None and n >= min(2, self.size):  # of one alone nothing can be told by comparison
@@ -52,10 +53,13 @@ class PrivateStep:
             self._step = RecordedStep(
                 private.model, self._losses, *filled, extensions=private.clipping, strategy=private.strategy
             )
-        if not n and self._step is None:
-            return torch.zeros(0)  # no backward is needed, and many models cannot be run on nothing
         if self._step is None:
-            return as_usual(self._losses, batch, [private.clipping], self._options)
+            try:
+                return as_usual(self._losses, batch, [private.clipping], self._options)
+            except Exception:
+                if n:
+                    raise
+                return torch.zeros(0)  # many models cannot be run on nothing, whose step needs no backward
         return self._step(*batch) if n <= self.size else self._step.as_usual(*batch)
 
 
