@@ -240,19 +240,22 @@ class ClippedGrad(Extension):
 
     def start(self, views: Sequence[ParameterView]) -> None:
         """Find the groups; while sums are under way the parameters must stay the same."""
-        bounds = self._bounds_of(view.name for view in views)
+        self._begin({view.name: view.param for view in views}, views[0].forwards if views else frozenset())
+
+    def _begin(self, named: Mapping[str, Tensor], forwards: frozenset[object]) -> None:
+        bounds = self._bounds_of(named)
         if self.groups != "all":
-            self._remember((view.name, view.param) for view in views)
+            self._remember(named.items())
         under_way = {key: entry for key, entry in self._entries.items() if not entry.used and entry.alive()}
         if under_way:
-            self._same_parameters(under_way, views)
+            self._same_parameters(under_way, named)
             for group, bound in (self._bounds or {}).items():
                 bounds[group] = max(bound, bounds.get(group, 0.0))
-        self._staged = _Staged(bounds, bool(under_way), views[0].forwards if views else frozenset())
+        self._staged = _Staged(bounds, bool(under_way), forwards)
 
-    def _same_parameters(self, under_way: Mapping[int, _Entry], views: Sequence[ParameterView]) -> None:
+    def _same_parameters(self, under_way: Mapping[int, _Entry], named: Mapping[str, Tensor]) -> None:
         """One example may add C to each set of parameters that is clipped by itself, so sets are not mixed."""
-        names = {id(view.param): view.name for view in views}
+        names = {id(p): name for name, p in named.items()}
         for key in under_way.keys() ^ names.keys():
             name = under_way[key].name if key in under_way else names[key]
             raise StaleGradientError(
@@ -366,8 +369,7 @@ class ClippedGrad(Extension):
         self, found: Any, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
     ) -> Mapping[str, Tensor]:
         """As after a backward: the sums, added to those under way."""
-        forward = frozenset([_Forward()])
-        self.start([ParameterView(name, p, n, forwards=forward) for name, (p, _) in fields.items()])
+        self._begin({name: p for name, (p, _) in fields.items()}, frozenset([_Forward()]))
         staged = self._staged
         staged.norms = found["norms"][:n].clone()
         staged.group_norms = {group: norms[:n].clone() for group, norms in found["group_norms"].items()}

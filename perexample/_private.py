@@ -28,6 +28,11 @@ def dispatched() -> AbstractContextManager:
     return torch._C._EnableTorchFunction()
 
 
+def dispatch_modes_active() -> bool:
+    """Whether there are dispatch modes, such as one that counts operations; none see into compiled code."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def inside_functorch(tensor: Tensor) -> bool:
     """Whether the tensor is a wrapper of ``torch.func`` (vmap, grad, ...), where hooks must stay silent."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

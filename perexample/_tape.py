@@ -6,14 +6,15 @@ long, so that a small model's step is mostly that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._calls import WRITES_STATISTICS, Call, Slot, code_of, folded, memory_of, needed, once, slots_of
+from ._fused import Fused, is_faster, slow_to_fuse
 from ._looks import model_looks, trying
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
@@ -26,45 +27,7 @@ _LOOKS = {
     "unique_dim", "unique_consecutive", "bincount", "allclose", "repeat_interleave",
 }  # fmt: skip
 _COMPARED = {"_local_scalar_dense", "equal"}  # of these, those that may be looked at with a note
-_WRITES_STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm"}  # without a word
 _OTHER_SHAPE = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_"}
-
-
-@dataclass(slots=True)
-class _Slot:
-    """Stands for a tensor: the number of one that an operation makes, or -1 and the tensor itself."""
-
-    number: int
-    tensor: Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Call:
-    """One operation.
-
-    Attributes:
-        function: What is called.
-        args: With tensors as slots.
-        kwargs: The same.
-        results: Numbers of the tensors that it makes; -1 for what is left out, or one of the arguments.
-    """
-
-    function: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    results: list[int]
-
-    def uses(self) -> Iterator[int]:
-        """Numbers of the tensors that it is given."""
-        return (slot.number for slot in _slots_of((self.args, self.kwargs)) if slot.number >= 0)
-
-    @property
-    def pure(self) -> bool:
-        """Whether it does nothing but make its results, the same each time."""
-        schema = self.function._schema
-        if schema.is_mutable or schema.name.partition("::")[2] in _WRITES_STATISTICS:
-            return False
-        return torch.Tag.nondeterministic_seeded not in self.function.tags
 
 
 class Tape(TorchDispatchMode):
@@ -78,13 +41,15 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         """Nothing recorded yet."""
         super().__init__()
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._roots: list[int] = []  # of each slot the memory, as the slot that made it, or the address of a constant
         self._written: set[int] = set()  # memory that an operation writes to
         self._shown: dict[Any, int] = {}  # views by memory and layout
         self._kept: list[Tensor] = []  # constants, whose addresses stand for them
         self._wanted: Any = None
+        self._program: tuple[list[Call], list[int], int, list[int]] | None = None
         self._code: Callable[..., tuple] | None = None
+        self._fused: Fused | None = None
         self.random = False
         self._memories: set[int] = set()  # of all that operations have made
         self._changing: set[int] = set()  # memory that may hold other values in a replay
@@ -112,12 +77,40 @@ class Tape(TorchDispatchMode):
             for t in inputs:
                 delattr(t, _SLOT)
         self._wanted = map_tensors(self._named, found)
-        wanted = [slot.number for slot in _slots_of(self._wanted) if slot.number >= 0]
-        calls = _needed(_once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
+        wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
+        calls = needed(once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            calls = folded(calls, self._roots, self._written, set(wanted))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
-        self._code = _compiled(calls, len(inputs), wanted)
+        self._program = calls, self._roots, len(inputs), wanted
+        self._code = code_of(calls, len(inputs), wanted)
         self._calls, self._shown, self._kept = [], {}, []
         return found
+
+    def fuse(self, inputs: Sequence[Tensor], *, always: bool) -> str | None:
+        """Let `torch.compile` fuse the operations, and replay what it makes of them if that is faster.
+
+        Args:
+            inputs: As for `replay`.
+            always: Also where it is slower, or has not been timed.
+
+        Returns:
+            Why operations are replayed as they were, if they are.
+
+        Raises:
+            ConfigurationError: If it cannot be done.
+        """
+        assert self._program is not None
+        assert self._code is not None
+        calls, roots, number, wanted = self._program
+        if (why := slow_to_fuse(calls, roots)) is not None:
+            return why
+        with torch.no_grad():
+            fused = Fused(calls, number, wanted, inputs)
+            if always or is_faster(fused, self._code, inputs):
+                self._fused = fused
+                return None
+        return "fused they take longer on the batch that it was recorded with"
 
     def replay(self, inputs: Sequence[Tensor] = ()) -> Any:
         """Do it again.
@@ -129,9 +122,10 @@ class Tape(TorchDispatchMode):
             What the function returned, new tensors.
         """
         assert self._code is not None
+        code = self._code if self._fused is None or not self._fused.fits else self._fused
         with torch.no_grad():
-            values = iter(self._code(*inputs))
-        return map_tensors(lambda slot: next(values) if slot.number >= 0 else slot.tensor, self._wanted, _Slot)
+            values = iter(code(*inputs))
+        return map_tensors(lambda slot: next(values) if slot.number >= 0 else slot.tensor, self._wanted, Slot)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Note an operation."""
@@ -147,7 +141,7 @@ class Tape(TorchDispatchMode):
         found = func(*args, **kwargs)
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
             copy = torch.ops.aten.clone.default
-            self._calls.append(_Call(copy, (_Slot(-1, found.clone()),), {}, [self._number(found)]))
+            self._calls.append(Call(copy, (Slot(-1, found.clone()),), {}, [self._number(found)]))
             return found
         if self._shows(func, found, given) and self._is_known(found, given[0]):
             return found
@@ -156,7 +150,7 @@ class Tape(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._written.update(map(self._root, tensors_of(value)))
         self._written.update(self._root(value) for value in _written_by_name(func, kwargs))
-        if name in _WRITES_STATISTICS:
+        if name in WRITES_STATISTICS:
             self._written.update(self._root(t) for t in given[1:])
         known = {id(t) for t in given}
         drawn = torch.Tag.nondeterministic_seeded in func.tags
@@ -172,7 +166,7 @@ class Tape(TorchDispatchMode):
             self._changing.update(roots)
         if drawn or any(self._comes_from_batch(t) for t in given):
             self._of_batch.update(roots)
-        self._calls.append(_Call(func, own_args, own_kwargs, results))
+        self._calls.append(Call(func, own_args, own_kwargs, results))
         return found
 
     def _looked(self, name: str, args: tuple, found: Any) -> bool:
@@ -205,8 +199,8 @@ class Tape(TorchDispatchMode):
 
     def _number(self, t: Tensor, given: Sequence[Tensor] = (), *, of_numbers: bool = False) -> int:
         """Give a tensor a number."""
-        number, memory = len(self._roots), _memory(t)
-        shared = next((other for other in given if _memory(other) == memory), None) if memory else None
+        number, memory = len(self._roots), memory_of(t)
+        shared = next((other for other in given if memory_of(other) == memory), None) if memory else None
         root = number if shared is None else self._root(shared)
         if not of_numbers and (not given or any(self._may_change(other) for other in given)):
             self._changing.add(root)
@@ -223,7 +217,7 @@ class Tape(TorchDispatchMode):
         if slot is not None:
             return self._roots[slot]
         self._kept.append(t)
-        return -1 - _memory(t)
+        return -1 - memory_of(t)
 
     def _slot(self, t: Tensor) -> int | None:
         """The number of a tensor that an operation on this tape has made."""
@@ -239,24 +233,24 @@ class Tape(TorchDispatchMode):
         number = self._slot(t)
         return number is not None and self._roots[number] in self._of_batch
 
-    def _named(self, t: Tensor) -> _Slot:
+    def _named(self, t: Tensor) -> Slot:
         number = self._slot(t)
         if number is not None:
-            return _Slot(number)
+            return Slot(number)
         view_of_constant = getattr(t, _SLOT, (None,))[0] is self
-        if not view_of_constant and (not t.is_leaf or ((memory := _memory(t)) in self._memories and memory)):
+        if not view_of_constant and (not t.is_leaf or ((memory := memory_of(t)) in self._memories and memory)):
             raise ConfigurationError(
                 f"This step cannot be recorded: a tensor of shape {list(t.shape)} was made in a way that operations do "
                 f"not show (as_subclass, nn.Parameter of a result), or before the recording. Run it as usual."
             )
-        return _Slot(-1, t)
+        return Slot(-1, t)
 
     @staticmethod
     def _shows(func: Any, found: Any, given: Sequence[Tensor]) -> bool:
         """Whether a tensor is a view of the first that is given; where autograd is off some functions may copy."""
         if not isinstance(found, Tensor) or not given or not _is_view(func):
             return False
-        return _memory(found) != 0 and _memory(found) == _memory(given[0])
+        return memory_of(found) != 0 and memory_of(found) == memory_of(given[0])
 
 
 def _refuse_looks(name: str, args: tuple) -> None:
@@ -275,11 +269,6 @@ def _refuse_looks(name: str, args: tuple) -> None:
         )
 
 
-def _memory(t: Tensor) -> int:
-    """Where a tensor lies; 0 if that cannot be told."""
-    return t.untyped_storage().data_ptr() if t.layout is torch.strided else 0
-
-
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
@@ -289,103 +278,3 @@ def _written_by_name(func: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """Tensors that are given to be written to, by keyword."""
     written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     return [t for name in written if name in kwargs for t in tensors_of(kwargs[name])]
-
-
-def _slots_of(tree: Any) -> list[_Slot]:
-    found: list[_Slot] = []
-    map_tensors(found.append, tree, _Slot)
-    return found
-
-
-def _once(calls: list[_Call], roots: list[int], written: set[int], wanted: set[int]) -> list[_Call]:
-    """The calls without those whose results others have already, of the same function of the same tensors."""
-    known: dict[Any, list[int]] = {}
-    instead: dict[int, int] = {}
-    kept = []
-
-    def renamed(slot: _Slot) -> _Slot:
-        return _Slot(instead.get(slot.number, slot.number), slot.tensor)
-
-    def unwritten(slot: _Slot) -> bool:
-        root = roots[slot.number] if slot.number >= 0 else -1 - _memory(slot.tensor) if slot.tensor is not None else 0
-        return root not in written
-
-    for call in calls:
-        call.args, call.kwargs = map_tensors(renamed, (call.args, call.kwargs), _Slot)
-        slots = _slots_of((call.args, call.kwargs))
-        made = [number for number in call.results if number >= 0]
-        same = call.pure and made and not wanted.intersection(made)
-        if same and all(map(unwritten, slots)) and not any(roots[number] in written for number in made):
-            key = call.function, _frozen(call.args), _frozen(call.kwargs)
-            if key in known:
-                instead |= dict(zip(call.results, known[key], strict=True))
-                continue
-            known[key] = call.results
-        kept.append(call)
-    return kept
-
-
-def _frozen(value: Any) -> Any:
-    """Something hashable that tells arguments apart."""
-    if isinstance(value, _Slot):
-        return ("slot", value.number) if value.number >= 0 else ("tensor", id(value.tensor))
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((key, _frozen(one)) for key, one in value.items())
-    return type(value), repr(value)
-
-
-def _needed(calls: list[_Call], needed: set[int]) -> list[_Call]:
-    """The calls without those whose results nobody uses, and that do nothing else."""
-    kept = []
-    for call in reversed(calls):
-        if not call.pure or needed.intersection(call.results):
-            needed.update(call.uses())
-            kept.append(call)
-    return kept[::-1]
-
-
-def _compiled(calls: list[_Call], inputs: int, wanted: list[int]) -> Callable[..., tuple]:
-    """The calls as the code of one function."""
-    kept = set(wanted)
-    last: dict[int, int] = {}
-    for place, call in enumerate(calls):
-        last |= dict.fromkeys([*call.uses(), *(number for number in call.results if number >= 0)], place)
-    gone: dict[int, list[int]] = {}
-    for slot, place in last.items():
-        if slot not in kept:
-            gone.setdefault(place, []).append(slot)
-    names: dict[str, Any] = {}
-    lines = [f"def replay({', '.join(f't{slot}' for slot in range(inputs))}):"]
-    for place, call in enumerate(calls):
-        names[f"f{place}"] = call.function
-        given = [_source(a, names) for a in call.args] + [f"{k}={_source(v, names)}" for k, v in call.kwargs.items()]
-        lines.append(f"    {_target(call)}f{place}({', '.join(given)})")
-        if place in gone:
-            lines.append(f"    del {', '.join(f't{slot}' for slot in gone[place])}")
-    lines.append(f"    return ({''.join(f't{slot}, ' for slot in wanted)})")
-    exec(compile("\n".join(lines), "<recorded step>", "exec"), names)  # of names and numbers made here
-    return names["replay"]
-
-
-def _target(call: _Call) -> str:
-    """What the results are assigned to."""
-    returns = call.function._schema.returns
-    if len(returns) > 1 or "List" in str(returns[0].type if returns else ""):
-        return "".join(f"t{number}, " if number >= 0 else "_, " for number in call.results) + "= "
-    return f"t{call.results[0]} = " if call.results and call.results[0] >= 0 else ""
-
-
-def _source(value: Any, names: dict[str, Any]) -> str:
-    """An argument as code; what is neither a number nor a tensor made here gets a name."""
-    if isinstance(value, _Slot) and value.number >= 0:
-        return f"t{value.number}"
-    if type(value) in (list, tuple):
-        inner = "".join(f"{_source(one, names)}, " for one in value)
-        return f"[{inner}]" if type(value) is list else f"({inner})"
-    if type(value) in (int, bool, type(None)):
-        return repr(value)
-    name = f"c{len(names)}"
-    names[name] = value.tensor if isinstance(value, _Slot) else value
-    return name

@@ -18,6 +18,7 @@ from .extension import Extension
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 _KEPT_BY_TORCH = frozenset(vars(nn.Module()))
 _HOOKS_OF_TORCH = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OURS = (Enter, Exit)
 _DEPTH = 4  # of objects inside of settings
 Key = tuple[str, str, str]
 State = dict[Key, Any]
@@ -81,15 +82,15 @@ def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | Non
     for path, module in model.named_modules():
         kind, own = type(module).__name__, vars(module)
         found[path, kind, ""] = id(module)
-        hooks = [
-            [key for key, hook in own[name].items() if type(hook) not in (Enter, Exit)] for name in _HOOKS_OF_TORCH
-        ]
+        hooks = [(name, key) for name in _HOOKS_OF_TORCH for key, hook in own[name].items() if type(hook) not in _OURS]
         found[path, kind, _HOOKS] = hooks, own.get("forward")
         found[path, kind, _PARTS] = [
             _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
         ]
-        for name, value in own.items():
-            if name == "training" or (name not in _KEPT_BY_TORCH and (names is None or name in names)):
+        found[path, kind, "training"] = own["training"]
+        for name in own.keys() - _KEPT_BY_TORCH:
+            if names is None or name in names:
+                value = own[name]
                 found[path, kind, name] = value if type(value) in _PLAIN else _frozen(value, seen)
     return found
 

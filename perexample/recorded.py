@@ -66,10 +66,14 @@ class RecordedStep:
         extensions: One, or several.
         strategy: As in `perex`.
         room: As in `perex`.
+        compiled: Let `torch.compile` fuse the operations, which takes seconds to minutes once. It is for CPUs, needs a
+            C++ compiler, and is used where it is faster, or always if ``strategy`` is not ``"measure"``; where it is
+            not used a warning says why.
 
     Attributes:
         size: How many examples a batch may have.
         repeated: How many calls had to be run as usual.
+        compiled: Whether fused operations are replayed.
 
     Raises:
         ConfigurationError: If the step cannot be recorded: sizes that depend on values (packed sequences, ids that are
@@ -95,9 +99,10 @@ class RecordedStep:
         extensions: Extension | Sequence[Extension],
         strategy: str = "measure",
         room: float | None = None,
+        compiled: bool = False,
     ) -> None:
         """Run the step a few times, record it, and compare."""
-        self.model, self.losses = model, losses
+        self.model, self.losses, self.compiled = model, losses, compiled
         self.options: dict[str, Any] = {"strategy": strategy, "room": room}
         self.extensions = [extensions] if isinstance(extensions, Extension) else list(extensions)
         self.repeated = 0
@@ -116,6 +121,10 @@ class RecordedStep:
                 f"RecordedStep needs a model on one device; this one is on {where}. Run such a step as usual."
             )
         [self._device] = devices
+        if compiled and self._device.type != "cpu":
+            raise ConfigurationError(
+                f"RecordedStep(compiled=True) is for models on a CPU, and this one is on {self._device}; leave it out."
+            )
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
         kept = torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
@@ -200,13 +209,28 @@ class RecordedStep:
         with no_host_reads():
             tape.record(self._run, tensors_of(self._batch.own))
 
+        if self.compiled:
+            with self._as_replayed():
+                why = tape.fuse(self._batch.read, always=self.options["strategy"] != "measure")
+            if why is not None:
+                self.compiled = False
+                warnings.warn(
+                    f"RecordedStep: its operations are replayed as they are, not compiled: {why}.", stacklevel=4
+                )
+
         def replay() -> Found:
-            # Also of the model's own products, as they cannot be told apart.
-            full = full_precision() if reduced(["cpu"]) else nullcontext()
-            with full, torch.autocast("cpu", enabled=False):  # what autocast does is on the tape
+            with self._as_replayed():
                 return tape.replay(self._batch.read)
 
         return replay
+
+    @staticmethod
+    @contextmanager
+    def _as_replayed() -> Iterator[None]:
+        """What autocast does is on the tape; products are in full, also the model's own, which cannot be told apart."""
+        full = full_precision() if reduced(["cpu"]) else nullcontext()
+        with full, torch.autocast("cpu", enabled=False):
+            yield
 
     def _warm_up(self) -> None:
         """What is measured and looked at once, and what a loss is looked at for twice."""

@@ -392,11 +392,12 @@ def test_an_example_that_is_not_finite_counts_zero_in_every_way(digits):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("options", [[], ["--physical-batch-size", "7"], ["--clip", "adaptive"]])
+@pytest.mark.parametrize("options", [[], ["--physical-batch-size", "7"], ["--clip", "adaptive"], ["--compile"]])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_a_recorded_run_is_the_same(tmp_path, model, options):
-    usual, recorded = (run(tmp_path / name, *SAME, "--model", model, *options, *more) for name, more in
-                       (("a", []), ("b", ["--record"])))  # fmt: skip
+    common = [option for option in options if option != "--compile"]
+    usual, recorded = (run(tmp_path / name, *SAME, "--model", model, *more) for name, more in
+                       (("a", common), ("b", ["--record", *options])))  # fmt: skip
     for key in ("test_loss", "train_loss", "train_accuracy", "epsilon", "steps"):
         assert recorded[key] == pytest.approx(usual[key], rel=1e-4), key
 
@@ -405,7 +406,8 @@ SAME = ["--deterministic", "--epochs", "0.2", "--batch-size", "60", "--no-baseli
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--method", "plain"], ["--sampling", "shuffled", "--noise-multiplier", "2"], ["--record"]]
+    "options",
+    [[], ["--method", "plain"], ["--sampling", "shuffled", "--noise-multiplier", "2"], ["--record"], ["--compile"]],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -496,8 +498,9 @@ def test_optimizers_and_clip_functions(tmp_path, optimizer, clip):
         (["--method", "vmap", "--clip", "adaptive"], "are of --method clipped"),
         (["--groups", "per-module", "--clip", "adaptive"], "leave out --groups"),
         (["--resume"], "name its folder with --out"),
-        (["--record", "--method", "vmap"], "--record is of --method clipped"),
-        (["--record", "--sampling", "shuffled"], "--record is of --method clipped"),
+        (["--record", "--method", "vmap"], "--record and --compile are of --method clipped"),
+        (["--compile", "--method", "vmap"], "--record and --compile are of --method clipped"),
+        (["--record", "--sampling", "shuffled"], "--record and --compile are of --method clipped"),
         (["--epsilon", "-1"], "must be greater than 0"),
         (["--delta", "1"], "less than 1"),
         (["--batch-size", "0"], "must be greater than 0"),

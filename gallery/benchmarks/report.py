@@ -28,8 +28,10 @@ GRAY = "#8a8f98"
 COLOURS = {
     "plain": "#8a8f98",
     "plain, recorded": "#b9bdc4",
+    "plain, compiled": "#d6d9de",
     "ClippedGrad": "#c8664f",
     "ClippedGrad, recorded": "#a34a36",
+    "ClippedGrad, compiled": "#7c2f1f",
     "ClippedGrad, roomy": "#e39b8a",
     "BatchL2Grad": "#d99a4e",
     "BatchGrad": "#b0728f",
@@ -42,7 +44,7 @@ COLOURS = {
 }
 OURS = "ClippedGrad"
 PEERS = ("opacus", "backpack-for-pytorch")  # packages
-MARKERS = dict(zip(COLOURS, "ohsHpDPv^<>Xd", strict=True))
+MARKERS = dict(zip(COLOURS, "oh8sH*pDPv^<>Xd", strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -178,6 +179,8 @@ def gpu_peak() -> Iterator[list[float]]:
 class PlainRecorded(System):
     """The plain step, recorded as `RecordedStep` does it: a CUDA graph, or a tape."""
 
+    compiled = False
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         if not self.x.is_cuda:
@@ -186,8 +189,12 @@ class PlainRecorded(System):
             super().zero()
             tape = Tape()
             tape.record(self.once)
+            if self.compiled:
+                self.note = tape.fuse([], always=False) or ""
             self.replay = tape.replay
             return
+        if self.compiled:
+            raise NotImplementedError("on a CPU only")
         with gpu_peak() as peak:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -213,8 +220,16 @@ class PlainRecorded(System):
         self.replay()
 
 
+class PlainCompiled(PlainRecorded):
+    """The plain step, recorded, its operations fused by torch.compile where that is faster."""
+
+    compiled = True
+
+
 class OursRecorded(OursClipped):
     """This library's clipped sums by a recorded step."""
+
+    compiled = False
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -223,7 +238,11 @@ class OursRecorded(OursClipped):
             return problem.case.losses(self.model(x), y)
 
         with gpu_peak() if self.x.is_cuda else contextlib.nullcontext([None]) as peak:
-            self.recorded = RecordedStep(self.model, losses, self.x, self.y, extensions=self.asked)
+            with warnings.catch_warnings(record=True) as told:
+                self.recorded = RecordedStep(
+                    self.model, losses, self.x, self.y, extensions=self.asked, compiled=self.compiled
+                )
+            self.note = "; ".join(str(one.message) for one in told if "not compiled" in str(one.message))
         self.own_peak = peak[0]
 
     def step(self) -> None:
@@ -231,6 +250,12 @@ class OursRecorded(OursClipped):
         self.recorded(self.x, self.y)
         if self.recorded.repeated:
             raise RuntimeError("a step had to be run as usual")
+
+
+class OursCompiled(OursRecorded):
+    """The same, its operations fused by torch.compile where that is faster."""
+
+    compiled = True
 
 
 class OursRoomy(OursClipped):
@@ -469,8 +494,10 @@ class Vmap(System):
 SYSTEMS: dict[str, type[System]] = {
     "plain": System,
     "plain, recorded": PlainRecorded,
+    "plain, compiled": PlainCompiled,
     "ClippedGrad": OursClipped,
     "ClippedGrad, recorded": OursRecorded,
+    "ClippedGrad, compiled": OursCompiled,
     "ClippedGrad, roomy": OursRoomy,
     "BatchL2Grad": OursNorms,
     "BatchGrad": OursRows,

@@ -133,7 +133,7 @@ class Private(Course):
         self.noise_multiplier = self.private.noise_multiplier
         self.sums = make_backward(self.network, options)
         if options.record:
-            backward = self.private.recorded(partial(predicted, self.network))
+            backward = self.private.recorded(partial(predicted, self.network), compiled=options.compile)
             self.sums = lambda model, clipping, x, y: backward(x, y)
 
     @property

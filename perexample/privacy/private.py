@@ -142,7 +142,7 @@ class Private:
         """How methods are chosen, as in ``perex``."""
         return self._settings["strategy"]
 
-    def recorded(self, losses: Callable[..., Any]) -> PrivateStep:
+    def recorded(self, losses: Callable[..., Any], *, compiled: bool = False) -> PrivateStep:
         """Forward and backward without the time that Python takes: a `RecordedStep` made of the first batch.
 
         It takes the place of ``with private:`` and the backward in it. What it is and what it cannot do says
@@ -151,12 +151,13 @@ class Private:
         Args:
             losses: Runs the model on what it is called with, and returns the loss of each example, ``[N]``, or a tuple
                 of it and of other tensors with the examples on the first axis.
+            compiled: As in `RecordedStep`: let `torch.compile` fuse what is recorded.
 
         Returns:
             What is called with each batch, and returns what ``losses`` returns, without a graph.
 
         Raises:
-            ConfigurationError: When it is called first, if the step cannot be recorded.
+            ConfigurationError: When it is called first, if the step cannot be recorded, or not be compiled.
 
         Example:
             >>> from torch.utils.data import TensorDataset
@@ -171,7 +172,7 @@ class Private:
             >>> private.steps, losses.requires_grad
             (10, False)
         """
-        return PrivateStep(self, losses)
+        return PrivateStep(self, losses, compiled=compiled)
 
     def step(self) -> bool:
         """Take the private step, if the batch is complete.

@@ -24,15 +24,16 @@ class PrivateStep:
     Args:
         private: The training.
         losses: As in `RecordedStep`.
+        compiled: As in `RecordedStep`.
 
     Attributes:
         size: As many examples are replayed at once: ``physical_batch_size``, or few more than a batch has on average.
             Larger batches are run as usual.
     """
 
-    def __init__(self, private: Private, losses: Callable[..., Any]) -> None:
+    def __init__(self, private: Private, losses: Callable[..., Any], *, compiled: bool) -> None:
         """Nothing is recorded yet."""
-        self._private, self._losses = private, losses
+        self._private, self._losses, self._compiled = private, losses, compiled
         self._options = {"strategy": private.strategy, "room": None}
         self._step: RecordedStep | None = None
         self.size = _most(private)
@@ -51,8 +52,9 @@ class PrivateStep:
         if self._step is None and n >= min(2, self.size):  # of one alone nothing can be told by comparison
             filled = _filled(batch, n, self.size)
             self._step = RecordedStep(
-                private.model, self._losses, *filled, extensions=private.clipping, strategy=private.strategy
-            )
+                private.model, self._losses, *filled, extensions=private.clipping, strategy=private.strategy,
+                compiled=self._compiled,
+            )  # fmt: skip
         if self._step is None:
             try:
                 return as_usual(self._losses, batch, [private.clipping], self._options)

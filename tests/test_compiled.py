@@ -1,0 +1,310 @@
+"""Recorded steps whose operations torch.compile fuses leave what a backward leaves, in float64 to the last digits."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_recorded import MODELS, N, fields, made, near, per_class, usual
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perexample import (
+    ConfigurationError,
+    NonFiniteExampleWarning,
+    RecordedStep,
+    StaleGradientError,
+    _fused,
+    extend,
+    perex,
+    privatize,
+)
+from perexample._fused import OPTIONS
+from perexample.extensions import AdaptiveClippedGrad, BatchGrad, BatchL2Grad, ClippedGrad
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
+)
+
+
+def compiled(model, losses, *batch, **options):
+    """A step of fused operations, also where it is slower."""
+    return RecordedStep(model, losses, *batch, strategy="model", compiled=True, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "lstm"])
+def test_the_same_as_a_backward_for_any_number_of_examples(name):
+    model, x, y = made(name, torch.float64)
+    rows = [BatchGrad(), BatchL2Grad()]
+    clipping, other = ClippedGrad(1.0), ClippedGrad(1.0)
+    names = [e.field for e in (*rows, clipping)]
+    step = compiled(model, per_class(model), x, y, extensions=[*rows, clipping])
+    assert step.compiled
+    for n in (N, 2, 1, N):
+        torch.manual_seed(n)
+        some = torch.randperm(N)[:n]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.05)
+        losses = step(x[some], y[some])
+        found, norms = fields(model, *names), clipping.norms
+        clipping.zero_grad()
+        torch.testing.assert_close(losses, usual(model, x[some], y[some], *rows, other))
+        near(found, fields(model, *names), 1e-11)
+        torch.testing.assert_close(norms, other.norms, rtol=1e-11, atol=1e-12)
+        other.zero_grad()
+    assert step(x[:0], y[:0]).shape == (0,)
+    assert all(bool((p.clipped_sum == 0).all()) for p in model.parameters())
+    assert step.repeated == 0
+
+
+@pytest.mark.parametrize("kind", [ClippedGrad, AdaptiveClippedGrad])
+def test_private_training_is_the_same(kind):
+    def trained(fuse):
+        model, x, y = made("cnn")
+        options = {"expected_batch_size": N} if kind is AdaptiveClippedGrad else {}
+        clipping = kind(0.5, **options)
+        noise = torch.Generator().manual_seed(3)
+        sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        optimizer = privatize(sgd, clipping=clipping, noise_multiplier=0.1, expected_batch_size=N, generator=noise)
+        step = compiled(model, per_class(model), x, y, extensions=clipping) if fuse else None
+        bounds = []
+        for n in (N, 3, 5, N, 1, N):
+            for piece in (slice(0, n // 2), slice(n // 2, n)):
+                if step is None:
+                    usual(model, x[piece], y[piece], clipping)
+                else:
+                    step(x[piece], y[piece])
+            optimizer.step()
+            bounds.append(clipping.max_norm)
+            if n == 5 and kind is ClippedGrad:
+                clipping.max_norm = 0.25
+        return {name: p.detach() for name, p in model.named_parameters()}, bounds
+
+    (found, bounds), (wanted, other) = trained(True), trained(False)
+    assert bounds == pytest.approx(other)
+    assert len(set(bounds)) > 1
+    near(found, wanted, 1e-4)
+
+
+def test_norms_in_doubt_and_examples_that_are_not_finite():
+    torch.manual_seed(0)
+    model = extend(nn.Linear(16, 12, bias=False))
+    g = torch.randn(N, 1, 12) * (-1.0) ** torch.arange(32).view(1, -1, 1)
+    x = torch.randn(N, 1, 16) * (1 + 1e-5 * torch.randn(N, 32, 1))
+
+    def losses(x, g):
+        return (model(x) * g).sum((1, 2))
+
+    clipping = ClippedGrad(1e-6)
+    step = compiled(model, losses, torch.randn_like(x), torch.randn_like(g), extensions=clipping)
+    step(x, g)
+    true = torch.linalg.matrix_norm(g.double().mT @ x.double())
+    assert step.repeated == 1
+    assert (clipping.norms / true - 1).abs().max() < 1e-4
+    assert (clipping.norms / true - 1).min() > -1e-6
+    clipping.zero_grad()
+    x, g = torch.randn_like(x), torch.randn_like(g)
+    step(x, g)
+    assert step.repeated == 1
+    clipping.zero_grad()
+    x[1, 3, 2] = float("nan")
+    with pytest.warns(NonFiniteExampleWarning):
+        step(x, g)
+    assert step.repeated == 2
+    assert clipping.nonfinite == 1
+    assert model.weight.clipped_sum.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [5000, 40000])
+def test_norms_over_long_sums_are_not_too_small(length):
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False)))
+    clipping = ClippedGrad(1.0)
+
+    def losses(x):
+        return model(x).square().mean((1, 2))
+
+    step = compiled(model, losses, torch.rand(3, length, 3), extensions=[clipping, BatchL2Grad()])
+    x = torch.rand(3, length, 3) + 0.5
+    step(x)
+    assert step.repeated == 0
+    rows = BatchGrad()
+    with torch.no_grad():
+        model.double()
+    usual_losses(lambda x: model(x).square().mean((1, 2)), x.double(), rows)
+    true = torch.stack([p.grad_batch.flatten(1).norm(dim=1) for p in model.parameters()]).norm(dim=0)
+    assert (clipping.norms / true - 1).min() > -1e-6
+    assert (clipping.norms / true - 1).max() < 1e-4
+
+
+def usual_losses(losses, x, *extensions):
+    with perex(*extensions, loss_reduction="sum", grad=False):
+        losses(x).sum().backward()
+
+
+def test_chance_is_as_without_it():
+    def losses(model):
+        return lambda x, y: F.cross_entropy(F.dropout(model(x), 0.4, True), y, reduction="none")
+
+    found = []
+    for fuse in (True, False):
+        model, x, y = made("cnn")
+        clipping = ClippedGrad(1.0)
+        if fuse:
+            step = compiled(model, losses(model), x, y, extensions=clipping)
+            assert step.compiled
+        else:
+            step = RecordedStep(model, losses(model), x, y, extensions=clipping)
+        for seed in (5, 6):
+            torch.manual_seed(seed)
+            step(x, y)
+            found.append(fields(model, "clipped_sum") | {("", "norms"): clipping.norms, ("", "next"): torch.rand(3)})
+            clipping.zero_grad()
+    for one, other in zip(found[:2], found[2:], strict=True):
+        near(one, other)
+
+
+def test_what_is_not_worth_compiling_is_not():
+    model, x, y = made("lstm")
+    ids = x.repeat(1, 4)
+    with pytest.warns(UserWarning, match="not compiled: more than 16 times results are written into parts"):
+        step = compiled(model, per_class(model), ids, y, extensions=ClippedGrad(1.0))
+    assert not step.compiled
+    clipping = ClippedGrad(1.0)
+    step(ids, y)
+    found = fields(model, "clipped_sum")
+    usual(model, ids, y, clipping)
+    near(found, fields(model, "clipped_sum"))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_what_is_not_faster_is_not_used(monkeypatch, faster):
+    model, x, y = made()
+    medians = iter([1.0, 2.0] if faster else [2.0, 1.0])  # of fused operations, and of the others
+    monkeypatch.setattr(_fused.statistics, "median", lambda seconds: next(medians))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = RecordedStep(model, per_class(model), x, y, extensions=ClippedGrad(1.0), compiled=True)
+    assert step.compiled is faster
+    assert any("fused they take longer" in str(one.message) for one in caught) is not faster
+    step(x, y)
+
+
+def test_what_has_changed_is_an_error():
+    model, x, y = made()
+    step = compiled(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
+    model[0].weight.data = model[0].weight.data.clone()
+    with pytest.raises(StaleGradientError, match="has changed since the step was recorded"):
+        step(x, y)
+
+
+@torch.library.custom_op("perexample_tests::unknown_shape", mutates_args=())
+def unknown_shape(x: torch.Tensor) -> torch.Tensor:
+    """An operation of which torch.compile knows no shapes."""
+    return x.clone()
+
+
+def test_operations_that_cannot_be_compiled():
+    model, x, y = made()
+
+    def losses(x, y):
+        return F.cross_entropy(model(unknown_shape(x)), y, reduction="none")
+
+    with pytest.raises(ConfigurationError, match=r"This step cannot be compiled: torch.compile failed .*compiled=True"):
+        compiled(model, losses, x, y, extensions=ClippedGrad(1.0))
+
+
+def test_batches_of_inference_tensors_are_taken():
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    step = compiled(model, per_class(model), x, y, extensions=clipping)
+    with torch.inference_mode():
+        own = x * 1.0
+    step(own, y)
+    found = fields(model, "clipped_sum")
+    clipping.zero_grad()
+    usual(model, x, y, clipping)
+    near(found, fields(model, "clipped_sum"))
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_operations_one_by_one():
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    step = compiled(model, per_class(model), x, y, extensions=clipping)
+    step(x, y)
+    found = fields(model, "clipped_sum")
+    clipping.zero_grad()
+    with Counting() as counting:
+        step(x, y)
+    assert counting.count > 30
+    near(found, fields(model, "clipped_sum"))
+
+
+def test_other_settings_of_torch_compile_nothing_anew(monkeypatch):
+    model, x, y = made()
+    clipping = ClippedGrad(1.0)
+    step = compiled(model, per_class(model), x, y, extensions=clipping)
+    step(x, y)
+    found = fields(model, "clipped_sum")
+    threads = torch.get_num_threads()
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    try:
+        torch.set_num_threads(1)
+        for context in (torch.device("cpu"), torch.inference_mode(), torch.enable_grad(), UserFunctions()):
+            clipping.zero_grad()
+            with context:
+                step(x, y)
+            near(found, fields(model, "clipped_sum"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+    assert step.repeated == 0
+
+
+def test_what_was_not_compiled_to_be_deterministic_is_not_used_then(monkeypatch):
+    model, x, y = made()
+    step = compiled(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
+
+    def used(*tensors):
+        raise AssertionError("compiled operations are used")
+
+    monkeypatch.setattr(_fused.Fused, "__call__", used)
+    try:
+        torch.use_deterministic_algorithms(True)
+        step(x, y)
+        assert step.repeated == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class UserFunctions(TorchFunctionMode):
+    """A mode of the user's, which lets everything pass."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_options_are_known():
+    assert set(OPTIONS) <= set(torch._inductor.list_options())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpus_are_refused():
+    model, x, y = made()
+    with pytest.raises(ConfigurationError, match="is for models on a CPU"):
+        compiled(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
