@@ -37,10 +37,6 @@ class _Entry:
         return self.param() is not None and self.sum() is not None
 
 
-class _Forward:
-    """Stands for the forward of a step that was replayed."""
-
-
 @dataclass
 class _Staged:
     """What a backward has found, to be remembered if it succeeds."""
@@ -369,7 +365,7 @@ class ClippedGrad(Extension):
         self, found: Any, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
     ) -> Mapping[str, Tensor]:
         """As after a backward: the sums, added to those under way."""
-        self._begin({name: p for name, (p, _) in fields.items()}, frozenset([_Forward()]))
+        self._begin({name: p for name, (p, _) in fields.items()}, frozenset())
         staged = self._staged
         staged.norms = found["norms"][:n].clone()
         staged.group_norms = {group: norms[:n].clone() for group, norms in found["group_norms"].items()}

@@ -141,7 +141,7 @@ def folded(calls: list[Call], roots: list[int], written: set[int], wanted: set[i
         numbers = [number for number in call.results if number >= 0]
         lasting = not any(roots[number] in given_away for number in numbers)
         named = all(slot.number in known for slot in slots_of((call.args, call.kwargs)))
-        if call.pure and lasting and named and not call.function._schema.name.startswith("aten::empty"):
+        if call.pure and lasting and named:
             args, kwargs = map_tensors(value, (call.args, call.kwargs), Slot)
             found = call.function(*args, **kwargs)
             results = found if isinstance(found, (tuple, list)) else [found]

@@ -19,8 +19,9 @@ from ._tree import map_tensors
 from .errors import ConfigurationError
 
 _Options = dict[str, str | int | bool | Callable[..., Any]]
-# Random numbers as without it, and layouts as in the recording: others lead convolutions to slow ways.
-OPTIONS: _Options = {"fallback_random": True, "layout_optimization": False}
+# Random numbers as without it; layouts as in the recording, as others lead convolutions to slow ways; and no Python
+# between the operations, which short ones would wait for.
+OPTIONS: _Options = {"fallback_random": True, "layout_optimization": False, "cpp_wrapper": True}
 # Tensors are those of the recording, or lie as they did; other settings are looked at by `Fused`.
 _UNGUARDED: _Options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
 _WRITES = 16  # into one tensor; each would become a copy of all of it

@@ -104,6 +104,38 @@ def test_what_nobody_uses_is_left_out():
     assert calls(tape) == 3
 
 
+def test_what_is_made_of_numbers_alone_is_made_once():
+    def function(x):
+        return x * torch.arange(4).view(1, 4).float() + torch.ones(3, 4).cumsum(1)
+
+    tape, _ = recorded(function, torch.randn(3, 4))
+    assert calls(tape) == 2
+    for found, wanted in both(function, (3, 4)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_what_is_given_away_or_written_to_is_made_each_time():
+    def function(x):
+        steps, total = torch.arange(4.0), torch.zeros(4)
+        total[1:] += x[0, 1:]
+        return x + 1, steps, steps.view(2, 2).T, total.sum() + x
+
+    tape, _ = recorded(function, torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        found = tape.replay([x])
+        torch.testing.assert_close(found, function(x))
+        for t in found:
+            t.fill_(7)
+
+
+def test_what_is_large_is_made_each_time():
+    tape, _ = recorded(lambda x: torch.arange(2**18 + 1.0).sum() + x, torch.randn(3))
+    assert calls(tape) == 3
+    tape, _ = recorded(lambda x: torch.arange(2**18 + 0.0).sum() + x, torch.randn(3))
+    assert calls(tape) == 1
+
+
 def test_views_that_show_the_same_are_one_and_so_are_operations_on_them():
     def function(x):
         y = x * 2

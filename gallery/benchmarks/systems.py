@@ -239,6 +239,7 @@ class OursRecorded(OursClipped):
 
         with gpu_peak() if self.x.is_cuda else contextlib.nullcontext([None]) as peak:
             with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
                 self.recorded = RecordedStep(
                     self.model, losses, self.x, self.y, extensions=self.asked, compiled=self.compiled
                 )
