@@ -17,10 +17,17 @@ _LARGE = 2**20  # bytes; a tensor that is larger is made anew each time
 
 @dataclass(slots=True)
 class Slot:
-    """Stands for a tensor: the number of one that an operation makes, or -1 and the tensor itself."""
+    """Stands for a tensor.
+
+    Attributes:
+        number: Of one that an operation makes, or -1.
+        tensor: One that was there before.
+        lasting: Whether that is of this recording alone, and never written to.
+    """
 
     number: int
     tensor: Tensor | None = None
+    lasting: bool = False
 
 
 @dataclass(slots=True)
@@ -83,7 +90,7 @@ def once(calls: list[Call], roots: list[int], written: set[int], wanted: set[int
     kept = []
 
     def renamed(slot: Slot) -> Slot:
-        return Slot(instead.get(slot.number, slot.number), slot.tensor)
+        return Slot(instead.get(slot.number, slot.number), slot.tensor, slot.lasting)
 
     def unwritten(slot: Slot) -> bool:
         root = roots[slot.number] if slot.number >= 0 else -1 - memory_of(slot.tensor) if slot.tensor is not None else 0
@@ -135,7 +142,7 @@ def folded(calls: list[Call], roots: list[int], written: set[int], wanted: set[i
         return known[slot.number]
 
     def made(slot: Slot) -> Slot:
-        return Slot(-1, known[slot.number]) if slot.number in known else slot
+        return Slot(-1, known[slot.number], lasting=True) if slot.number in known else slot
 
     for call in calls:
         numbers = [number for number in call.results if number >= 0]

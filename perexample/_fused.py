@@ -8,16 +8,19 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ._calls import Call, Slot, slots_of
+from ._indices import indices_of
 from ._private import dispatch_modes_active, undispatched
 from ._tree import map_tensors
 from .errors import ConfigurationError
 
+_aten = torch.ops.aten
 _Options = dict[str, str | int | bool | Callable[..., Any]]
 # Random numbers as without it; layouts as in the recording, as others lead convolutions to slow ways; and no Python
 # between the operations, which short ones would wait for.
@@ -45,22 +48,21 @@ class Fused:
     """Operations as one function, compiled.
 
     Args:
-        calls: The operations.
-        inputs: How many tensors are given, which have the first numbers.
-        wanted: Numbers of the tensors that are returned.
-        example: Such tensors.
+        graph: The operations, as of `graph_of`.
+        usual: Does the same one by one.
+        example: Tensors that it is given.
 
     Raises:
         ConfigurationError: If torch.compile fails.
     """
 
-    def __init__(self, calls: Sequence[Call], inputs: int, wanted: Sequence[int], example: Sequence[Tensor]) -> None:
+    def __init__(self, graph: Graph, usual: Callable[..., tuple], example: Sequence[Tensor]) -> None:
         """Compile it."""
+        self._graph, self._usual = graph, usual
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
         try:
-            graph, self._constants = _graph_of(calls, inputs, wanted)
-            self._compiled: Any = torch.compile(
-                fx.GraphModule(nn.Module(), graph), fullgraph=True, dynamic=False, options=OPTIONS | _UNGUARDED
-            )
+            module = fx.GraphModule(nn.Module(), graph.nodes)
+            self._compiled: Any = torch.compile(module, fullgraph=True, dynamic=False, options=OPTIONS | _UNGUARDED)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.compile about itself
                 self(*example)
@@ -71,12 +73,14 @@ class Fused:
                 f"{lines[0] if lines else 'no message'}). It needs a C++ compiler, and operations that it knows; leave "
                 f"out compiled=True."
             ) from error
-        self._deterministic = torch.are_deterministic_algorithms_enabled()
 
     def __call__(self, *given: Tensor) -> tuple:
-        """Do it."""
+        """Do it; one by one if an index is wrong, which raises what it raises."""
         with undispatched():
-            return self._compiled(*given, *self._constants)
+            found = self._compiled(*given, *self._graph.constants)
+        if not self._graph.checked:
+            return found
+        return found[:-1] if found[-1].item() else self._usual(*given)
 
     @property
     def fits(self) -> bool:
@@ -84,25 +88,68 @@ class Fused:
         return not dispatch_modes_active() and self._deterministic == torch.are_deterministic_algorithms_enabled()
 
 
-def _graph_of(calls: Sequence[Call], inputs: int, wanted: Sequence[int]) -> tuple[fx.Graph, list[Tensor]]:
-    """The calls as a graph, of the tensors that are given and of constants, and these."""
+@dataclass(frozen=True)
+class Graph:
+    """Operations for torch.compile.
+
+    Attributes:
+        nodes: The operations, of tensors that are given and of constants.
+        constants: These.
+        checked: Whether the last of the results tells whether indices are right.
+    """
+
+    nodes: fx.Graph
+    constants: list[Tensor]
+    checked: bool
+
+
+def graph_of(calls: Sequence[Call], shapes: Sequence[torch.Size], inputs: int, wanted: Sequence[int]) -> Graph:
+    """The calls as a graph.
+
+    Args:
+        calls: The operations.
+        shapes: Of the tensors that they make, by their numbers.
+        inputs: How many tensors are given, which have the first numbers.
+        wanted: Numbers of the tensors that are returned.
+
+    Returns:
+        The graph.
+    """
     graph = fx.Graph()
     known = {number: graph.placeholder(f"t{number}") for number in range(inputs)}
     tensors = [slot.tensor for call in calls for slot in slots_of((call.args, call.kwargs)) if slot.tensor is not None]
     constants = {id(t): t.detach() for t in tensors}
     places = {key: graph.placeholder(f"c{place}") for place, key in enumerate(constants)}
+    held: list[fx.Node] = []
+    checked: dict[Any, fx.Node] = {}
 
     def node(slot: Slot) -> fx.Node:
         return known[slot.number] if slot.number >= 0 else places[id(slot.tensor)]
 
     for call in calls:
-        args, kwargs = map_tensors(node, (call.args, call.kwargs), Slot)
+        right: dict[fx.Node, fx.Node] = {}
+        for indices in indices_of(call, shapes):
+            given = node(indices.slot)
+            key = given, indices.size, indices.wraps, indices.ignored
+            if key not in checked:
+                held.append(indices.held(graph, given))
+                wrong = graph.call_function(_aten.bitwise_not.default, (held[-1],))
+                checked[key] = graph.call_function(_aten.masked_fill.Scalar, (given, wrong, 0))
+            right[given] = checked[key]
+        args, kwargs = map_tensors(lambda slot: right.get(node(slot), node(slot)), (call.args, call.kwargs), Slot)  # noqa: B023
         made = _called(graph, call.function, args, kwargs)
+        if call.written():
+            checked = {}  # what was written to may have been indices
         for place, number in enumerate(call.results):
             if number >= 0:
                 known[number] = graph.call_function(operator.getitem, (made, place)) if call.makes_several else made
-    graph.output(tuple(known[number] for number in wanted))
-    return graph, list(constants.values())
+    results = [known[number] for number in wanted]
+    if held:
+        every = [graph.call_function(_aten.all.default, (one,)) for one in held]
+        together = graph.call_function(_aten.stack.default, (every,))
+        results.append(graph.call_function(_aten.all.default, (together,)))
+    graph.output(tuple(results))
+    return Graph(graph, list(constants.values()), bool(held))
 
 
 def _called(graph: fx.Graph, function: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
@@ -112,7 +159,7 @@ def _called(graph: fx.Graph, function: Any, args: tuple, kwargs: dict[str, Any])
     if instead is None:
         return graph.call_function(function, args, kwargs)
     target = kwargs.pop(outs[0])
-    return graph.call_function(torch.ops.aten.copy_.default, (target, graph.call_function(instead, args, kwargs)))
+    return graph.call_function(_aten.copy_.default, (target, graph.call_function(instead, args, kwargs)))
 
 
 def _returning(function: Any) -> Any:

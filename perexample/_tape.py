@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._calls import WRITES_STATISTICS, Call, Slot, code_of, folded, memory_of, needed, once, slots_of
-from ._fused import Fused, is_faster, slow_to_fuse
+from ._fused import Fused, graph_of, is_faster, slow_to_fuse
 from ._looks import model_looks, trying
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
@@ -43,11 +43,12 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self._calls: list[Call] = []
         self._roots: list[int] = []  # of each slot the memory, as the slot that made it, or the address of a constant
+        self._shapes: list[torch.Size] = []  # of each slot
         self._written: set[int] = set()  # memory that an operation writes to
         self._shown: dict[Any, int] = {}  # views by memory and layout
         self._kept: list[Tensor] = []  # constants, whose addresses stand for them
         self._wanted: Any = None
-        self._program: tuple[list[Call], list[int], int, list[int]] | None = None
+        self._program: tuple[list[Call], int, list[int]] | None = None
         self._code: Callable[..., tuple] | None = None
         self._fused: Fused | None = None
         self.random = False
@@ -82,7 +83,7 @@ class Tape(TorchDispatchMode):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             calls = folded(calls, self._roots, self._written, set(wanted))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
-        self._program = calls, self._roots, len(inputs), wanted
+        self._program = calls, len(inputs), wanted
         self._code = code_of(calls, len(inputs), wanted)
         self._calls, self._shown, self._kept = [], {}, []
         return found
@@ -102,11 +103,11 @@ class Tape(TorchDispatchMode):
         """
         assert self._program is not None
         assert self._code is not None
-        calls, roots, number, wanted = self._program
-        if (why := slow_to_fuse(calls, roots)) is not None:
+        calls, number, wanted = self._program
+        if (why := slow_to_fuse(calls, self._roots)) is not None:
             return why
         with torch.no_grad():
-            fused = Fused(calls, number, wanted, inputs)
+            fused = Fused(graph_of(calls, self._shapes, number, wanted), self._code, inputs)
             if always or is_faster(fused, self._code, inputs):
                 self._fused = fused
                 return None
@@ -205,6 +206,7 @@ class Tape(TorchDispatchMode):
         if not of_numbers and (not given or any(self._may_change(other) for other in given)):
             self._changing.add(root)
         self._roots.append(root)
+        self._shapes.append(t.shape)
         setattr(t, _SLOT, (self, number))
         if shared is None and memory:
             self._memories.add(memory)

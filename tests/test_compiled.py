@@ -8,7 +8,21 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_recorded import MODELS, N, fields, made, near, per_class, usual
+from test_recorded import (
+    MODELS,
+    MOVES,
+    TABLE,
+    N,
+    fields,
+    made,
+    moving,
+    near,
+    of_table,
+    per_class,
+    replayed_and_usual,
+    texts,
+    usual,
+)  # fmt: skip
 from test_tape import FUNCTIONS, recorded
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -379,6 +393,84 @@ class UserFunctions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["scattered", "written"])
+def test_entries_may_be_moved_as_the_data_say(name):
+    model, losses = moving(MOVES[name])
+    step = compiled(model, losses, *texts(N, 1), extensions=[BatchGrad(), BatchL2Grad()])
+    for n, seed in ((N, 2), (N, 3), (4, 4), (1, 5)):
+        found, wanted = replayed_and_usual(step, model, losses, texts(n, seed))
+        torch.testing.assert_close(found[0], wanted[0])
+        near(found[1], wanted[1])
+    assert step.repeated == 0
+
+
+def written_indices(t, i):
+    """Indices that are others after their first use."""
+    i = i.clone()
+    first = t[i]
+    i += 1
+    return first + t[i]
+
+
+# Of a table [9, 4] and indices [5, 4] below 4.
+INDEXED = {
+    "embedding": lambda t, i: F.embedding(i, t),
+    "nll": lambda t, i: F.nll_loss(t[:5], i[:, 0], reduction="none"),
+    "nll of places": lambda t, i: F.nll_loss(t[:5].T[None].expand(2, 4, 5), i.T[:2], reduction="none"),
+    "gather": lambda t, i: t.gather(0, i),
+    "take": lambda t, i: t.take(i),
+    "index": lambda t, i: t[:4][:, i],
+    "two": lambda t, i: t[i, i.flip(0)],
+    "written to": written_indices,
+    "index_select": lambda t, i: t.index_select(1, i[:, 1]),
+    "index_add": lambda t, i: t[:5].index_add(1, i[0], t[4:]),
+    "index_put": lambda t, i: t.index_put((i,), torch.ones(4), accumulate=True),
+    "scatter": lambda t, i: t.scatter(1, i, 1.0),
+    "scatter_add": lambda t, i: t.clone().scatter_add_(0, i, t),
+}
+
+
+def test_wrong_indices_raise_what_they_raise_one_by_one():
+    torch.manual_seed(0)
+    table, good = torch.randn(9, 4), [torch.randint(4, (5, 4)) for _ in INDEXED]
+    tape, _ = recorded(
+        lambda t, *all_of: [f(t, i) for f, i in zip(INDEXED.values(), all_of, strict=True)], table, *good
+    )
+    assert tape.fuse([table, *good], always=True) is None
+    good = [torch.randint(4, (5, 4)) for _ in INDEXED]
+    places = {name: place for place, name in enumerate(INDEXED)}
+    good[places["nll"]][2, 0] = -100
+    good[places["index"]][1, 1] = -4
+    usual, tape._fused._usual = tape._fused._usual, lambda *given: pytest.fail("these are right")
+    torch.testing.assert_close(tape.replay([table, *good]), list(usual(table, *good)))
+    tape._fused._usual = usual
+    for name, place in places.items():
+        for wrong in (50, -50):
+            bad = [t.clone() for t in good]
+            bad[place][0] = wrong
+            with pytest.raises((IndexError, RuntimeError), match=r"out of .*(bounds|range)"):
+                pytest.fail(f"{name}: {tape.replay([table, *bad])}")
+
+
+def test_indices_beyond_the_end_are_errors_as_usual():
+    model, x, y = made("tied")
+    clipping = ClippedGrad(1.0)
+    step = compiled(model, per_class(model), x, y, extensions=clipping)
+    bad = x.clone()
+    bad[2, 1] = 11
+    with pytest.raises(IndexError):
+        step(bad, y)
+    clipping.zero_grad()
+    step(x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_the_table_of_rules(case):
+    of_table(case, compiled=True, strategy="model")
 
 
 def test_options_are_known():

@@ -672,14 +672,16 @@ TABLE = [case for case in cases.CASES if case.n > 1 and case.batch_dim == 0 and 
 FIELDS = ("grad_batch", "batch_l2", "clipped_sum")
 
 
-def of_table(case):
+def of_table(case, **options):
     """Exact for every row of the table of rules, or refused."""
     model, inputs = case.build()
     inputs = map_tensors(torch.Tensor.detach, inputs)
     extend(model)
     extensions = [BatchGrad(), BatchL2Grad(), ClippedGrad(0.5)]
     try:
-        step = RecordedStep(model, lambda *x: case.losses(case.run(model, x)), *inputs, extensions=extensions)
+        step = RecordedStep(
+            model, lambda *x: case.losses(case.run(model, x)), *inputs, extensions=extensions, **options
+        )
     except (ConfigurationError, BatchAxisError) as refusal:
         error = str(refusal)
     else:

@@ -15,9 +15,10 @@ losses do.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
@@ -66,7 +67,8 @@ _FEW = 2**22  # entries of the largest tensor up to which a loss is differentiat
 _MOST = 4096  # nodes, and forms that are remembered
 _SMALL = 8  # numbers below are axes and the like; larger ones are sizes, which differ from batch to batch
 _AXES = 3  # up to which a number that N divides may well be an axis
-_SEEN: dict[int, int] = {}  # how many backwards there were of each form in which examples may have met
+# How many backwards of a model there were of each form in which examples may have met.
+_SEEN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
 
 Near = tuple[GradientEdge, Tap, int]
 
@@ -93,10 +95,12 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
     form = hash(frozenset(_with_inputs(node, n) for node in nodes))  # of a loop over the examples one of each kind
-    if not _is_due(form) or not _can_be_differentiated(nodes, taps, loss):
+    model = taps[0][1].record.root()
+    seen = {} if model is None else _SEEN.setdefault(model, {})
+    if not _is_due(form, seen) or not _can_be_differentiated(nodes, taps, loss):
         return
     if _couples(loss, taps, n) or (places and _meet_at_kinks(nodes, loss, taps, found, n)):
-        _SEEN.pop(form, None)  # it is due the next time too
+        seen.pop(form, None)  # it is due the next time too
         where = f", for which {places[-1].name()} is a likely place" if places else ""
         raise CrossExampleError(
             f"The loss couples examples: the gradient of one changes with the outputs of others{where}, so none has a "
@@ -106,11 +110,11 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
         )
 
 
-def _is_due(form: int) -> bool:
+def _is_due(form: int, seen: dict[int, int]) -> bool:
     """Whether it is the first, second, fourth, ... loss of a form."""
-    if len(_SEEN) >= _MOST:
-        _SEEN.clear()
-    count = _SEEN[form] = _SEEN.get(form, 0) + 1
+    if len(seen) >= _MOST:
+        seen.clear()
+    count = seen[form] = seen.get(form, 0) + 1
     return count & (count - 1) == 0
 
 

@@ -70,7 +70,8 @@ class Record:
     """One outermost forward of an extended model.
 
     Attributes:
-        root_name: How the module that was called is named in messages.
+        root: A weak reference to the module that was called.
+        root_name: How it is named in messages.
         batch_dim: Axis of the inputs that holds the examples.
         refused: Modules called in it that mix examples, with the reason.
         checkpointed: Whether a part of it will be run again.
@@ -82,6 +83,7 @@ class Record:
 
     def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
         """Note the sizes of the inputs along the batch axis, and where they hold the examples."""
+        self.root = weakref.ref(module)
         self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
         tensors = list(tensors_in((args, kwargs)))
         self.input_sizes, self.output_sizes = self._sizes(tensors), list[int]()
