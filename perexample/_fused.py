@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ._calls import Call, Slot, slots_of
 from ._indices import indices_of
-from ._private import dispatch_modes_active, undispatched
+from ._private import dispatch_modes_active, undispatched, version
 from ._tree import map_tensors
 from .errors import ConfigurationError
 
@@ -84,8 +84,10 @@ class Fused:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is to see the operations one by one, or to have others."""
-        return not dispatch_modes_active() and self._deterministic == torch.are_deterministic_algorithms_enabled()
+        """Whether nothing is to see the operations one by one or wants others, and constant indices are as they were."""
+        if dispatch_modes_active() or self._deterministic != torch.are_deterministic_algorithms_enabled():
+            return False
+        return all(version(t) == writes for t, writes in self._graph.indices)
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,13 @@ class Graph:
         nodes: The operations, of tensors that are given and of constants.
         constants: These.
         checked: Whether the last of the results tells whether indices are right.
+        indices: Constants that are indices and right, with the number of writes to them.
     """
 
     nodes: fx.Graph
     constants: list[Tensor]
     checked: bool
+    indices: list[tuple[Tensor, int]]
 
 
 def graph_of(calls: Sequence[Call], shapes: Sequence[torch.Size], inputs: int, wanted: Sequence[int]) -> Graph:
@@ -122,6 +126,7 @@ def graph_of(calls: Sequence[Call], shapes: Sequence[torch.Size], inputs: int, w
     places = {key: graph.placeholder(f"c{place}") for place, key in enumerate(constants)}
     held: list[fx.Node] = []
     checked: dict[Any, fx.Node] = {}
+    lasting: dict[int, Tensor] = {}
 
     def node(slot: Slot) -> fx.Node:
         return known[slot.number] if slot.number >= 0 else places[id(slot.tensor)]
@@ -129,6 +134,9 @@ def graph_of(calls: Sequence[Call], shapes: Sequence[torch.Size], inputs: int, w
     for call in calls:
         right: dict[fx.Node, fx.Node] = {}
         for indices in indices_of(call, shapes):
+            if indices.slot.tensor is not None:
+                lasting[id(indices.slot.tensor)] = indices.slot.tensor
+                continue
             given = node(indices.slot)
             key = given, indices.size, indices.wraps, indices.ignored
             if key not in checked:
@@ -149,7 +157,8 @@ def graph_of(calls: Sequence[Call], shapes: Sequence[torch.Size], inputs: int, w
         together = graph.call_function(_aten.stack.default, (every,))
         results.append(graph.call_function(_aten.all.default, (together,)))
     graph.output(tuple(results))
-    return Graph(graph, list(constants.values()), bool(held))
+    indices = [(t, version(t)) for t in lasting.values() if not t.is_inference()]  # which count no writes
+    return Graph(graph, list(constants.values()), bool(held), indices)
 
 
 def _called(graph: fx.Graph, function: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:

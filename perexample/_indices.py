@@ -47,7 +47,7 @@ class Indices:
 
 
 def indices_of(call: Call, shapes: Sequence[torch.Size]) -> Iterator[Indices]:
-    """The indices that an operation is given and that may change.
+    """The indices that an operation is given, but those that are made for good.
 
     Args:
         call: The operation.

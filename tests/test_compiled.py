@@ -454,6 +454,19 @@ def test_wrong_indices_raise_what_they_raise_one_by_one():
                 pytest.fail(f"{name}: {tape.replay([table, *bad])}")
 
 
+def test_constant_indices_that_have_changed_are_used_one_by_one():
+    table, order = torch.randn(9, 4), torch.tensor([3, 1, 8])
+    tape, _ = recorded(lambda t: t[order].exp(), table)
+    assert tape.fuse([table], always=True) is None
+    assert tape._fused.fits
+    assert not tape._fused._graph.checked
+    order[1] = 5
+    torch.testing.assert_close(tape.replay([table]), table[order].exp())
+    order[1] = 9
+    with pytest.raises(IndexError):
+        tape.replay([table])
+
+
 def test_indices_beyond_the_end_are_errors_as_usual():
     model, x, y = made("tied")
     clipping = ClippedGrad(1.0)
