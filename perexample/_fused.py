@@ -84,7 +84,7 @@ class Fused:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is to see the operations one by one or wants others, and constant indices are as they were."""
+        """Whether nothing is to see operations one by one or wants others, and constant indices are as they were."""
         if dispatch_modes_active() or self._deterministic != torch.are_deterministic_algorithms_enabled():
             return False
         return all(version(t) == writes for t, writes in self._graph.indices)
@@ -157,8 +157,8 @@ def graph_of(calls: Sequence[Call], shapes: Sequence[torch.Size], inputs: int, w
         together = graph.call_function(_aten.stack.default, (every,))
         results.append(graph.call_function(_aten.all.default, (together,)))
     graph.output(tuple(results))
-    indices = [(t, version(t)) for t in lasting.values() if not t.is_inference()]  # which count no writes
-    return Graph(graph, list(constants.values()), bool(held), indices)
+    right_indices = [(t, version(t)) for t in lasting.values() if not t.is_inference()]  # which count no writes
+    return Graph(graph, list(constants.values()), bool(held), right_indices)
 
 
 def _called(graph: fx.Graph, function: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
