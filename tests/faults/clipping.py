@@ -199,7 +199,7 @@ MUTANTS = (
         "F26-carried",
         "adds the sums of an earlier step to those of this one",
         Edit(f"{CLIPPED}._before", ("entry.used or ", "")),
-        Edit(f"{CLIPPED}.start", ("if not entry.used and entry.alive()", "if entry.alive()")),
+        Edit(f"{CLIPPED}._begin", ("if not entry.used and entry.alive()", "if entry.alive()")),
         killers=[
             "test_faults.py::test_f23_a_clipped_sum_serves_one_step",
             "test_make_private.py::test_accumulation_by_hand_is_one_step",
