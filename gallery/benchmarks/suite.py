@@ -110,15 +110,16 @@ def rows(data: dict, key: str, spread: bool = False) -> list[list[str]]:
     """The table of one ratio: a row for each model, and geometric means over the models that a system can do."""
     entries = with_ratios(data)
     plain_key, plain_name = ("seconds", "plain, ms") if key == "ratio" else ("peak", "plain, MiB")
-    table = [["model", plain_name, *OTHERS]]
+    names = [name for name in OTHERS if any(name in found for found in entries.values())]
+    table = [["model", plain_name, *names]]
     for model, found in entries.items():
         plain = found.get("plain", {})
         amount = ratio(plain, plain_key) * (1e3 if key == "ratio" else 1.0) if plain_key in plain else None
-        cells = [cell(found.get(name, {}), key, spread) for name in OTHERS]
+        cells = [cell(found.get(name, {}), key, spread) for name in names]
         digits = 2 if amount is not None and amount < 10 else 0
         table.append([shown(model, data), "" if amount is None else f"{amount:.{digits}f}", *cells])
     last = ["geometric mean", ""]
-    for name in OTHERS:
+    for name in names:
         ratios = [ratio(found[name], key) for found in entries.values() if key in found.get(name, {})]
         counted = f" ({len(ratios)} of {len(entries)})" if len(ratios) < len(entries) else ""
         last.append(f"{measure.geometric_mean(ratios):.2f}{counted}" if ratios else "")
