@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -30,6 +31,18 @@ def test_generators_of_the_system_differ():
     """test_noise.py tells the rest."""
     one, other = _private.system_generator(), _private.system_generator("cpu")
     assert not torch.equal(one.get_state(), other.get_state())
+
+
+def test_dispatch_modes_are_seen():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert not _private.dispatch_modes_active()
+    with Mode():
+        assert _private.dispatch_modes_active()
+    with torch.device("cpu"):
+        assert not _private.dispatch_modes_active()
 
 
 def test_named_parameters_are_those_of_the_module():
