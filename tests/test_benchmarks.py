@@ -40,11 +40,17 @@ def measured(entries, names):
 
 @pytest.mark.slow
 def test_suite(tmp_path):
-    script("suite", "--smoke", "--n", 4, "--no-memory", "--out", tmp_path)
+    names = importlib.import_module("systems").SYSTEMS
+    small = ["--smoke", "--n", 4, "--no-memory", "--out", tmp_path]
+    script("suite", *small, "--systems", *(name for name in names if not name.endswith("compiled")))
+    compiled = ["plain, compiled", "ClippedGrad, compiled"]
+    script("suite", *small, "--systems", *compiled, "--models", "mlp", "seed_cnn")  # as it takes minutes on all
     models = json.loads((tmp_path / "suite.json").read_text())["models"]
     assert len(models) == 9
     for entries in models.values():
         measured(entries, ["plain", "ClippedGrad", "ClippedGrad, roomy", "BatchL2Grad", "BatchGrad", "vmap", "loop"])
+    for name in ("mlp", "seed_cnn"):
+        measured(models[name], compiled)
     peers = [entry["failed"] for entries in models.values() for entry in entries.values() if "failed" in entry]
     if any(why.endswith("is not installed") for why in peers):
         pytest.skip("ran, but without Opacus or BackPACK, which are not installed")
