@@ -12,6 +12,7 @@ from torch import Tensor
 from ._tree import map_tensors
 
 WRITES_STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm"}  # without a word
+_OF_TORCH = {"aten", "prims"}
 _LARGE = 2**20  # bytes; a tensor that is larger is made anew each time
 
 
@@ -52,9 +53,7 @@ class Call:
 
     def written(self) -> list[Any]:
         """The arguments that it writes to."""
-        by_place = zip(self.function._schema.arguments, self.args, strict=False)
-        by_name = ((a, self.kwargs[a.name]) for a in self.function._schema.arguments if a.name in self.kwargs)
-        return [value for a, value in (*by_place, *by_name) if a.alias_info is not None and a.alias_info.is_write]
+        return written_by(self.function, self.args, self.kwargs)
 
     @property
     def makes_several(self) -> bool:
@@ -64,11 +63,20 @@ class Call:
 
     @property
     def pure(self) -> bool:
-        """Whether it does nothing but make its results, the same each time."""
+        """Whether it does nothing but make its results, the same each time; those of others may do more."""
         schema = self.function._schema
-        if schema.is_mutable or schema.name.partition("::")[2] in WRITES_STATISTICS:
+        space, _, name = schema.name.partition("::")
+        if schema.is_mutable or name in WRITES_STATISTICS or space not in _OF_TORCH:
             return False
         return torch.Tag.nondeterministic_seeded not in self.function.tags
+
+
+def written_by(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that a call of an operation writes to."""
+    arguments = function._schema.arguments
+    by_name = ((a, kwargs[a.name]) for a in arguments if a.name in kwargs)
+    given = (*zip(arguments, args, strict=False), *by_name)
+    return [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
 
 
 def memory_of(t: Tensor) -> int:

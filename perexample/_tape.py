@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._calls import WRITES_STATISTICS, Call, Slot, code_of, folded, memory_of, needed, once, slots_of
+from ._calls import WRITES_STATISTICS, Call, Slot, code_of, folded, memory_of, needed, once, slots_of, written_by
 from ._fused import Fused, graph_of, is_faster, slow_to_fuse
 from ._looks import model_looks, trying
 from ._tree import map_tensors, tensors_of
@@ -147,10 +147,7 @@ class Tape(TorchDispatchMode):
         if self._shows(func, found, given) and self._is_known(found, given[0]):
             return found
         own_args, own_kwargs = map_tensors(self._named, (args, kwargs))
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._written.update(map(self._root, tensors_of(value)))
-        self._written.update(self._root(value) for value in _written_by_name(func, kwargs))
+        self._written.update(map(self._root, tensors_of(written_by(func, args, kwargs))))
         if name in WRITES_STATISTICS:
             self._written.update(self._root(t) for t in given[1:])
         known = {id(t) for t in given}
@@ -274,9 +271,3 @@ def _refuse_looks(name: str, args: tuple) -> None:
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
-
-
-def _written_by_name(func: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensors that are given to be written to, by keyword."""
-    written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    return [t for name in written if name in kwargs for t in tensors_of(kwargs[name])]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._calls import written_by
 from ._looks import trying
 from ._tree import tensors_of
 
@@ -42,12 +43,7 @@ class Watched(TorchDispatchMode):
             return found
         self.drew |= _draws(func._schema.name.partition("::")[2])
         if func._schema.is_mutable and self.written is None:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self.written = self.written or next(filter(self._was_there, tensors_of(value)), None)
-            by_name = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-            for name in by_name & kwargs.keys():
-                self.written = self.written or next(filter(self._was_there, tensors_of(kwargs[name])), None)
+            self.written = next(filter(self._was_there, tensors_of(written_by(func, args, kwargs))), None)
         fresh = func._schema.name.startswith("aten::lift_fresh")  # of numbers that are written in the code
         given = set() if fresh else {_memory(t) for t in tensors_of((args, kwargs))}
         for t in tensors_of(found):

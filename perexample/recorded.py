@@ -114,17 +114,7 @@ class RecordedStep:
         for name, p in self._parameters.items():
             if is_sharded(p):
                 raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
-        devices = {p.device for p in self._parameters.values()}
-        if len(devices) != 1:
-            where = " and ".join(sorted(map(str, devices))) or "none: it has no parameters"
-            raise ConfigurationError(
-                f"RecordedStep needs a model on one device; this one is on {where}. Run such a step as usual."
-            )
-        [self._device] = devices
-        if compiled and self._device.type != "cpu":
-            raise ConfigurationError(
-                f"RecordedStep(compiled=True) is for models on a CPU, and this one is on {self._device}; leave it out."
-            )
+        self._device = self._only_device()
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
         kept = torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
@@ -138,6 +128,20 @@ class RecordedStep:
         self._settings_were = settings_of(self.extensions)
         # What a forward leaves at the modules says nothing of what is to be done.
         self._left = frozenset(key for key, value in self._model_was.items() if before.get(key, before) != value)
+
+    def _only_device(self) -> torch.device:
+        devices = {p.device for p in self._parameters.values()}
+        if len(devices) != 1:
+            where = " and ".join(sorted(map(str, devices))) or "none: it has no parameters"
+            raise ConfigurationError(
+                f"RecordedStep needs a model on one device; this one is on {where}. Run such a step as usual."
+            )
+        [device] = devices
+        if self.compiled and device.type != "cpu":
+            raise ConfigurationError(
+                f"RecordedStep(compiled=True) is for models on a CPU, and this one is on {device}; leave it out."
+            )
+        return device
 
     @property
     def size(self) -> int:

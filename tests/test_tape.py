@@ -129,6 +129,22 @@ def test_what_is_given_away_or_written_to_is_made_each_time():
             t.fill_(7)
 
 
+COUNT = iter(range(100))
+
+
+@torch.library.custom_op("perexample_tests::counted", mutates_args=())
+def counted() -> torch.Tensor:
+    """An operation of somebody else that gives something else each time."""
+    return torch.tensor(float(next(COUNT)))
+
+
+def test_operations_of_others_are_done_as_often_as_they_were():
+    tape, first = recorded(lambda x: counted() + x - counted(), torch.zeros(1))
+    assert first.item() == -1
+    assert tape.replay([torch.zeros(1)]).item() == -1
+    assert next(COUNT) == 4
+
+
 def test_what_is_large_is_made_each_time():
     tape, _ = recorded(lambda x: torch.arange(2**18 + 1.0).sum() + x, torch.randn(3))
     assert calls(tape) == 3
