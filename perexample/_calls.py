@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class Slot:
     number: int
     tensor: Tensor | None = None
     lasting: bool = False
+
+
+class Form(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 @dataclass(slots=True)
@@ -56,6 +63,17 @@ class Call:
         return written_by(self.function, self.args, self.kwargs)
 
     @property
+    def name(self) -> str:
+        """That of the operation, without its space and overload."""
+        name: str = self.function._schema.name
+        return name.partition("::")[2]
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether it is one of torch's own."""
+        return self.function._schema.name.partition("::")[0] in _OF_TORCH
+
+    @property
     def makes_several(self) -> bool:
         """Whether it returns a tuple or a list."""
         returns = self.function._schema.returns
@@ -64,9 +82,7 @@ class Call:
     @property
     def pure(self) -> bool:
         """Whether it does nothing but make its results, the same each time; those of others may do more."""
-        schema = self.function._schema
-        space, _, name = schema.name.partition("::")
-        if schema.is_mutable or name in WRITES_STATISTICS or space not in _OF_TORCH:
+        if self.function._schema.is_mutable or self.name in WRITES_STATISTICS or not self.of_torch:
             return False
         return torch.Tag.nondeterministic_seeded not in self.function.tags
 
@@ -77,6 +93,12 @@ def written_by(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
     by_name = ((a, kwargs[a.name]) for a in arguments if a.name in kwargs)
     given = (*zip(arguments, args, strict=False), *by_name)
     return [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
+
+
+def is_view(function: Any) -> bool:
+    """Whether an operation returns one tensor that shows what it is given."""
+    returns = function._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
 def memory_of(t: Tensor) -> int:

@@ -14,9 +14,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._calls import Call, Slot
+from ._calls import Call, Form, Slot, is_view, slots_of
 
 _aten = torch.ops.aten
+_MASKS = torch.bool, torch.uint8
+# What takes integers for numbers beside pointwise functions, reductions and views, or indices that a forward has made.
+_NO_INDICES = {
+    "_to_copy", "_unsafe_view", "addmm", "argmax", "argmin", "argsort", "baddbmm", "bmm", "bucketize", "cat",
+    "constant_pad_nd", "copy", "cumprod", "cumsum", "empty_like", "fill", "flip", "floor_divide", "full_like",
+    "isin", "kthvalue", "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "mm", "new_empty",
+    "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like",
+    "randn_like", "repeat", "roll", "rot90", "searchsorted", "sort", "stack", "topk", "tril", "triu", "zero",
+    "zeros_like",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,32 +56,54 @@ class Indices:
         return held
 
 
-def indices_of(call: Call, shapes: Sequence[torch.Size]) -> Iterator[Indices]:
+def indices_of(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
     """The indices that an operation is given, but those that are made for good.
 
     Args:
         call: The operation.
-        shapes: Of the tensors that operations make, by their numbers.
+        forms: Of the tensors that operations make, by their numbers.
 
     Yields:
         Each tensor of them.
     """
-    for found in _all(call, shapes):
-        mask = found.slot.tensor is not None and found.slot.tensor.dtype in (torch.bool, torch.uint8)
-        if not found.slot.lasting and not mask:
+    for found in _known(call, forms):
+        if not found.slot.lasting and _form(found.slot, forms).dtype not in _MASKS:
             yield found
 
 
-def _all(call: Call, shapes: Sequence[torch.Size]) -> Iterator[Indices]:
+def may_take_others(call: Call, forms: Sequence[Form]) -> bool:
+    """Whether an operation is given integers that may be indices, of which `indices_of` does not know.
+
+    Args:
+        call: The operation.
+        forms: Of the tensors that operations make, by their numbers.
+
+    Returns:
+        True unless they are known to be indices, or to be taken for what they are.
+    """
+    if not call.of_torch:  # is called as it is
+        return False
+    if call.name.rstrip("_") in _NO_INDICES or {torch.Tag.pointwise, torch.Tag.reduction} & set(call.function.tags):
+        return False
+    if is_view(call.function) or any(True for _ in _known(call, forms)):
+        return False
+    given = [_form(slot, forms).dtype for slot in slots_of((call.args, call.kwargs)) if not slot.lasting]
+    return any(not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given)
+
+
+def _form(slot: Slot, forms: Sequence[Form]) -> Form:
+    return forms[slot.number] if slot.tensor is None else Form(slot.tensor.shape, slot.tensor.dtype)
+
+
+def _known(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
     schema = call.function._schema
     given: dict[str, Any] = {a.name: value for a, value in zip(schema.arguments, call.args, strict=False)} | call.kwargs
-    name = schema.name.partition("::")[2].rstrip("_")
+    name = call.name.rstrip("_")
 
     def shape_of(argument: str) -> torch.Size:
-        slot = given[argument]
-        return shapes[slot.number] if slot.tensor is None else slot.tensor.shape
+        return _form(given[argument], forms).shape
 
-    if name == "embedding":
+    if name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only"):
         yield Indices(given["indices"], shape_of("weight")[0])
     elif name == "embedding_dense_backward":
         yield Indices(given["indices"], given["num_weights"])

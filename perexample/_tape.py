@@ -13,8 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._calls import WRITES_STATISTICS, Call, Slot, code_of, folded, memory_of, needed, once, slots_of, written_by
-from ._fused import Fused, graph_of, is_faster, slow_to_fuse
+from ._calls import (
+    WRITES_STATISTICS,
+    Call,
+    Form,
+    Slot,
+    code_of,
+    folded,
+    is_view,
+    memory_of,
+    needed,
+    once,
+    slots_of,
+    written_by,
+)
+from ._fused import Fused, is_faster, why_not_fused
+from ._graph import graph_of
 from ._looks import model_looks, trying
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
@@ -43,7 +57,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self._calls: list[Call] = []
         self._roots: list[int] = []  # of each slot the memory, as the slot that made it, or the address of a constant
-        self._shapes: list[torch.Size] = []  # of each slot
+        self._forms: list[Form] = []  # of each slot
         self._written: set[int] = set()  # memory that an operation writes to
         self._shown: dict[Any, int] = {}  # views by memory and layout
         self._kept: list[Tensor] = []  # constants, whose addresses stand for them
@@ -104,10 +118,10 @@ class Tape(TorchDispatchMode):
         assert self._program is not None
         assert self._code is not None
         calls, number, wanted = self._program
-        if (why := slow_to_fuse(calls, self._roots)) is not None:
+        if (why := why_not_fused(calls, self._roots, self._forms)) is not None:
             return why
         with torch.no_grad():
-            fused = Fused(graph_of(calls, self._shapes, number, wanted), self._code, inputs)
+            fused = Fused(graph_of(calls, self._forms, number, wanted), self._code, inputs)
             if always or is_faster(fused, self._code, inputs):
                 self._fused = fused
                 return None
@@ -203,7 +217,7 @@ class Tape(TorchDispatchMode):
         if not of_numbers and (not given or any(self._may_change(other) for other in given)):
             self._changing.add(root)
         self._roots.append(root)
-        self._shapes.append(t.shape)
+        self._forms.append(Form(t.shape, t.dtype))
         setattr(t, _SLOT, (self, number))
         if shared is None and memory:
             self._memories.add(memory)
@@ -247,7 +261,7 @@ class Tape(TorchDispatchMode):
     @staticmethod
     def _shows(func: Any, found: Any, given: Sequence[Tensor]) -> bool:
         """Whether a tensor is a view of the first that is given; where autograd is off some functions may copy."""
-        if not isinstance(found, Tensor) or not given or not _is_view(func):
+        if not isinstance(found, Tensor) or not given or not is_view(func):
             return False
         return memory_of(found) != 0 and memory_of(found) == memory_of(given[0])
 
@@ -266,8 +280,3 @@ def _refuse_looks(name: str, args: tuple) -> None:
             f"This step cannot be recorded: the model or its loss gives a tensor another shape or memory in place "
             f"({name}). Run it as usual."
         )
-
-
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write

@@ -421,6 +421,7 @@ INDEXED = {
     "nll of places": lambda t, i: F.nll_loss(t[:5].T[None].expand(2, 4, 5), i.T[:2], reduction="none"),
     "gather": lambda t, i: t.gather(0, i),
     "take": lambda t, i: t.take(i),
+    "bags": lambda t, i: F.embedding_bag(i, t),
     "index": lambda t, i: t[:4][:, i],
     "two": lambda t, i: t[i, i.flip(0)],
     "written to": written_indices,
@@ -450,8 +451,39 @@ def test_wrong_indices_raise_what_they_raise_one_by_one():
         for wrong in (50, -50):
             bad = [t.clone() for t in good]
             bad[place][0] = wrong
-            with pytest.raises((IndexError, RuntimeError), match=r"out of .*(bounds|range)"):
+            with pytest.raises((IndexError, RuntimeError), match="out of .*(bounds|range)|not in the valid range"):
                 pytest.fail(f"{name}: {tape.replay([table, *bad])}")
+
+
+def test_indices_of_two_axes_are_checked_for_both():
+    table, i = torch.randn(9, 4), torch.tensor([3, 0, 2])
+    tape, _ = recorded(lambda t, i: t.T[i, i], table, i)
+    assert tape.fuse([table, i], always=True) is None
+    torch.testing.assert_close(tape.replay([table, i.flip(0)]), table.diagonal()[i.flip(0)])
+    with pytest.raises(IndexError):
+        tape.replay([table, i + 3])  # right for one of them
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda t, i: F.max_unpool2d(t[:4, None, :1, None], i.view(4, 1, 1, 1), (1, 4)), "max_unpool2d"),
+        (lambda t, i: F.multi_margin_loss(t[:4], i), "multi_margin_loss"),
+        (lambda t, i: torch.segment_reduce(t, "sum", lengths=i), "segment_reduce"),
+    ],
+    ids=["max_unpool2d", "multi_margin_loss", "segment_reduce"],
+)
+def test_indices_of_which_nothing_is_known_are_not_compiled(function, name):
+    table, i = torch.randn(9, 4), torch.tensor([3, 0, 3, 3])
+    tape, _ = recorded(function, table, i)
+    assert f"{name} may take indices" in tape.fuse([table, i], always=True)
+    torch.testing.assert_close(tape.replay([table, i]), function(table, i))
+
+
+def test_integers_that_are_no_indices_are_compiled():
+    x = torch.randint(9, (4, 4))
+    tape, _ = recorded(lambda x: (x.sort(1)[0].cumsum(0).flip(1), torch.cat([x, x.T]).topk(2)[1], x.roll(1).sum(0)), x)
+    assert tape.fuse([x], always=True) is None
 
 
 def test_constant_indices_that_have_changed_are_used_one_by_one():
