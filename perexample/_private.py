@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import OrderedDict
@@ -473,17 +474,31 @@ _MT_STATE = slice(24, 24 + 8 * 624)  # where the bytes of a CPU generator's stat
 def system_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that nobody can repeat.
 
-    ``Generator.seed`` uses 32 bits on CPU, so that all its streams can be tried; here the whole state is random.
+    Returns:
+        A generator on the device.
+    """
+    return generator_of(os.urandom(64), device)
+
+
+def generator_of(seed: bytes, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers are a function of some bytes, and of all of these.
+
+    ``manual_seed`` uses 32 bits on CPU, so that all its streams can be tried; here the whole state is set.
+
+    Args:
+        seed: The bytes.
+        device: Where it is to be.
 
     Returns:
         A generator on the device.
     """
     generator = torch.Generator(device)
-    generator.seed()
+    bits = hashlib.shake_256(seed).digest(4 * 624)
+    generator.manual_seed(int.from_bytes(bits[:8], "little", signed=True))
     if generator.device.type == "cpu":
         state = generator.get_state()
         words = torch.zeros(624, 8, dtype=torch.uint8)
-        words[:, :4] = torch.frombuffer(bytearray(os.urandom(4 * 624)), dtype=torch.uint8).view(624, 4)
+        words[:, :4] = torch.frombuffer(bytearray(bits), dtype=torch.uint8).view(624, 4)
         state[_MT_STATE] = words.flatten()
         generator.set_state(state)
     return generator

@@ -299,7 +299,8 @@ def _exchanged(t: Tensor, j: int) -> Tensor:
 
 
 def _compare(name: str, wanted: Tensor, gradients: Tensor, others: Mapping[str, Tensor], moved: float) -> CheckRow:
-    total, rows = torch.tensordot(_weights(len(wanted)).to(wanted.device), wanted, dims=1), wanted.flatten(1)
+    total = torch.tensordot(_weights(len(wanted)).to(wanted.device), wanted, dims=1)
+    rows = wanted.reshape(len(wanted), -1)
     return CheckRow(
         parameter=name,
         shape=tuple(wanted.shape[1:]),

@@ -506,16 +506,18 @@ def adam(model, clipping, source):
 
 def test_the_bound_travels_in_the_state_of_the_optimizer():
     model, clipping = extend(naive.mlp()), AdaptiveClippedGrad(1.0, expected_batch_size=8)
-    optimizer = adam(model, clipping, torch.Generator().manual_seed(0))
+    noise, other_noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(7)
+    optimizer = adam(model, clipping, noise)
     train(model, optimizer, clipping, 4)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved, noise_then = copy.deepcopy((model.state_dict(), optimizer.state_dict())), noise.get_state()
     assert saved[1]["privacy"]["clipping"] == {"max_norm": clipping.max_norm}
     wanted = train(model, optimizer, clipping, 4, start=4)
 
     other, again = extend(naive.mlp(seed=5)), AdaptiveClippedGrad(1.0, expected_batch_size=8)
-    optimizer = adam(other, again, torch.Generator().manual_seed(7))
+    optimizer = adam(other, again, other_noise)
     other.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
+    other_noise.set_state(noise_then)  # else it has noise of its own
     assert again.max_norm == again.sensitivity() == saved[1]["privacy"]["clipping"]["max_norm"]
     found = train(other, optimizer, again, 4, start=4)
     assert found[0] == wanted[0]

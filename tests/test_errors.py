@@ -1007,7 +1007,7 @@ def bad_settings_differ_in_an_added_group():
     optimizer.step()
 
 
-@case(ConfigurationError, "noise_multiplier must be the same in all param_groups")
+@case(ConfigurationError, "noise_multiplier is that of the private optimizer")
 def bad_settings_differ_from_the_start():
     model, clipping = extend(naive.mlp()), ClippedGrad(1.0)
     groups = [

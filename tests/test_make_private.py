@@ -134,6 +134,7 @@ def test_batches_come_from_the_sampler_and_sums_are_divided_by_the_expected_size
     assert p.epsilon() == math.inf
 
 
+@pytest.mark.usefixtures("noise_of_any_sums")
 @pytest.mark.parametrize("physical", [1, 3, 10, 100])
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_pieces_change_nothing(physical, make):
@@ -151,6 +152,7 @@ def losses_of(model):
     return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
 
 
+@pytest.mark.usefixtures("noise_of_any_sums")
 @pytest.mark.parametrize("physical", [None, 1, 3, 100])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_recorded_training_is_the_same(physical, adaptive):
@@ -703,6 +705,59 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, physical, at):
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
+def noise_of_steps(p, count):
+    """The noise of some steps, and their sums, one row each."""
+    noise, sums = [], []
+    while True:
+        for x, y in p.loader:
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            sums.append(torch.cat([q.clipped_sum.flatten() for q in p.model.parameters()]))
+            p.step()
+            noise.append(torch.cat([q.grad.flatten() for q in p.model.parameters()]) * RATE * N - sums[-1])
+            if len(sums) == count:
+                return torch.stack(noise), torch.stack(sums)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_noise_that_comes_again_comes_beside_the_same_sums(tmp_path, rate):
+    """Else the difference of two releases would be that of their sums."""
+    first = private()
+    run(first, until=2)
+    first.save(tmp_path / "run.pt")
+    noise, sums = noise_of_steps(first, 3)
+    second = private(network(7))
+    second.load(tmp_path / "run.pt")
+    second.optimizer.param_groups[0]["lr"] = rate
+    again, others = noise_of_steps(second, 3)
+    same = (sums == others).all(1)
+    assert same.tolist() == [True, rate == 0.5, rate == 0.5]
+    for one, other, alike in zip(noise, again, same, strict=True):
+        assert torch.allclose(one, other) if alike else (one - other).abs().min() > 1e-3
+
+
+def test_noise_without_a_sampler_does_not_come_again():
+    """Nothing says that a loader of another kind gives the same batches."""
+
+    def made():
+        model = network()
+        clipping, sgd = ClippedGrad(0.5), torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = privatize(
+            sgd, clipping=clipping, noise_multiplier=1.0, expected_batch_size=4, generator=generator(4)
+        )
+        return extend(model), clipping, optimizer
+
+    def noise(model, clipping, optimizer):
+        with perex(clipping, grad=False):
+            (0.0 * F.cross_entropy(model(torch.ones(4, 3).double()), torch.zeros(4, dtype=torch.long))).backward()
+        optimizer.step()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    first, second = made(), made()
+    second[2].load_state_dict(first[2].state_dict())
+    assert (noise(*first) - noise(*second)).abs().min() > 1e-6
+
+
 def test_noise_of_the_system_is_not_repeated_by_a_resumed_run(tmp_path):
     first = private(noise_generator=None)
     run(first, until=2)
@@ -1171,6 +1226,7 @@ class Wide(nn.Module):
         return self.b(self.a(x).tanh())
 
 
+@pytest.mark.usefixtures("noise_of_any_sums")
 @pytest.mark.parametrize("kind", ["repeats", "unfrozen", "frozen", "adaptive"])
 def test_noise_does_not_tell_that_a_batch_was_empty(kind):
     """An empty batch without a backward has the noise of one example whose gradient is zero."""
@@ -1211,9 +1267,10 @@ def test_settings_of_a_group_are_not_overruled_in_silence():
     model, clipping = extend(network()), ClippedGrad(1.0)
     sgd = torch.optim.SGD([{"params": model.parameters(), "noise_multiplier": 0.1}], lr=0.1)
     settings = {"clipping": clipping, "expected_batch_size": 4}
-    with pytest.raises(ConfigurationError, match=r"privatize was given 5, and a group has 0\.1 already"):
+    with pytest.raises(ConfigurationError, match=r"5, and a group of this one has 0\.1 already"):
         privatize(sgd, noise_multiplier=5.0, **settings)
-    assert privatize(sgd, noise_multiplier=0.1, **settings) is sgd
+    with pytest.raises(ConfigurationError, match="loaded after privatize or make_private"):
+        privatize(sgd, noise_multiplier=0.1, **settings)
 
 
 def test_what_could_not_be_made_private_is_as_it_was():

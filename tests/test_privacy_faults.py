@@ -253,6 +253,7 @@ def test_f20_the_last_example_comes_as_often_as_others(ranks):
 # --------------------------------------------------------------------------------------------------------- F21 to F26
 
 
+@pytest.mark.usefixtures("noise_of_any_sums")
 @pytest.mark.parametrize("physical", [1, 2, 7])
 def test_f21_one_noise_for_any_number_of_pieces(physical, drawn):
     """Pieces of a batch give what the whole batch gives, noise and all."""

@@ -33,6 +33,15 @@ def test_generators_of_the_system_differ():
     assert not torch.equal(one.get_state(), other.get_state())
 
 
+def test_all_of_a_seed_counts():
+    seeds = [b"a", b"b", b"a" * 64 + b"a", b"a" * 64 + b"b"]
+    drawn = [torch.randn(4, generator=_private.generator_of(seed)) for seed in seeds]
+    assert torch.equal(drawn[0], torch.randn(4, generator=_private.generator_of(b"a")))
+    assert len({tuple(t.tolist()) for t in drawn}) == len(seeds)
+    state = _private.generator_of(b"a").get_state()
+    assert len(state[_private._MT_STATE].view(-1, 8)[:, :4].unique(dim=0)) > 600  # of 624 words
+
+
 def test_dispatch_modes_are_seen():
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

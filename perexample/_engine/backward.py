@@ -32,6 +32,7 @@ from ..terms import Dense, Sum, Term, combine
 from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .joins import check_joins
+from .shares import check_shares, refuse_means
 from .shortcuts import shortcut
 from .state import STATE, plain
 from .tap import Tap
@@ -67,6 +68,7 @@ class Backward:
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
         mean = context.loss_reduction == "mean"
+        self.joint = any(extension.joint for extension in context.extensions)
         loss_scale = context.loss_scale
         if not blind():  # else what came before has been looked at, whose graph was the same
             self._check_loss(loss, mean, loss_scale)
@@ -78,7 +80,6 @@ class Backward:
         scale = (self.n if mean else 1.0) / self.seed / loss_scale
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
-        self.joint = any(extension.joint for extension in context.extensions)
         self.choice = _choice(context.strategy, self.joint, context.room)
         self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
@@ -117,6 +118,10 @@ class Backward:
             check_sums(loss, self.found, self.n, loss_scale / (self.n if mean else 1.0))
         if self.n and mean:
             check_divisors(self.found, self.n)
+        if self.joint and not mean:
+            refuse_means(loss, self.n, loss_scale)
+        if self.n:
+            check_shares(loss, self.n, next((tap.record.root() for tap in self.found.taps), None), mean=mean)
         check_joins(loss, self.found, self.n)
         check_couplings(loss, self.found, self.n)
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, ones_for, options_of, saved
+from .._private import metadata, ones_for, options_of
 from ..errors import CrossExampleError
-from .joins import examples_of, kind_of, nearest_taps, shape_of
+from .broadcasts import check_broadcasts
+from .joins import EACH, dims_of, examples_of, kind_of, nearest_taps, shape_of
 from .kinds import names
 from .state import STATE
 from .tap import KEY, Tap
@@ -33,12 +34,6 @@ from .walk import Walk
 _LOSSES = names(  # of each entry or row, and then a sum over everything, or none
     "NllLoss NllLoss2D MseLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss SmoothL1Loss SoftMarginLoss "
     "MultiMarginLoss MultilabelMarginLoss"
-)
-_EACH = names(
-    "Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Abs Sign Sigmoid "
-    "Tanh Relu LeakyRelu Elu Gelu Silu Mish Softplus LogSigmoid Hardtanh Hardsigmoid Hardswish Clamp ClampMin ClampMax "
-    "Maximum Minimum Where MaskedFill Erf Sin Cos Tan Atan Asin Acos Sinh Cosh Xlogy Xlog1Py Lerp Addcmul Addcdiv "
-    "Lgamma Digamma Copy ToCopy Clone Alias NativeDropout Fmod Remainder Trunc Round Floor Ceil NanToNum"
 )
 _ALONG = names(
     "Sum Mean Softmax LogSoftmax Logsumexp LinalgVectorNorm Norm Std Var Amax Amin Max Min Gather Select Slice "
@@ -90,12 +85,13 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     if n < 2 or STATE.once or STATE.opened is None:
         return
     nodes, by_rows = _nodes(loss)
+    model = next((tap.record.root() for tap in found.taps), None)
+    check_broadcasts(loss, n, model)
     places = [node for node in nodes if not _apart(node, n)] if len(nodes) <= _MOST else []
     taps = _nearest(loss, found) if places or not by_rows else []
     if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
     form = hash(frozenset(_with_inputs(node, n) for node in nodes))  # of a loop over the examples one of each kind
-    model = taps[0][1].record.root()
     seen = {} if model is None else _SEEN.setdefault(model, {})
     if not _is_due(form, seen) or not _can_be_differentiated(nodes, taps, loss):
         return
@@ -149,28 +145,17 @@ def _apart(node: Node, n: int) -> bool:
         return False
     if shape.numel() == 1 and kind in _SCALED:  # single numbers have a check of their own; others would grow by them
         return True
-    if kind in _EACH:
+    if kind in EACH:
         return all(known == shape for known in shapes)
     before = shapes[0]
     assert before is not None
     if len(shapes) > 1 or not before or not shape:
         return False
     if kind in _ALONG:
-        return 0 not in _dims(node, len(before))
+        return 0 not in dims_of(node, len(before))
     if kind in _SHAPES:
         return shape[0] % n == before[0] % n == 0
     return kind in _PRODUCTS and node.next_functions[_PRODUCTS[kind]][0] is not None
-
-
-def _dims(node: Node, axes: int) -> set[int]:
-    """The axes that an operation goes along; all of them if it does not tell."""
-    dims = saved(node, "dim")
-    if dims is None and kind_of(node) == "Transpose":
-        dims = saved(node, "dim0"), saved(node, "dim1")
-    if dims is None or dims == ():
-        return set(range(axes))
-    wrapped = [dims] if isinstance(dims, int) else dims
-    return {(d - 2**64 if d >= 2**63 else d) % axes for d in wrapped}
 
 
 def _with_inputs(node: Node, n: int) -> Any:
@@ -419,7 +404,7 @@ def _meet_in(node: Node, inputs: list[Key], moved: dict[Key, Sides], used: dict[
 
 def _along(node: Node, a: Tensor, b: Tensor) -> bool:
     """Whether along the axes in which an order is sought there are entries of both sides."""
-    dims = sorted(_dims(node, a.dim()))
+    dims = sorted(dims_of(node, a.dim()))
     return bool((a.amax(dims) & b.amax(dims)).any()) if dims else False
 
 

@@ -27,6 +27,13 @@ _BENT = names(
     "Sinh Cosh Erf Erfc Logsumexp Logaddexp Logaddexp2 Xlogy Softmax LogSoftmax Norm LinalgVectorNorm Dist Std Var "
     "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
 )
+EACH = names(  # graph nodes of functions of each entry
+    "Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Abs Sign Sigmoid "
+    "Tanh Relu LeakyRelu Elu Gelu Silu Mish Softplus LogSigmoid Hardtanh Hardsigmoid Hardswish Clamp ClampMin ClampMax "
+    "Maximum Minimum Where MaskedFill Erf Sin Cos Tan Atan Asin Acos Sinh Cosh Xlogy Xlog1Py Lerp Addcmul Addcdiv "
+    "Lgamma Digamma Copy ToCopy Clone Alias NativeDropout Fmod Remainder Trunc Round Floor Ceil NanToNum "
+    "Atan2 Hypot Logaddexp Logaddexp2 Copysign"
+)
 _CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
 _LOOKED_THROUGH = 256  # nodes
 _MOST = 16  # doubts that are looked into, the nearest to the loss first: a loop over the examples has one for each
@@ -79,6 +86,17 @@ def shape_of(node: Node | None, number: int) -> torch.Size | None:
     """Shape of a tensor, as far as the graph tells it."""
     shapes = [] if node is None else output_shapes(node)
     return shapes[number] if number < len(shapes) else None
+
+
+def dims_of(node: Node, axes: int) -> set[int]:
+    """The axes that an operation goes along; all of them if it does not tell."""
+    dims = saved(node, "dim")
+    if dims is None and kind_of(node) == "Transpose":
+        dims = saved(node, "dim0"), saved(node, "dim1")
+    if dims is None or dims == ():
+        return set(range(axes))
+    wrapped = [dims] if isinstance(dims, int) else dims
+    return {(d - 2**64 if d >= 2**63 else d) % axes for d in wrapped}
 
 
 def _entries(node: Node | None, number: int) -> int:

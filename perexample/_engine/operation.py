@@ -6,10 +6,13 @@ numbers of the rows; any other is tried out once (`forms_of`), and what was foun
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._private import dispatched, inside_functorch, metadata, own_parameters, version, whole_base
@@ -28,6 +31,7 @@ from .tap import LOST, Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
 _FORMS: dict[Any, list[Form]] = {}
+_REDUCED: set[Any] = set()  # forms of losses in which examples do not meet before they are joined
 _MOST_FORMS = 20_000
 _ADDS = names("add add_ sub sub_ rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ sum subtract subtract_")
 
@@ -166,7 +170,28 @@ class Operation:
                 return [simple]
         if self._moves_by_data():
             return self._moved(self.args, outputs)
-        return self._tried(outputs, space.rows)
+        return self._met_before(outputs) or self._tried(outputs, space.rows)
+
+    def _met_before(self, outputs: list[Tensor]) -> list[Any] | None:
+        """Whether examples meet in what a loss function then reduces to one number."""
+        whole = unreduced(self.func, self.args, self.kwargs) if [t.numel() for t in outputs] == [1] else None
+        key = None if whole is None else form_key(self.func, self.args, whole)
+        if whole is None or key is None or key in _REDUCED:
+            return None
+        try:
+            with torch.no_grad(), quiet():
+                entries = list(tensors_in(self.func(*self.args, **whole)))
+        except Exception:  # noqa: BLE001 - whatever a function raises that is called in another way
+            return None
+        found = [Operation(self.func, self.traits, self.args, whole, self.tracked)._places([t]) for t in entries]
+        lost = [place for places in found for place in places if isinstance(place, Lost) and place.mixes]
+        if lost:
+            lost[0].meets = True
+            return [lost[0]]
+        if len(_REDUCED) >= _MOST_FORMS:
+            _REDUCED.clear()
+        _REDUCED.add(key)
+        return None
 
     def _beside_constants(self, space: Space) -> Space:
         """The space of one example; a note of it, if something that belongs to nobody was put beside it."""
@@ -415,6 +440,24 @@ def _without_flat_targets(args: tuple, kwargs: dict, tracked: list[tuple[Tensor,
     ):
         return [(t, known) for t, known in tracked if t is not targets]
     return tracked
+
+
+def unreduced(func: Callable, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+    """The keyword arguments with which a loss function gives what it else reduces; ``None`` if there are none."""
+    place = _place_of_reduction(func)
+    if place is None or len(args) > place or kwargs.get("reduction", "mean") == "none":
+        return None
+    legacy = dict.fromkeys(kwargs.keys() & {"size_average", "reduce"})
+    return kwargs | legacy | {"reduction": "none"}
+
+
+@functools.cache
+def _place_of_reduction(func: Callable) -> int | None:
+    """The number of the argument that says how a loss function of torch's reduces what it gives."""
+    if getattr(func, "__module__", "") != F.__name__:
+        return None
+    names = list(inspect.signature(func).parameters)
+    return names.index("reduction") if "reduction" in names else None
 
 
 def _has_index(index: Any) -> bool:

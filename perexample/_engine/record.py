@@ -35,7 +35,7 @@ from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .operation import lose, parted
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
-from .tap import LOST, Tap
+from .tap import LOST, RETURNED, Tap
 from .walk import sees_through, tapped_only
 
 
@@ -144,6 +144,9 @@ class Record:
         self.output_sizes = self._sizes(output)
         self.output_axes = {size for t in tensors_in(output) for size in t.shape}
         self._judge(list(tensors_in(output)))
+        for t in tensors_in(output):
+            if t.grad_fn is not None:
+                metadata(t.grad_fn).setdefault(RETURNED, set()).add(t.output_nr)
         for t, _ in self.inputs():
             if not t.requires_grad:
                 forget(t)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .record import Record
 
 KEY = "perexample"  # under which a graph node's metadata names its taps
+RETURNED = "perexample returned"  # the numbers of its outputs that an outermost forward has returned
 LOST = "perexample lost"  # the same for an output in which the examples cannot be told apart
 
 

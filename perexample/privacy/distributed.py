@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -73,6 +75,32 @@ class Processes:
                     f"{name} must be the same in all processes, but it is {_by_rank(found)}; processes that train one "
                     f"model together need the same settings, and call the same things."
                 )
+
+    def content(self, tensors: Sequence[Tensor]) -> bytes:
+        """A digest of some tensors of each process, to the last bit.
+
+        Args:
+            tensors: Of this process; of those in shards (``DTensor``) its own part counts.
+
+        Returns:
+            The same bytes in all processes.
+        """
+        digest = hashlib.blake2b()
+        for t in tensors:
+            own = (cast(Any, t).to_local() if is_sharded(t) else t).detach().cpu().contiguous()
+            digest.update((ctypes.c_char * own.nbytes).from_address(own.data_ptr()) if own.nbytes else b"")
+        return b"".join(self._exchange("content", digest.digest()))
+
+    def any(self, flag: bool) -> bool:
+        """Whether something holds in at least one process.
+
+        Args:
+            flag: Whether it does in this one.
+
+        Returns:
+            The same in all processes.
+        """
+        return any(self._exchange("any", flag))
 
     def agree_on(self, tensors: Mapping[str, Tensor]) -> None:
         """Make sure that every process has the same tensors, to the last bit, as parameters must be before training.

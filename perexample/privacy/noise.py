@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import real
-from .._private import system_generator
+from .._private import generator_of, system_generator
 from ..errors import ConfigurationError
 
 
@@ -54,6 +54,7 @@ class Noise:
         if generator is not None:
             refuse_public_seed(generator)
         self.given, self.source = generator, source
+        self._of_step: torch.Generator | None = None
         self._own: dict[tuple[int, torch.device], torch.Generator] = {}
 
     def like(self, tensor: Tensor, std: float) -> Tensor:
@@ -72,9 +73,25 @@ class Noise:
         std = real("std", std, "a finite number >= 0", lambda x: x >= 0)
         if self.source == "os":
             return _system_normal(tensor.numel()).reshape(tensor.shape).to(tensor.device).mul_(std)
-        generator = self.given if self.given is not None else self._for(tensor.device)
+        generator = self._of_step or self.given
+        if generator is None:
+            generator = self._for(tensor.device)
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device=generator.device)
         return noise.to(tensor.device).mul_(std)
+
+    def begin(self, content: bytes) -> None:
+        """Let the noise of a step depend on what it is added to, where it might come again.
+
+        What follows is drawn from a generator of its own, made of the given one's next numbers and of the content. A
+        training that is resumed may add the same noise to the same sums, as nobody learns anything by that; to others
+        it must add another, or the difference of the two steps would be that of the sums.
+
+        Args:
+            content: Of the step.
+        """
+        if self.given is not None:
+            bits = torch.randint(256, (64,), dtype=torch.uint8, generator=self.given, device=self.given.device)
+            self._of_step = generator_of(bytes(bits.tolist()) + content, self.given.device)
 
     def number(self, std: float) -> float:
         """One Gaussian number.
@@ -104,11 +121,13 @@ class Noise:
         """
         if self.given is not None and state is not None:
             self.given.set_state(state.cpu())
+            self._of_step = None
 
     def renew(self) -> None:
         """Go on with numbers that nobody can repeat, where a generator was given."""
         if self.given is not None:
             self.given.set_state(system_generator(self.given.device).get_state())
+            self._of_step = None
 
     def _for(self, device: torch.device) -> torch.Generator:
         key = os.getpid(), device  # a forked process must not go on with the numbers of its parent

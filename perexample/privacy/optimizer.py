@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MethodType
@@ -91,6 +92,8 @@ class Privatizer:
         with self.processes.together():
             self.ledger.record(release)
         self._steps = self.ledger.steps
+        if self.processes.any(self._may_come_again()):
+            self.noise.begin(struct.pack("d", std) + self.processes.content(sums))
         noise = (lambda like: self.noise.like(like, std)) if noise_multiplier > 0 else None
         totals = self.processes.total(sums, noise)
         for p, total in zip(params, totals, strict=True):
@@ -98,6 +101,10 @@ class Privatizer:
         for p in frozen:
             p.grad = None
         self.clipping.after_step(self.noise.number, self.processes)
+
+    def _may_come_again(self) -> bool:
+        """Whether a training that is resumed has batches and noise of this one, in steps that may be others."""
+        return self.noise.given is not None and self.sampler is not None and self.sampler.repeatable
 
     def _taken(self, params: list[nn.Parameter], noise_multiplier: float) -> tuple[list[Tensor], float]:
         """The sums of this process, which serve this step only, and the noise they need."""
@@ -176,15 +183,15 @@ class Privatizer:
         """Continue from the state, and from its random numbers if both batches and noise have some.
 
         After a crash steps that were released may then be taken again just as they were. With one of the two alone
-        they would not be: the difference of two steps with the same noise is that of their sums, and a batch that comes
-        again is no new sample, as which it is accounted. Going back in a running process is for the sake of other steps
-        (another learning rate), which get batches and noise of their own too.
+        they would not be: a batch that comes again with other noise is no new sample, as which it is accounted. Going
+        back in a running process is for the sake of other steps (another learning rate), which get batches and noise of
+        their own too.
         """
         state, self._loaded = self._loaded, None
         assert state is not None
         sampler = state["sampler"] or {}
         repeats = state["noise"] is not None and self.noise.given is not None
-        repeats = repeats and (self.sampler is None or sampler.get("generator") is not None)
+        repeats = repeats and sampler.get("generator") is not None
         known = steps_of(state["ledger"])
         repeats = repeats and self._steps <= known == state.get("steps", known)
         self.noise.renew()
@@ -428,11 +435,11 @@ def _check_groups(optimizer: torch.optim.Optimizer, settings: Mapping[str, float
     """Param groups that have settings of their own, as from the state of another private optimizer."""
     for name, value in settings.items():
         for group in optimizer.param_groups:
-            if group.get(name, value) != value:
+            if name in group:
                 raise ConfigurationError(
-                    f"{name} must be the same in all param_groups of a private optimizer: privatize was given "
-                    f"{value:g}, and a group has {group[name]!r} already. Leave it out of the groups; the state of a "
-                    f"private optimizer is loaded after privatize, that of a public one before it."
+                    f"{name} is that of the private optimizer, {value:g}, and a group of this one has {group[name]!r} "
+                    f"already. Leave it out of the groups; the state of a private optimizer is loaded after privatize "
+                    f"or make_private (torch forgets the ledger else), that of a public one before."
                 )
 
 

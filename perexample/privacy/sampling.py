@@ -246,6 +246,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
             "samples, load its state_dict() there."
         )
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a state of it, or a generator of the same seed, gives its batches again."""
+        return self._repeatable
+
     def renew(self) -> None:
         """Draw batches from now on that have nothing to do with those drawn before, if a generator was given."""
         if self._repeatable:
@@ -384,6 +389,11 @@ class PhysicalBatches(Sampler[list[int]]):
     def steps(self) -> int:
         """Logical batches, and steps, in an iteration."""
         return self.sampler.steps
+
+    @property
+    def repeatable(self) -> bool:
+        """See `PoissonBatchSampler.repeatable`."""
+        return self.sampler.repeatable
 
     def claim(self, forget: Callable[[], None] | None = None) -> None:
         """As `PoissonBatchSampler.claim`."""

@@ -1,0 +1,90 @@
+"""Losses in which every output meets the target of every example, because their shapes are not the same.
+
+Outputs ``[N, 1]`` and targets ``[N]`` are broadcast to ``[N, N]`` by any operation that compares them. To the graph the
+targets are constants, so that no derivative shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from .._private import metadata
+from ..errors import CrossExampleError
+from .joins import EACH, kind_of, shape_of
+from .kinds import names
+from .tap import KEY, RETURNED
+
+_COMPARES = names("MseLoss SmoothL1Loss HuberLoss")  # of what they have expanded to one shape
+_MOST = 4096  # nodes that are looked at
+# Sizes that are no number of examples, as batches of others had them in the same operation.
+_CONSTANT: WeakKeyDictionary[nn.Module, set[tuple[str, int]]] = WeakKeyDictionary()
+
+
+def check_broadcasts(loss: Tensor, n: int, model: nn.Module | None) -> None:
+    """Refuse losses in which outputs were broadcast along a second axis of examples.
+
+    Args:
+        loss: The loss.
+        n: Number of examples.
+        model: For which sizes are remembered that are the same in batches of other numbers.
+
+    Raises:
+        CrossExampleError: If outputs of one shape became such of two axes of examples, beside a constant.
+    """
+    known = set() if model is None else _CONSTANT.setdefault(model, set())
+    for node, before, after in _grown(_nodes(loss)):
+        sizes = {size for size, was in zip(after, _padded(before, len(after)), strict=True) if size != was}
+        twice = {size for size in sizes if size % n == 0 and size in before and (node.name(), size) not in known}
+        if not twice:
+            known.update((node.name(), size) for size in sizes if size % n)
+            continue
+        raise CrossExampleError(
+            f"The loss compares outputs {list(before)} with something of another shape, which gives {list(after)} "
+            f"({node.name()}): each output meets what belongs to other examples, as outputs [N, 1] meet targets [N]. "
+            f"Give both the same shape, as by targets.unsqueeze(1). Where these {min(twice)} numbers are the same for "
+            f"all examples, repeat the outputs for each of them: outputs.repeat(...)."
+        )
+
+
+def _nodes(loss: Tensor) -> list[Node]:
+    """The nodes between the loss and what the forward has returned, in which all is known, or the nearest taps."""
+    stack: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
+    seen: dict[Node, None] = {}  # in order
+    while stack and len(seen) < _MOST:
+        node, number = stack.pop()
+        if node is None or node in seen:
+            continue
+        notes = metadata(node)
+        if number not in notes.get(KEY, {}) and number not in notes.get(RETURNED, ()):
+            seen[node] = None
+            stack += node.next_functions
+    return list(seen)
+
+
+def _grown(nodes: Sequence[Node]) -> Iterator[tuple[Node, torch.Size, torch.Size]]:
+    """Functions of each entry, of tensors of one shape beside constants, whose results have more: the shapes."""
+    by_torch = set(_expanded_by_torch(nodes))
+    for node in nodes:
+        given = {shape_of(*edge) for edge in node.next_functions if edge[0] is not None}
+        if len(given) != 1 or not (kind_of(node) in EACH or node in by_torch):
+            continue
+        [before], after = given, shape_of(node, 0)
+        if before is not None and after is not None and after.numel() > before.numel():
+            yield node, before, after
+
+
+def _expanded_by_torch(nodes: Sequence[Node]) -> Iterator[Node]:
+    """What mse_loss and its kin, and l1_loss, have expanded to the shape of the target."""
+    differences = [one for node in nodes if kind_of(node) == "Abs" for one, _ in node.next_functions]
+    compare = [node for node in nodes if kind_of(node) in _COMPARES]
+    for node in (*compare, *(one for one in differences if one is not None and kind_of(one) == "Sub")):
+        yield from (one for one, _ in node.next_functions if one is not None and kind_of(one) == "Expand")
+
+
+def _padded(shape: torch.Size, axes: int) -> tuple[int, ...]:
+    return (1,) * (axes - len(shape)) + tuple(shape)

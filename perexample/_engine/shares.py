@@ -1,0 +1,162 @@
+"""Losses in which an example counts by how many there are, as where a mean is scaled by ``len(x) / B``.
+
+It is a constant to the graph of one backward. Of several with other numbers of examples it shows: how much each of them
+counts changes as their number does, and one example more changes what all others add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from .._private import is_python_number, loss_reduction_of, metadata, saved
+from ..errors import LossError
+from .joins import dims_of, kind_of, shape_of
+from .kinds import names
+from .tap import KEY
+
+_KEPT = 2  # losses of a model that are remembered, of different numbers of examples
+_PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
+_MOST = 256  # nodes
+_PASSED = names("Mul Div Add Sub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One of the numbers that a loss adds up.
+
+    Attributes:
+        factor: With what it is multiplied.
+        joins: Whether it is a ``"sum"`` or a ``"mean"``; empty if neither.
+        entries: Of how many.
+    """
+
+    factor: float
+    joins: str
+    entries: int
+
+    def weight(self, n: int, *, mean: bool) -> float:
+        """With what the loss of each of n examples is multiplied, if it joins these."""
+        if mean:
+            return self.factor * n if self.joins == "sum" else self.factor
+        return self.factor / n if self.joins == "mean" else self.factor
+
+
+_SHARES: WeakKeyDictionary[nn.Module, list[tuple[int, list[_Share]]]] = WeakKeyDictionary()
+
+
+def refuse_means(loss: Tensor, n: int, scale: float) -> None:
+    """Refuse a plain mean where gradients of a sum are clipped: each counts by how many there are.
+
+    Args:
+        loss: The loss, which was said to be the sum of the examples' own.
+        n: Number of examples.
+        scale: What the loss was said to be multiplied with.
+
+    Raises:
+        LossError: If it is a mean.
+    """
+    for share in _shares(loss):
+        whole = n > 1 and share.joins == "mean" and share.entries % n == 0
+        if whole and math.isclose(share.factor, scale, rel_tol=1e-9):
+            raise LossError(
+                f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
+                f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
+                f"loss_reduction out, or sum the losses."
+            )
+
+
+def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -> None:
+    """Refuse losses whose factors change as the number of examples does.
+
+    Args:
+        loss: The loss.
+        n: Number of examples.
+        model: For which the last losses are remembered.
+        mean: Whether the loss was said to be a mean of the examples' own.
+
+    Raises:
+        LossError: If they do in two backwards, or three where the numbers have a plain ratio.
+    """
+    if model is None:
+        return
+    shares = list(_shares(loss))
+    before = [(m, others) for m, others in _SHARES.get(model, []) if m != n and len(others) == len(shares)]
+    for power in (1, -1):
+        alike = [m for m, others in before if _follow(shares, others, n, m, power, mean=mean)]
+        if len(alike) == _KEPT or (len(alike) == len(before) and any(not _is_plain(n, m) for m in alike)):
+            raise LossError(
+                f"Each example's own loss is multiplied with a number that follows how many there are, in batches of "
+                f"{alike[0]} and {n} (loss * len(x) / B, or a sum over a batch divided by a constant), so one more "
+                f"changes what all others add. Take the plain mean of the examples' losses, which perex multiplies by "
+                f"their number, or their sum with loss_reduction='sum'; the divisor of a batch is the optimizer's "
+                f"expected_batch_size."
+            )
+    _SHARES[model] = [*before, (n, shares)][-_KEPT:]
+
+
+def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int, *, mean: bool) -> bool:
+    """Whether the weights of n examples are those of m times a power of n / m, where they are not the same."""
+    changed = False
+    for one, other in zip(now, before, strict=True):
+        over = one.entries * m == other.entries * n  # the examples, of which each has as many
+        weight = one.weight(n, mean=mean) if over else one.factor
+        was = other.weight(m, mean=mean) if over else other.factor
+        if math.isclose(weight, was, rel_tol=1e-6):
+            continue
+        if not math.isclose(weight, was * (n / m) ** power, rel_tol=1e-6):
+            return False
+        changed = True
+    return changed
+
+
+def _is_plain(n: int, m: int) -> bool:
+    ratio = Fraction(n, m)
+    return max(ratio.numerator, ratio.denominator) <= _PLAIN
+
+
+def _shares(loss: Tensor) -> Iterator[_Share]:
+    """The numbers that a loss adds up, each after whatever it is multiplied with."""
+    stack: list[tuple[Node | None, int, float]] = [(loss.grad_fn, loss.output_nr, 1.0)]
+    for _ in range(_MOST):
+        if not stack:
+            return
+        node, number, factor = stack.pop()
+        if node is None:
+            continue
+        before = [(one, at) for one, at in node.next_functions if one is not None]
+        shapes = [shape_of(*edge) for edge in before]
+        passed = before and kind_of(node) in _PASSED and number not in metadata(node).get(KEY, {})
+        if not passed or not all(shape is not None and shape.numel() == 1 for shape in shapes):
+            entries = shapes[0].numel() if len(shapes) == 1 and shapes[0] is not None else 0
+            yield _Share(factor, _joins(node), entries)
+            continue
+        by = _number(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
+        if by is not None:
+            factor = factor * by if kind_of(node) == "Mul" else factor / by
+        stack += [(*edge, factor) for edge in before]
+
+
+def _joins(node: Node) -> str:
+    """Whether a node is a sum or a mean over the examples, as far as it tells."""
+    kind = {"Sum": "sum", "Mean": "mean"}.get(kind_of(node), loss_reduction_of(node) or "")
+    before = next((one for one, _ in node.next_functions if one is not None), None)
+    if before is not None and kind_of(before) in ("Sum", "Mean"):
+        shape = shape_of(*before.next_functions[0])
+        if not shape or 0 in dims_of(before, len(shape)):
+            return ""  # of what was joined before
+    return kind if kind in ("sum", "mean") else ""
+
+
+def _number(node: Node) -> float | None:
+    """The Python number that a single number is multiplied with or divided by."""
+    other = saved(node, "other")
+    if isinstance(other, Tensor) and other.numel() == 1 and is_python_number(other):
+        return float(other) or None
+    return None

@@ -1,0 +1,103 @@
+"""Outputs [N, 1] beside targets [N] are errors: every output would meet every target, and no derivative shows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perexample import CrossExampleError, check, extend, perex
+from perexample.extensions import BatchGrad, ClippedGrad
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
+N = 8
+FUSED = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth l1": F.smooth_l1_loss,
+    "huber": F.huber_loss,
+    "poisson": F.poisson_nll_loss,
+    "gaussian": lambda z, y: F.gaussian_nll_loss(z, y, torch.ones_like(y)),
+    "kl": lambda z, y: F.kl_div(z, y, reduction="sum") / len(y),
+    "mse of each": lambda z, y: F.mse_loss(z, y, reduction="none").mean(),
+}
+BY_HAND = {
+    "square": lambda z, y: ((z - y) ** 2).mean(),
+    "product": lambda z, y: (z * y).mean(),
+    "by rows": lambda z, y: (z - y).square().mean(1).mean(),
+    "log": lambda z, y: -(y * F.logsigmoid(z)).mean(),
+    "where": lambda z, y: torch.where(y > 0.5, z, -z).mean(),
+    "row": lambda z, y: (z[:, 0] - y[:, None]).square().mean(),
+    "hypot": lambda z, y: torch.hypot(z, y).mean(),
+    "outer": lambda z, y: torch.outer(z[:, 0], y).square().mean(),
+    "in place": lambda z, y: z.repeat(1, 2)[:, :1].sub(y).square_().mean(),
+    "distribution": lambda z, y: -torch.distributions.Normal(z, 1.0).log_prob(y).mean(),
+}
+
+
+class Own(nn.Module):
+    """A model that computes its own loss."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.linear, self.loss = nn.Linear(4, 1), loss
+
+    def forward(self, x, y):
+        return self.loss(self.linear(x), y)
+
+
+def backward(model, loss, n=N):
+    with perex(ClippedGrad(1.0), grad=False):
+        loss(model(torch.randn(n, 4)), torch.rand(n)).backward()
+
+
+@pytest.mark.parametrize("name", FUSED | BY_HAND)
+def test_outputs_that_meet_the_targets_of_others_are_an_error(name):
+    loss = (FUSED | BY_HAND)[name]
+    with pytest.raises(CrossExampleError, match=r"outputs \[8(, 1)?\] .* which gives \[8, 8\] .*unsqueeze\(1\)"):
+        backward(extend(nn.Linear(4, 1)), loss)
+
+
+@pytest.mark.parametrize("name", FUSED | BY_HAND)
+def test_so_they_are_in_the_loss_of_a_model(name):
+    model = extend(Own((FUSED | BY_HAND)[name]))
+    with pytest.raises(CrossExampleError, match="mixes examples"), perex(BatchGrad()):
+        model(torch.randn(N, 4), torch.rand(N)).backward()
+
+
+@pytest.mark.parametrize("name", FUSED | {"hinge": F.hinge_embedding_loss})
+def test_losses_of_one_shape_are_taken(name):
+    loss = (FUSED | {"hinge": F.hinge_embedding_loss})[name]
+    x, y = torch.randn(N, 4), torch.rand(N, 1)
+    assert check(nn.Linear(4, 1), loss, x, y).ok
+    model = extend(Own(loss))
+    for n in (N, 3):  # looked at, and remembered
+        with perex(BatchGrad()):
+            model(x[:n], y[:n]).backward()
+        assert model.linear.weight.grad_batch.shape == (n, 1, 4)
+
+
+def to_a_grid(z, y):
+    return (z - torch.arange(5.0)).square().mean()
+
+
+def test_sizes_that_are_the_same_in_every_batch_are_no_examples():
+    model = extend(nn.Linear(4, 1))
+    with pytest.raises(CrossExampleError, match=r"outputs.repeat"):
+        backward(model, to_a_grid, 5)
+    for n in (3, 5, 10, 1):
+        backward(model, to_a_grid, n)
+    with pytest.raises(CrossExampleError, match="with something of another shape"):
+        backward(extend(nn.Linear(4, 1)), to_a_grid, 5)  # nothing is known of other models
+
+
+def test_repeated_outputs_are_taken_for_what_they_are():
+    backward(extend(nn.Linear(4, 1)), lambda z, y: to_a_grid(z.repeat(1, 5), y), 5)
+
+
+def test_in_a_forward_it_is_known_what_belongs_to_examples():
+    model = extend(Own(lambda z, y: (z - torch.arange(8.0)).square().mean(1)))
+    with perex(BatchGrad()):
+        model(torch.randn(N, 4), torch.rand(N)).mean().backward()
+    assert model.linear.weight.grad_batch.shape == (N, 1, 4)

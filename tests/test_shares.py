@@ -1,0 +1,81 @@
+"""How much an example counts must not follow from how many there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perexample import LossError, extend, perex
+from perexample.extensions import BatchGrad, ClippedGrad
+
+B = 64
+FOLLOWING = {
+    "short batches": lambda losses: losses.mean() * len(losses) / B,
+    "a factor": lambda losses: (len(losses) / B) * losses.mean(),
+    "a sum of one's own": lambda losses: losses.sum() / B,
+    "two parts": lambda losses: 0.5 * (losses.mean() + losses.square().mean()) * (len(losses) / B),
+    "one of two parts": lambda losses: losses.mean() + losses.square().sum() / B,
+    "divided": lambda losses: losses.mean() / len(losses),
+    "negative": lambda losses: -(losses.mean() * -len(losses)),
+}
+STEADY = {
+    "mean": lambda losses: losses.mean(),
+    "sum over their number": lambda losses: losses.sum() / len(losses),
+    "some factor": lambda losses: 0.37 * losses.mean() + losses.square().mean() / B,
+    "of classes": lambda losses: losses.mean(0).sum() / B,
+    "of classes as many as examples": lambda losses: losses.repeat(1, 12).mean(0).sum() / B,
+}
+
+
+def backwards(loss, numbers, extension=ClippedGrad, **options):
+    model = extend(nn.Linear(4, 3))
+    for n in numbers:
+        with perex(extension(1.0) if extension is ClippedGrad else extension(), **options):
+            loss(model(torch.randn(n, 4)).square()).backward()
+
+
+@pytest.mark.parametrize("loss", FOLLOWING.values(), ids=FOLLOWING)
+@pytest.mark.parametrize("numbers", [(64, 37), (32, 33), (64, 64, 32, 16), (2, 4, 8)], ids=str)
+def test_factors_that_follow_the_number_of_examples_are_an_error(loss, numbers):
+    with pytest.raises(LossError, match=rf"batches of \d+ and {numbers[-1]} .*plain mean"):
+        backwards(loss, numbers)
+
+
+@pytest.mark.parametrize("loss", STEADY.values(), ids=STEADY)
+@pytest.mark.parametrize("numbers", [(64, 37, 12), (12, 5, 1), (4, 2, 1)], ids=str)
+def test_factors_that_do_not_are_taken(loss, numbers):
+    backwards(loss, numbers)
+
+
+def test_sums_that_were_said_to_be_sums():
+    backwards(lambda losses: losses.sum(), (64, 37, 12), loss_reduction="sum")
+    backwards(lambda losses: losses.sum() / B, (64, 37, 12), loss_reduction="sum")
+    with pytest.raises(LossError, match="batches of 64 and 37"):
+        backwards(lambda losses: losses.sum() / len(losses), (64, 37), loss_reduction="sum")
+    backwards(lambda losses: losses.sum(0).mean(), (3, 6, 9), loss_reduction="sum")
+
+
+def test_one_loss_may_be_half_of_another():
+    """An auxiliary loss on some of the examples, beside the main one."""
+    model = extend(nn.Linear(4, 3))
+    for n, factor in ((8, 1.0), (4, 0.5), (8, 1.0), (4, 0.5), (7, 1.0)):
+        with perex(ClippedGrad(1.0)):
+            (factor * model(torch.randn(n, 4)).square().mean()).backward()
+
+
+def test_factors_may_change_otherwise():
+    model = extend(nn.Linear(4, 3))
+    for n, factor in ((64, 0.1), (37, 0.2), (50, 0.3), (64, 0.4), (37, 0.5)):
+        with perex(ClippedGrad(1.0)):
+            (factor * model(torch.randn(n, 4)).square().mean()).backward()
+
+
+@pytest.mark.parametrize("loss", [lambda z: F.mse_loss(z, torch.zeros_like(z)), lambda z: z.square().mean()])
+def test_a_mean_that_is_to_be_clipped_was_not_said_to_be_a_sum(loss):
+    for scale in (1.0, 8.0):
+        with pytest.raises(LossError, match="is a mean over 5 examples, but perex was told loss_reduction='sum'"):
+            backwards(lambda z, s=scale: s * loss(z), (5,), loss_reduction="sum", loss_scale=scale)
+    backwards(loss, (1,), loss_reduction="sum")
+    backwards(loss, (5,), extension=BatchGrad, loss_reduction="sum")  # BackPACK's quantities
