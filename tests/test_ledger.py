@@ -181,6 +181,27 @@ def test_an_entry_that_cannot_be_written_leaves_no_half_line(tmp_path, monkeypat
     assert flat(Ledger(path)) == [*before, C]
 
 
+def test_a_file_that_somebody_else_writes_to(tmp_path):
+    """Two trainings that were begun on one file would each count its own steps, and both spend the budget."""
+    path = tmp_path / "steps.jsonl"
+    one, other = Ledger(path), Ledger(path)
+    one.record(A)
+    one.record(A)
+    with pytest.raises(StaleGradientError, match=r"was written to by somebody else: it has \d+ bytes.* left it with 0"):
+        other.record(B)
+    with pytest.raises(StaleGradientError, match="written to by somebody else"):
+        other.load_state_dict({"runs": [[2.0, 0.5, 3]]})
+    one.record(A)
+    again = Ledger(path)
+    again.record(A)
+    assert again.steps == 4
+    with pytest.raises(StaleGradientError, match="written to by somebody else"):
+        one.record(A)
+    path.write_text("")
+    with pytest.raises(StaleGradientError, match="it has 0 bytes"):
+        again.record(A)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_while_writing(tmp_path, seed):
     """A process that says what it is about to do and what it has done, killed from outside."""

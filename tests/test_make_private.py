@@ -487,10 +487,62 @@ def test_a_clipped_sum_that_was_written_to_is_not_used():
         optimizer.step()
 
 
+def test_batches_cannot_be_left_out():
+    for physical in (None, 3):
+        p = private(physical_batch_size=physical)
+        for number, (x, y) in enumerate(p):
+            if number == 2:
+                break
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            p.step()
+        with pytest.raises(StaleGradientError, match=r"no backward in `with private:` and no private.step\(\)"):
+            for _ in p:
+                pass
+        run(p, until=1)  # the loop may begin anew
+
+
 def test_iteration_without_steps_does_not_go_on_for_ever():
     with pytest.raises(StaleGradientError, match="no step was taken"):
-        for _ in private():
-            pass
+        p = private()
+        for x, y in p:
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+
+
+class Broken(TensorDataset):
+    """Fails once in a while."""
+
+    read = 0
+
+    def __getitem__(self, i):
+        self.read += 1
+        if self.read % 23 == 0:
+            raise OSError("the disk")
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("physical", [None, 1, 3])
+def test_no_batch_takes_the_place_of_one_that_cannot_be_read(physical):
+    p = private(dataset=Broken(*data().tensors), physical_batch_size=physical)
+    failures = 0
+    while p.steps < p.planned_steps:
+        batches, seen = iter(p.loader), []
+        while True:
+            try:
+                x, y = next(batches)
+            except OSError:
+                failures += 1
+                continue
+            except StopIteration:
+                break
+            seen += x.tolist()
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            if p.step():
+                assert len(set(map(tuple, seen))) == len(seen)  # examples of one sample
+                seen = []
+    assert failures > 2
 
 
 def test_repr():
@@ -657,12 +709,16 @@ def test_a_piece_without_backward_is_an_error_and_not_a_lost_step():
     batches = iter(p.loader)
     for x, y in (next(batches), next(batches)):
         F.cross_entropy(p.model(x), y)
-        with pytest.raises(StaleGradientError, match="no example has come"):
+        with pytest.raises(
+            StaleGradientError, match="0 examples have come since the last call, where the next piece has [123]:"
+        ):
             p.step()
         with p:
             F.cross_entropy(p.model(x), y).backward()
         assert not p.step()
-    with pytest.raises(StaleGradientError, match="no example has come"):
+    with pytest.raises(
+        StaleGradientError, match="0 examples have come since the last call, where the next piece has [123]:"
+    ):
         p.step()
 
 
@@ -672,8 +728,43 @@ def test_a_piece_too_much():
     with p:
         for _ in range(20):
             F.cross_entropy(p.model(x), y).backward()
-    with pytest.raises(StaleGradientError, match="the backward saw 60"):
+    with pytest.raises(
+        StaleGradientError, match="60 examples have come since the last call, where the next piece has 3"
+    ):
         p.step()
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+def test_the_first_piece_of_a_batch_takes_the_place_of_none(left_out):
+    """Though it may be as large as the one that is missing."""
+    p = private(physical_batch_size=3)
+    batches = iter(p.loader)
+    sizes, due = [], p.sampler._pending  # what was drawn
+    with pytest.raises(StaleGradientError, match="examples have come since the last call"):
+        for number, (x, y) in enumerate(batches):
+            if number != left_out:
+                with p:
+                    F.cross_entropy(p.model(x), y).backward()
+                p.step()
+                sizes.append(len(x))
+    assert p.steps <= 1
+    assert due
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_piece_that_is_run_twice_is_an_error(again):
+    p = private(physical_batch_size=3)
+    x, y = next(iter(p.loader))
+    for _ in range(1 + again):
+        with p:
+            F.cross_entropy(p.model(x), y).backward()
+    if again:
+        with pytest.raises(
+            StaleGradientError, match="6 examples have come since the last call, where the next piece has 3"
+        ):
+            p.step()
+    else:
+        assert not p.step()
 
 
 # ------------------------------------------------------------------------------------------------------ save and resume

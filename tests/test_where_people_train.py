@@ -51,6 +51,9 @@ def needs(*packages):
             pytest.skip(f"{package} is not installed")
 
 
+pytestmark = pytest.mark.usefixtures("noise_of_any_sums")
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 

@@ -88,6 +88,7 @@ class Ledger:
         self._state = self._rows(0)  # of `state_dict`
         if self._file is not None:
             _end_with_whole_line(self._file)
+        self._size = _size(self._file)  # that this ledger has left the file with
 
     @property
     def steps(self) -> int:
@@ -113,16 +114,24 @@ class Ledger:
             )
         self._check(release)
         if self._file is not None:
-            self._refuse_lost(self._file)
+            self._refuse_others(self._file)
             _append(self._file, [release])
+            self._size = _size(self._file)
         _add(self.runs, release, 1)
         self._state[self._shown() :] = self._rows(self._shown())
 
-    def _refuse_lost(self, path: Path) -> None:
+    def _refuse_others(self, path: Path) -> None:
+        """What the file holds must be what this ledger knows."""
         if self.runs and not path.exists():
             raise StaleGradientError(
                 f"The file of the ledger, {str(path)!r}, is gone, and with it {self.steps} steps that it had; what a "
                 f"later run finds would be too little. Put it back."
+            )
+        if (size := _size(path)) != self._size:
+            raise StaleGradientError(
+                f"The file of the ledger, {str(path)!r}, was written to by somebody else: it has {size} bytes, and this "
+                f"ledger left it with {self._size}. Another training that uses it takes steps that this one does not "
+                f"count. Give each training a file of its own, or begin the second when the first is over."
             )
 
     def _check(self, release: Release) -> None:
@@ -197,7 +206,9 @@ class Ledger:
                 f"of its own, or with the ledger file of the same run."
             )
         if self._file is not None:
+            self._refuse_others(self._file)
             _append(self._file, _expand(runs, _count(self.runs)))
+            self._size = _size(self._file)
         self.runs = list(long)
         self.state_dict()
 
@@ -257,6 +268,10 @@ def _append(path: Path, releases: Iterable[Release]) -> None:
         raise
     if before is None:
         names_to_disk(path.parent)
+
+
+def _size(path: Path | None) -> int:
+    return path.stat().st_size if path is not None and path.exists() else 0
 
 
 def _end_with_whole_line(path: Path) -> None:

@@ -113,6 +113,17 @@ class Noise:
         """
         return None if self.given is None else self.given.get_state()
 
+    def is_at(self, state: Tensor) -> bool:
+        """Whether a generator that was given is in some state, which it then need not be set to.
+
+        Args:
+            state: From `state`.
+
+        Returns:
+            Whether it is.
+        """
+        return self.given is not None and torch.equal(self.given.get_state(), state.cpu())
+
     def set_state(self, state: Tensor | None) -> None:
         """Continue a stream, where a generator was given here and where the state comes from.
 

@@ -65,6 +65,7 @@ class Privatizer:
         self.clipping, self.sampler, self.ledger, self.noise = clipping, sampler, ledger, noise
         self.processes, self._compared = processes, False
         self._place = processes.rank, processes.size
+        self._saved = -1  # steps at the last state that was asked for
         self._loaded: Mapping[str, Any] | None = None  # of a state that torch has not loaded its part of yet
         self._steps = 0  # that the ledger had after the last one that was taken here
 
@@ -149,6 +150,7 @@ class Privatizer:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers and tensors."""
+        self._saved = self._steps
         return {
             "ledger": self.ledger.state_dict(),
             "steps": self.ledger.steps,  # now; the ledger's own state goes on
@@ -190,10 +192,14 @@ class Privatizer:
         state, self._loaded = self._loaded, None
         assert state is not None
         sampler = state["sampler"] or {}
-        repeats = state["noise"] is not None and self.noise.given is not None
-        repeats = repeats and sampler.get("generator") is not None
         known = steps_of(state["ledger"])
+        repeats = state["noise"] is not None and self.noise.given is not None
         repeats = repeats and self._steps <= known == state.get("steps", known)
+        if self.sampler is None:  # only its own state of now, as loaded by what moves an optimizer to a device
+            own = self._saved == self._steps == known
+            repeats = repeats and own and self.noise.is_at(state["noise"])
+        else:
+            repeats = repeats and sampler.get("generator") is not None
         self.noise.renew()
         self.clipping.load_state_dict(state["clipping"])
         if self.sampler is not None:
@@ -531,20 +537,27 @@ class _Pieces:
             True before the last piece.
 
         Raises:
-            StaleGradientError: If nothing came since it was asked last.
+            StaleGradientError: If not just one piece came since it was asked last: in the place of one that is left
+                out the first of another batch would count.
         """
-        examples = self.clipping.examples
-        if not self.incomplete():
+        examples, due = self.clipping.examples, self.sampler.due()
+        came, before, self.before = examples - self.before, self.before, examples
+        if due is None or not due:
             self.before = 0
             return False
-        if examples <= self.before:
+        piece = min(self.sampler.size, due - before)
+        if came != piece:
+            self.before = before
             raise StaleGradientError(
-                f"step() was called, and no example has come since the last call: {examples} of the "
-                f"{self.sampler.due()} examples of this batch are in the sum. Run the backward of every piece in "
-                f"perex(clipping), and call step() after it."
+                f"step() was called, and {max(came, 0)} examples have come since the last call, where the next piece has "
+                f"{piece}: {examples} of the {due} examples of this batch are in the sum. Run the backward of every "
+                f"piece in perex(clipping), once, and call step() after it; to leave a batch out begin a new iteration "
+                f"over the loader, which draws it again."
             )
-        self.before = examples
-        return True
+        if examples < due:
+            return True
+        self.before = 0
+        return False
 
 
 def _clear_sums_too(optimizer: torch.optim.Optimizer, clipping: Clipping, pieces: _Pieces | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -340,11 +340,35 @@ def _first(dataset: Any) -> Any:
         ) from error
 
 
+class _Once(Iterator[Any]):
+    """An iteration that is over when it fails: what follows would be taken for what could not be read."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches: Iterator[Any] | None = batches
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            raise StopIteration
+        try:
+            return next(self._batches)
+        except BaseException:
+            self._batches = None
+            raise
+
+
+class _Loader(DataLoader):
+    """Batches in which none may be missing."""
+
+    def __iter__(self) -> Any:
+        """Begin; a batch that was begun is drawn again."""
+        return _Once(super().__iter__())
+
+
 def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[str, Any]) -> DataLoader:
     # A loader draws a number when an iteration begins: not from the stream that a resumed run continues.
     options = {"generator": system_generator(), **options}
     try:
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
+        return _Loader(dataset, batch_sampler=batches, collate_fn=collate, **options)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"make_private hands all options that are not its own to torch.utils.data.DataLoader, and it failed: "

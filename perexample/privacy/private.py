@@ -86,7 +86,7 @@ class Private:
             What ``collate_fn`` makes of a batch, or of a piece of one.
 
         Raises:
-            StaleGradientError: If an epoch went by without a step.
+            StaleGradientError: If a batch was left out, or an epoch went by without a step.
         """
         if self.steps >= self.planned_steps:
             warnings.warn(
@@ -97,7 +97,15 @@ class Private:
         while self.steps < self.planned_steps:
             before = self.steps
             for batch in self.loader:
+                done = self.steps, self.clipping.examples
                 yield batch
+                if (self.steps, self.clipping.examples) == done:
+                    raise StaleGradientError(
+                        "A batch came, and no backward in `with private:` and no private.step() followed before the "
+                        "next was asked for; that would take its place, and what is drawn would not be what is "
+                        "accounted. Take the step of every batch, also of an empty one. To begin this one anew, as after "
+                        "an error, begin a new loop over the Private."
+                    )
                 if self.steps >= self.planned_steps:
                     return
             if self.steps == before:
