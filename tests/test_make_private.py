@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import os
+import warnings
 from ast import literal_eval
 
 import numpy as np
@@ -503,11 +504,13 @@ def test_batches_cannot_be_left_out():
 
 
 def test_iteration_without_steps_does_not_go_on_for_ever():
-    with pytest.raises(StaleGradientError, match="no step was taken"):
-        p = private()
+    def forgetful(p):
         for x, y in p:
             with p:
                 F.cross_entropy(p.model(x), y).backward()
+
+    with pytest.raises(StaleGradientError, match="no step was taken"):
+        forgetful(private())
 
 
 class Broken(TensorDataset):
@@ -710,14 +713,14 @@ def test_a_piece_without_backward_is_an_error_and_not_a_lost_step():
     for x, y in (next(batches), next(batches)):
         F.cross_entropy(p.model(x), y)
         with pytest.raises(
-            StaleGradientError, match="0 examples have come since the last call, where the next piece has [123]:"
+            StaleGradientError, match=r"0 examples have come since the last call, where the next piece has [123]:"
         ):
             p.step()
         with p:
             F.cross_entropy(p.model(x), y).backward()
         assert not p.step()
     with pytest.raises(
-        StaleGradientError, match="0 examples have come since the last call, where the next piece has [123]:"
+        StaleGradientError, match=r"0 examples have come since the last call, where the next piece has [123]:"
     ):
         p.step()
 
@@ -738,17 +741,44 @@ def test_a_piece_too_much():
 def test_the_first_piece_of_a_batch_takes_the_place_of_none(left_out):
     """Though it may be as large as the one that is missing."""
     p = private(physical_batch_size=3)
-    batches = iter(p.loader)
-    sizes, due = [], p.sampler._pending  # what was drawn
-    with pytest.raises(StaleGradientError, match="examples have come since the last call"):
-        for number, (x, y) in enumerate(batches):
+
+    def train():
+        for number, (x, y) in enumerate(p.loader):
             if number != left_out:
                 with p:
                     F.cross_entropy(p.model(x), y).backward()
                 p.step()
-                sizes.append(len(x))
+
+    with pytest.raises(StaleGradientError, match="examples have come since the last call"):
+        train()
     assert p.steps <= 1
-    assert due
+
+
+class Wrapping(torch.optim.SGD):
+    """Steps by another optimizer."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.base_optimizer = torch.optim.Adam(self.param_groups)
+
+
+def test_an_optimizer_inside_of_another_is_not_overlooked():
+    with pytest.raises(ConfigurationError, match="This Wrapping has an optimizer of its own in `base_optimizer`"):
+        private(make=Wrapping)
+
+
+def test_a_second_training_of_a_model_is_not_all_of_it(tmp_path):
+    model = network()
+    first = private(model, ledger=tmp_path / "steps.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        private(model)  # nothing was trained yet
+        first = private(model, ledger=tmp_path / "steps.jsonl")
+        run(first, until=2)
+        assert private(model, ledger=tmp_path / "steps.jsonl").steps == 2
+        assert private(model, ledger=first.ledger).steps == 2
+    with pytest.warns(UserWarning, match="has been trained by 2 private steps that the new ledger does not know"):
+        private(model)
 
 
 @pytest.mark.parametrize("again", [True, False])

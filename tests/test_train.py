@@ -392,6 +392,7 @@ def test_an_example_that_is_not_finite_counts_zero_in_every_way(digits):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("noise_of_any_sums")
 @pytest.mark.parametrize("options", [[], ["--physical-batch-size", "7"], ["--clip", "adaptive"], ["--compile"]])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_a_recorded_run_is_the_same(tmp_path, model, options):
@@ -407,7 +408,7 @@ SAME = ["--deterministic", "--epochs", "0.2", "--batch-size", "60", "--no-baseli
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--method", "plain"], ["--sampling", "shuffled", "--noise-multiplier", "2"], ["--record"], ["--compile"]],
+    [[], ["--method", "plain"], ["--record"], ["--compile"]],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -423,6 +424,35 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, options):
     tables = [rows_of(folder) for folder in (whole, parts)]
     assert [row["test_loss"] for row in tables[0]] == [row["test_loss"] for row in tables[1]]
     assert [row["epoch"] for row in tables[1]] == ["1", "2", "3"]
+
+
+def test_a_resumed_run_without_a_sampler_has_noise_of_its_own(tmp_path):
+    """Nothing says that its batches are the same."""
+    options = [*SAME, "--epochs", "3", "--sampling", "shuffled", "--noise-multiplier", "2"]
+    train.main([*options, "--out", str(tmp_path / "whole")])
+    train.main([*options, "--out", str(tmp_path / "parts"), "--steps", "25"])
+    train.main([*options, "--out", str(tmp_path / "parts"), "--resume"])
+    whole, parts = rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts")
+    assert [row["steps"] for row in whole] == [row["steps"] for row in parts]
+    assert [a["test_loss"] == b["test_loss"] for a, b in zip(whole, parts, strict=True)] == [True, False, False]
+
+
+def test_a_run_is_resumed_as_it_was_begun(tmp_path):
+    options = [*SAME, "--epochs", "2", "--out", str(tmp_path)]
+    train.main([*options, "--steps", "25"])
+    with pytest.raises(train.DataError, match="was begun with --deterministic"):
+        train.main([*(option for option in options if option != "--deterministic"), "--resume"])
+
+
+@pytest.mark.parametrize("size", [900, 899, 1000, 2000])
+def test_the_number_of_private_examples_is_in_no_setting(size):
+    def settings(count):
+        data = argparse.Namespace(train=range(count), vocabulary=None)
+        options = train.parse_arguments(["--data", "names", "--public-size", str(size)])
+        return vars(train.filled(options, data))
+
+    assert settings(size) == settings(size + 1) == settings(3 * size)
+    assert settings(5)["delta"] < 1 / size
 
 
 @pytest.mark.parametrize("options", [[], ["--sampling", "shuffled", "--noise-multiplier", "2"]])

@@ -203,7 +203,7 @@ def filled(options: argparse.Namespace, data: Data) -> argparse.Namespace:
     """The options with defaults that depend on the data."""
     options = argparse.Namespace(**vars(options))
     lr, batch_size, epochs = RECIPES.get(options.data, OTHERS)
-    plain, count = options.method == "plain", len(data.train)  # type: ignore[arg-type]
+    plain, count = options.method == "plain", options.public_size or len(data.train)  # type: ignore[arg-type]
     usual = (PLAIN_LR if plain else lr) if options.optimizer == "sgd" else ADAPTIVE_LR
     defaults = {
         "lr": usual,
@@ -213,7 +213,7 @@ def filled(options: argparse.Namespace, data: Data) -> argparse.Namespace:
         "average": 0.0 if plain else 0.2,
         "augmentation_multiplicity": 2 if (options.data, options.model) == ("digits", "cnn") else 1,
         "public_size": count,
-        "delta": 10.0 ** -math.ceil(math.log10(max(2, count))),
+        "delta": 10.0 ** -(math.floor(math.log10(count)) + 1),
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -262,6 +262,10 @@ def run(options: argparse.Namespace, data: Data, folder: Path) -> Row:
     rows: list[Row] = []
     if options.resume:
         saved = torch.load(state, map_location="cpu", weights_only=True)
+        if saved["deterministic"] != options.deterministic:
+            raise DataError(
+                f"{folder}: the run was begun with{'' if saved['deterministic'] else 'out'} --deterministic"
+            )
         course.load_state_dict(saved["course"])
         average.load_state_dict(saved["average"])
         rows = saved["rows"]
@@ -271,7 +275,15 @@ def run(options: argparse.Namespace, data: Data, folder: Path) -> Row:
         while course.steps < last:
             row = one_epoch(course, average, data, options, len(rows), last, bar)
             rows.append(row)
-            save({"course": course.state_dict(), "average": average.state_dict(), "rows": rows}, state)
+            save(
+                {
+                    "course": course.state_dict(),
+                    "average": average.state_dict(),
+                    "rows": rows,
+                    "deterministic": options.deterministic,
+                },
+                state,
+            )
             write_rows(table, rows)
             bar.set_postfix(accuracy=f"{row['test_accuracy']:.1%}")
             if options.verbose:

@@ -129,9 +129,9 @@ class Ledger:
             )
         if (size := _size(path)) != self._size:
             raise StaleGradientError(
-                f"The file of the ledger, {str(path)!r}, was written to by somebody else: it has {size} bytes, and this "
-                f"ledger left it with {self._size}. Another training that uses it takes steps that this one does not "
-                f"count. Give each training a file of its own, or begin the second when the first is over."
+                f"The file of the ledger, {str(path)!r}, was written to by somebody else: it has {size} bytes, and "
+                f"this ledger left it with {self._size}. Another training that uses it takes steps that this one "
+                f"does not count. Give each training a file of its own, or begin the second when the first is over."
             )
 
     def _check(self, release: Release) -> None:
@@ -211,6 +211,10 @@ class Ledger:
             self._size = _size(self._file)
         self.runs = list(long)
         self.state_dict()
+
+    def knows(self, other: Ledger) -> bool:
+        """Whether it begins with all steps of another, as one that continues its file."""
+        return _begins_with(self.runs, other.runs)
 
     def __repr__(self) -> str:
         parts = [f"{count} steps of {release}" for release, count in self.runs]

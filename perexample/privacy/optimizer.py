@@ -430,6 +430,12 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ConfigurationError(
             f"{kind} cannot be private: it needs a closure or sparse gradients; use SGD, Adam, AdamW or RMSprop."
         )
+    inner = [name for name, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    if inner:
+        raise ConfigurationError(
+            f"This {kind} has an optimizer of its own in `{inner[0]}`, whose steps would be taken past clipping and "
+            f"noise; make that one private, before it is wrapped."
+        )
     if any(name in optimizer.defaults for name in _SETTINGS):
         raise ConfigurationError(
             f"This {kind} is private already; make a new optimizer for other settings, or change those in its "
@@ -549,10 +555,10 @@ class _Pieces:
         if came != piece:
             self.before = before
             raise StaleGradientError(
-                f"step() was called, and {max(came, 0)} examples have come since the last call, where the next piece has "
-                f"{piece}: {examples} of the {due} examples of this batch are in the sum. Run the backward of every "
-                f"piece in perex(clipping), once, and call step() after it; to leave a batch out begin a new iteration "
-                f"over the loader, which draws it again."
+                f"step() was called, and {max(came, 0)} examples have come since the last call, where the next piece "
+                f"has {piece}: {examples} of the {due} examples of this batch are in the sum. Run the backward of "
+                f"every piece in perex(clipping), once, and call step() after it; to leave a batch out begin a new "
+                f"iteration over the loader, which draws it again."
             )
         if examples < due:
             return True

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from .optimizer import Clipping, checked_processes, privatize
 from .private import Plan, Private
 from .sampling import PhysicalBatches, PoissonBatchSampler
 
+_LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()  # of the models' last trainings
 _MOST_STEPS = 2**53  # what the accountant takes
 _OURS = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset", "collate_fn"}
 
@@ -147,6 +149,7 @@ def make_private(
     if callable(know) and not isinstance(clipping, type):
         know(model.named_parameters())
     book = _book(ledger, planned, processes)
+    _warn_of_steps_before(model, book)
     if target_epsilon is not None:
         _hold_to(book, Release(float(noise_multiplier), rate))
     privatize(
@@ -259,6 +262,20 @@ def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
         return Ledger(ledger, planned, write=processes.rank == 0)
     ledger.limit = planned if ledger.limit is None else min(ledger.limit, planned)
     return ledger
+
+
+def _warn_of_steps_before(model: nn.Module, book: Ledger) -> None:
+    """A model's privacy is that of all its private steps, and a new ledger knows those to come."""
+    before = _LEDGERS.get(model)
+    if before is not None and before is not book and before.steps and not book.knows(before):
+        warnings.warn(
+            f"This {type(model).__name__} has been trained by {before.steps} private steps that the new ledger does "
+            f"not know: epsilon() will be that of the steps to come. To count all of them, give make_private "
+            f"ledger=private.ledger of the training before, or its file, and noise_multiplier in place of "
+            f"target_epsilon.",
+            stacklevel=3,
+        )
+    _LEDGERS[model] = book
 
 
 def _hold_to(book: Ledger, planned: Release) -> None:

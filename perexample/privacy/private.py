@@ -103,8 +103,8 @@ class Private:
                     raise StaleGradientError(
                         "A batch came, and no backward in `with private:` and no private.step() followed before the "
                         "next was asked for; that would take its place, and what is drawn would not be what is "
-                        "accounted. Take the step of every batch, also of an empty one. To begin this one anew, as after "
-                        "an error, begin a new loop over the Private."
+                        "accounted. Take the step of every batch, also of an empty one. To begin this one anew, as "
+                        "after an error, begin a new loop over the Private."
                     )
                 if self.steps >= self.planned_steps:
                     return
