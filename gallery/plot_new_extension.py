@@ -31,7 +31,7 @@ class Influence(Extension):
         self.reference = reference
 
     def compute(self, view):
-        return view.grad_batch().flatten(1) @ self.reference[view.name].flatten()
+        return view.grad_batch().reshape(view.n, -1) @ self.reference[view.name].flatten()
 
 
 # %%

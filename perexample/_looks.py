@@ -153,7 +153,17 @@ def look(why: str) -> None:
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether something is true that mostly is; ``condition`` is boolean, all of it should be true."""
+    """Whether something is true that mostly is.
+
+    Where a step is recorded nothing is looked at: it is taken to be true, and noted, so that a replay in which it is
+    not is run as usual.
+
+    Args:
+        condition: Boolean, of any shape; all of it should be true.
+
+    Returns:
+        Whether it is, a Python bool.
+    """
     if (notes := _notes()) is not None:
         notes.conditions.append(condition.all())
         return True

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ._engine.view import ParameterView, Weights
+from ._looks import holds
 from .errors import ExtensionError
 
 
@@ -117,4 +118,4 @@ class Extension:
         return None
 
 
-__all__ = ["Extension", "ParameterView", "Weights"]
+__all__ = ["Extension", "ParameterView", "Weights", "holds"]

@@ -311,12 +311,14 @@ def _asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
         raise
     except Exception as error:
         inputs = ", ".join(f"{name} {list(v.shape)}" for name, v in call.saved.items() if isinstance(v, Tensor))
+        dtypes = {name: p.dtype for name, p in call.params.items() if p.dtype != tensors_of(g)[0].dtype}
         raise RuleContractError(
             f"{_where(rule, call, kind)} failed, {type(error).__name__}: {error}. It was given g of shape "
             f"{', '.join(str(list(t.shape)) for t in tensors_of(g))}"
             + (f" and {inputs}" if inputs else "")
-            + "; a rule must serve every shape that the "
-            "module's forward does."
+            + "; a rule must serve every shape that the module's forward does"
+            + "".join(f", and `{name}` is {dtype}: use it as p.to(g.dtype)" for name, dtype in dtypes.items())
+            + "."
         ) from error
 
 
@@ -422,6 +424,13 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
     def decorate(rule_class: R) -> R:
         if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
             raise RuleContractError(f"{rule_class!r} is no class of rules; derive it from perexample.Rule.")
+        try:
+            rule_class()
+        except TypeError as error:
+            raise RuleContractError(
+                f"{rule_class.__name__} is made without arguments when it is registered, and {error}; keep what "
+                f"differs between modules in the module, or make a subclass for each."
+            ) from error
         if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
             raise RuleContractError(
                 f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
@@ -539,7 +548,21 @@ def _same_forward(cls: type, base: type) -> bool:
 
 
 def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, given the names of the positional ones in one string."""
+    """Arguments of a function by name.
+
+    Args:
+        names: Of the positional ones, in one string.
+        args: Positional arguments.
+        kwargs: The others.
+
+    Returns:
+        Those that were given.
+
+    Example:
+        >>> from perexample.rule import named_arguments
+        >>> named_arguments("input weight bias", (1, 2), {"bias": 3})
+        {'input': 1, 'weight': 2, 'bias': 3}
+    """
     return dict(zip(names.split(), args, strict=False)) | dict(kwargs)
 
 

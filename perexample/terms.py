@@ -36,6 +36,7 @@ from ._norms import (
     summed_products,
 )
 from ._trust import TRUSTED, blocks, direct, inner, unit_of_products
+from .errors import RuleContractError
 from .methods import Choice, Method, choose, likeness, sameness, settled
 
 
@@ -398,9 +399,18 @@ class Outer(Term):
     """Sum over positions of outer products: ``G_n[group] = sum_t g_nt x_nt^T``.
 
     Args:
-        g: Left factors, ``[N, groups, T, O]``.
+        g: Left factors, ``[N, groups, T, O]``; `positions` makes this of ``[N, *T, O]``, without groups.
         x: Right factors, ``[N, groups, T, I]``.
         shape: Shape of the parameter, with ``groups * O * I`` elements in that order.
+
+    Raises:
+        RuleContractError: If the factors have other axes, or do not fit each other or the shape.
+
+    Example:
+        >>> from perexample.terms import Outer, positions
+        >>> g, x = torch.randn(8, 5, 3), torch.randn(8, 5, 4)  # of a linear layer at five positions
+        >>> Outer(positions(g), positions(x), torch.Size([3, 4])).dense().shape
+        torch.Size([8, 3, 4])
 
     Cost:
         Norms by the Gram matrices of the positions take ``2 T^2 (O + I)`` operations and ``T^2`` memory per example,
@@ -409,6 +419,11 @@ class Outer(Term):
 
     def __init__(self, g: Tensor, x: Tensor, shape: Size) -> None:
         """Keep the factors."""
+        if g.dim() != 4 or x.dim() != 4 or g.shape[:3] != x.shape[:3]:
+            raise RuleContractError(
+                f"Outer takes factors [N, groups, T, O] and [N, groups, T, I], and was given {list(g.shape)} and "
+                f"{list(x.shape)}; perexample.terms.positions makes [N, 1, T, F] of [N, *T, F]."
+            )
         self.g, self.x, self.n, self.shape = g, x, g.shape[0], shape
 
     def factors(self) -> list[Tensor]:
@@ -785,5 +800,12 @@ def _summed_dense(rest: list[Term]) -> Term:
 
 
 def positions(tensor: Tensor) -> Tensor:
-    """``[N, *T, F]`` as ``[N, 1, T, F]``, the layout of `Outer` without groups."""
+    """``[N, *T, F]`` as ``[N, 1, T, F]``, the layout of `Outer` without groups.
+
+    Args:
+        tensor: Factors of all positions; of one where there is no axis of them.
+
+    Returns:
+        The same entries in the same order.
+    """
     return tensor[:, None, None] if tensor.dim() == 2 else tensor.flatten(1, -2).unsqueeze(1)

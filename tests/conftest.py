@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
-import pytest
+import gc
 
+import pytest
+import torch
+
+from perexample import rule
 from perexample.privacy.noise import Noise
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Rules registered in a test are gone after it."""
+    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
+    monkeypatch.setattr(rule, "_FUNCTIONS", dict(rule._FUNCTIONS))
+    yield
+    rule._REFUSING.clear()  # what was found out with those rules
+    rule._WITHOUT_RULE.clear()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing that was compiled before counts, or after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_collection():
+    """Torch keeps a generator locked while it makes a tensor of its state.
+
+    A garbage collection right there lets another thread run, which waits for that generator with the interpreter
+    locked, for ever (torch 2.13). The library asks for the state in every forward.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -21,14 +21,6 @@ from perexample._engine.tap import Tap
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad, Variance
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """Rules registered in a test are gone after it."""
-    from perexample import rule
-
-    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
-
-
 def backward(model, *extensions, batch=None, **settings):
     with perex(*extensions, **settings):
         mse(model, *(naive.batch() if batch is None else batch)).backward()

@@ -44,12 +44,7 @@ from perexample.privacy import Ledger, Release
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def registry(monkeypatch):
-    """Rules registered in a test are gone after it."""
-    from perexample import rule
-
-    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 CASES = []

@@ -36,14 +36,6 @@ from perexample import (
 from perexample.extensions import Automatic, BatchGrad, BatchL2Grad, ClippedGrad, Global
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """Rules registered in a test are gone after it."""
-    from perexample import rule
-
-    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
-
-
 def clipped_sum(model, loss, *batch, bound=1.0, grad=False, **settings):
     """All clipped sums of one backward, by name."""
     clipping = ClippedGrad(bound)

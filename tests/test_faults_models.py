@@ -29,6 +29,7 @@ from harness import (
     rand,
     trainable,
 )
+from naive import assert_bitwise
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -60,14 +61,6 @@ N, T, D, V, HEADS, LENGTH = 3, 5, 6, 11, 2, 9
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """Rules registered in a test are gone after it."""
-    from perexample import rule
-
-    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -227,12 +220,6 @@ def assert_rows_of_one_run(model, *inputs, loss=losses):
     for grad in (False, True):
         model.zero_grad()
         assert_near(grad_batch(model, *inputs, loss=loss, grad=grad), expected, 1e-9, f"grad_batch, grad={grad}")
-
-
-def assert_bitwise(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def dp_sgd(params, clipping, noise=0.0, size=1.0, lr=1.0, seed=0):
@@ -1201,19 +1188,6 @@ def _plainly(model, x):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.fixture
-def no_collection():
-    """Torch keeps a generator locked while it makes a tensor of its state.
-
-    A garbage collection right there lets another thread run, which waits for that generator with the interpreter
-    locked, for ever (torch 2.13). The library asks for the state in every forward.
-    """
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def test_f45_models_in_threads(no_collection):
     """Other models, other fields, other reductions, and one without: each thread finds what it finds alone."""
     plain = jittered(
@@ -1445,13 +1419,6 @@ def test_f46_models_that_share_parameters():
 
 
 # --------------------------------------------------------------------------------- F47: compiled, traced, quantised
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def _compiled(function, **options):

@@ -21,6 +21,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Net, Problem, assert_exact, assert_exact_or_refused, assert_near, jittered, losses, par, rand
+from naive import assert_bitwise
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -102,12 +103,6 @@ def fields(model, name: str = "grad_batch"):
 
 def wanted(model, *inputs, **settings):
     return harness.validated(Problem(model, inputs, **settings))
-
-
-def assert_bitwise(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 # ----------------------------------------------------------------------------------------------- checkpointing
@@ -748,13 +743,6 @@ def test_plain_backwards_in_between():
 
 
 # ----------------------------------------------------------------------------------------------------- compile
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def _compiled(model):

@@ -767,6 +767,22 @@ def test_an_optimizer_inside_of_another_is_not_overlooked():
         private(make=Wrapping)
 
 
+def test_a_divisor_that_counts_the_examples_is_an_error():
+    p = private(sampling_generator=generator(3))
+    with pytest.raises(ConfigurationError, match=r"expected_batch_size was 10 in the first step, and is \d+ now"):  # noqa: PT012
+        for number, (x, y) in enumerate(p):
+            if number:
+                p.optimizer.param_groups[0]["expected_batch_size"] = float(len(x))
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            p.step()
+
+
+def test_the_name_of_another_library_is_told_apart():
+    with pytest.raises(ConfigurationError, match="Was max_norm meant, of make_private"):
+        private(max_grad_norm=1.0)
+
+
 def test_a_second_training_of_a_model_is_not_all_of_it(tmp_path):
     model = network()
     first = private(model, ledger=tmp_path / "steps.jsonl")

@@ -218,13 +218,6 @@ def test_exact(make, inputs):
     assert_same(fields(model, "clipped_sum"), naive.clipped(wanted, bound))
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    from perexample import rule
-
-    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
-
-
 def private(model, clipping, noise=0.0, size=1.0, groups=None, lr=1.0):
     return DP_SGD(
         model.parameters() if groups is None else groups,

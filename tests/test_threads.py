@@ -5,7 +5,6 @@ Torch's global generator belongs to all threads, so nothing here draws from it w
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 from itertools import combinations
@@ -22,17 +21,7 @@ from perexample.extensions import ClippedGrad
 THREADS, N = 4, 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_collection():
-    """Torch keeps a generator locked while it makes a tensor of its state.
-
-    A garbage collection right there lets another thread run, which waits for that generator with the interpreter
-    locked, for ever (torch 2.13).
-    """
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+pytestmark = pytest.mark.usefixtures("no_collection")
 
 
 class Attention(nn.Module):

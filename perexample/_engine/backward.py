@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._arguments import shown
 from .._grams import Grams
 from .._looks import blind, holds
 from .._placed import merged
@@ -390,7 +391,7 @@ def _check_names(extension: Extension, results: Any, views: Mapping[str, Paramet
     """Fields come by the names of the parameters."""
     unknown = [name for name in results if name not in views] if isinstance(results, Mapping) else None
     if unknown or unknown is None:
-        got = f"a field for {unknown[0]!r}, which no view is named" if unknown else type(results).__name__
+        got = f"a field for {shown(unknown[0])}, which no view is named" if unknown else type(results).__name__
         raise ExtensionError(
             f"{type(extension).__name__}.finish returned {got}; it must return a dictionary of tensors by the names of "
             f"the views ({{view.name: ...}}), empty if there is nothing."

@@ -84,9 +84,10 @@ def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, 
         )
     if id(p) not in names and isinstance(p, nn.Parameter):
         raise StaleGradientError(
-            f"Parameter `{name}` of `{tap.name}` is no longer part of an extended model: it was replaced after "
-            f"the forward. Replace parameters before the forward, call extend(model) for new modules, and extend the "
-            f"whole model that fully_shard was given."
+            f"Parameter `{name}` of `{tap.name}` is not part of an extended model: it was replaced after the forward, "
+            f"or given to functional_call. Replace parameters before the forward, call extend(model) for new modules, "
+            f"extend the whole model that fully_shard was given, and give functional_call tensors that are no "
+            f"nn.Parameter, which get the fields then."
         )
     if id(p) not in names:  # it took a parameter's place, as by torch.func.functional_call
         name = f"{tap.name}.{name}"

@@ -258,8 +258,18 @@ class ParameterView:
         Returns:
             The sum, a new tensor in at least float32. Under ``perex(max_memory=...)`` it may be filled in after
             `Extension.finish`; until then nothing can be written to it.
+
+        Raises:
+            ExtensionError: If there is not one weight for each example.
         """
+        if not isinstance(w, (Weights, Tensor)):
+            raise ExtensionError(f"weighted_sum of `{self.name}` takes a tensor of weights, not {type(w).__name__}.")
         w = w if isinstance(w, Weights) else Weights(w)
+        if w.values.shape != (self.n,):
+            raise ExtensionError(
+                f"weighted_sum of `{self.name}` takes one weight for each of {self.n} examples, [{self.n}], and was "
+                f"given {list(w.values.shape)}."
+            )
         if self._gone == _POSTPONED and not w.none:
             self.late.append(_Late(_unfilled(self.zeros(1), self.param.shape), w, onto))
             return self.late[-1].out

@@ -65,6 +65,7 @@ class Privatizer:
         self.clipping, self.sampler, self.ledger, self.noise = clipping, sampler, ledger, noise
         self.processes, self._compared = processes, False
         self._place = processes.rank, processes.size
+        self._divisor: float | None = None  # of the first step
         self._saved = -1  # steps at the last state that was asked for
         self._loaded: Mapping[str, Any] | None = None  # of a state that torch has not loaded its part of yet
         self._steps = 0  # that the ledger had after the last one that was taken here
@@ -78,6 +79,7 @@ class Privatizer:
         frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
         with self.processes.together():
             self._same_processes()
+            self._refuse_counted(expected_batch_size)
             sums, std = self._taken(params, noise_multiplier)
         self.processes.agree(
             noise_multiplier=noise_multiplier,
@@ -102,6 +104,16 @@ class Privatizer:
         for p in frozen:
             p.grad = None
         self.clipping.after_step(self.noise.number, self.processes)
+
+    def _refuse_counted(self, expected_batch_size: float) -> None:
+        """A divisor that follows the number of examples tells how many there are."""
+        if self._divisor is None:
+            self._divisor = expected_batch_size
+        if expected_batch_size not in (self._divisor, 0) and expected_batch_size == self.clipping.examples:
+            raise ConfigurationError(
+                f"expected_batch_size was {self._divisor:g} in the first step, and is {expected_batch_size:g} now, as "
+                f"many as this batch has examples, which is private. Leave it at the expected number of them."
+            )
 
     def _may_come_again(self) -> bool:
         """Whether a training that is resumed has batches and noise of this one, in steps that may be others."""

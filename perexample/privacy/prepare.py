@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import warnings
@@ -387,9 +389,13 @@ def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[
     try:
         return _Loader(dataset, batch_sampler=batches, collate_fn=collate, **options)
     except (TypeError, ValueError) as error:
+        own = inspect.signature(make_private).parameters
+        unknown = options.keys() - inspect.signature(DataLoader).parameters.keys()
+        close = [match for name in sorted(unknown) for match in difflib.get_close_matches(name, own, 1)]
+        meant = f" Was {' or '.join(close)} meant, of make_private?" if close else ""
         raise ConfigurationError(
             f"make_private hands all options that are not its own to torch.utils.data.DataLoader, and it failed: "
-            f"{error}. See there for their names and values."
+            f"{error}. See there for their names and values.{meant}"
         ) from error
 
 

@@ -209,7 +209,9 @@ class Private:
         return self.ledger.epsilon(self.delta if delta is None else delta, accountant=self._accountant)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: model, optimizer, ledger, position of the sampler, torch's random numbers.
+        """What a resumed run needs: model, optimizer, ledger, position of the sampler, torch's random numbers.
+
+        A learning-rate scheduler has a state of its own.
 
         Returns:
             Copies: it stays what it was when training goes on, weights and ledger alike.
@@ -222,6 +224,7 @@ class Private:
             "optimizer": self.optimizer.state_dict(),
             "plan": asdict(self._plan),
             "random": torch.get_rng_state(),
+            "random of GPUs": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,6 +254,8 @@ class Private:
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
         torch.set_rng_state(state["random"])
+        for device, random in enumerate(state.get("random of GPUs", [])[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(random, device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, whole or not at all.

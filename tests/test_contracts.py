@@ -1,0 +1,149 @@
+"""What rules and extensions of others are told when they are used in another way than they can be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from perexample import (
+    Extension,
+    ExtensionError,
+    Rule,
+    RuleContractError,
+    StaleGradientError,
+    check,
+    extend,
+    perex,
+    register_rule,
+)
+from perexample.extensions import BatchGrad, ClippedGrad
+from perexample.terms import Outer, positions
+
+pytestmark = pytest.mark.usefixtures("registry")
+N = 4
+
+
+class LowRank(nn.Module):
+    """``y = x u v``."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return x @ self.u @ self.v
+
+
+def low_rank(positions=positions):
+    @register_rule(LowRank, overwrite=True)
+    class LowRankRule(Rule):
+        def terms(self, call, g):
+            u, v = call.module.u.to(g.dtype), call.module.v.to(g.dtype)
+            factors = {"u": (call.x, g @ v.T), "v": (call.x @ u, g)}
+            return {name: Outer(*map(positions, factors[name]), p.shape) for name, p in call.params.items()}
+
+
+def backward(model, *extensions, x=None):
+    with perex(*extensions):
+        model(torch.randn(N, 3, 6) if x is None else x).square().mean().backward()
+
+
+def squared(out, y):
+    return (out - y).square().mean()
+
+
+def test_a_rule_of_outer_products():
+    low_rank()
+    assert check(LowRank(), squared, torch.randn(N, 3, 6), torch.randn(N, 3, 6)).ok
+    assert check(LowRank(), squared, torch.randn(N, 6), torch.randn(N, 6)).ok
+    frozen = extend(LowRank())
+    frozen.u.requires_grad_(False)
+    backward(frozen, BatchGrad(), ClippedGrad(1.0))
+    assert frozen.v.grad_batch.shape == (N, 2, 6)
+    low = extend(LowRank().to(torch.bfloat16))
+    backward(low, BatchGrad(), x=torch.randn(N, 3, 6, dtype=torch.bfloat16))
+
+
+def test_factors_of_other_axes_are_told_so():
+    low_rank(lambda t: t)
+    model = extend(LowRank())
+    with pytest.raises(RuleContractError, match=r"takes .*was given \[4, 3, 6\] and \[4, 3, 2\].*positions"):
+        backward(model, ClippedGrad(1.0))
+    with pytest.raises(RuleContractError, match="Outer takes factors"):
+        Outer(torch.ones(4, 1, 3, 2), torch.ones(4, 1, 2, 2), torch.Size([2, 2]))
+
+
+def test_a_rule_that_forgets_the_dtype_is_told_it():
+    @register_rule(LowRank, overwrite=True)
+    class Forgets(Rule):
+        def grad_batch(self, call, g):
+            return {"u": call.x.mT @ (g @ call.module.v.T), "v": (call.x @ call.module.u).mT @ g}
+
+    backward(extend(LowRank()), BatchGrad())
+    with pytest.raises(RuleContractError, match=r"`u` is torch.bfloat16: use it as p.to\(g.dtype\)"):
+        backward(extend(LowRank().to(torch.bfloat16)), BatchGrad(), x=torch.randn(N, 3, 6, dtype=torch.bfloat16))
+
+
+def test_rules_are_made_without_arguments():
+    with pytest.raises(RuleContractError, match=r"Scaled is made without arguments when it is registered, and .*'by'"):
+
+        @register_rule(LowRank)
+        class Scaled(Rule):
+            def __init__(self, by):
+                self.by = by
+
+            def grad_batch(self, call, g):
+                return {}
+
+
+@pytest.mark.parametrize("w", [[1.0] * N, torch.ones(N + 1), torch.ones(1), torch.ones(()), torch.ones(N, 1)], ids=repr)
+@pytest.mark.parametrize("model", [nn.Linear(6, 2), nn.Embedding(6, 2)], ids=["linear", "embedding"])
+def test_weights_are_one_for_each_example(w, model):
+    class Weighted(Extension):
+        field = "weighted"
+
+        def compute(self, view):
+            return view.weighted_sum(w)
+
+    x = torch.randn(N, 6) if isinstance(model, nn.Linear) else torch.randint(6, (N, 3))
+    with pytest.raises(ExtensionError, match="weighted_sum of `weight` takes"):
+        backward(extend(model), Weighted(), x=x)
+
+
+def test_fields_by_parameter_are_told_apart():
+    class ByParameter(Extension):
+        field, joint = "by", True
+
+        def finish(self, views):
+            return {view.param: view.batch_l2() for view in views}
+
+    with pytest.raises(ExtensionError, match="returned a field for a Parameter, which no view is named"):
+        backward(extend(nn.Linear(6, 2)), ByParameter())
+
+
+def test_parameters_of_ones_own_in_a_functional_call():
+    model, x = extend(nn.Linear(4, 3)), torch.randn(6, 4)
+    own = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def run(tensors):
+        with perex(BatchGrad(), grad=False):
+            torch.func.functional_call(model, tensors, (x,)).square().mean().backward()
+
+    with pytest.raises(StaleGradientError, match=r"or given to functional_call.*no nn\.Parameter"):
+        run({name: nn.Parameter(t) for name, t in own.items()})
+    leaves = {name: t.requires_grad_() for name, t in own.items()}
+    run(leaves)
+    assert leaves["weight"].grad_batch.shape == (6, 3, 4)
+
+
+def test_parameters_that_are_one_number_are_checked():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.gain = nn.Linear(4, 3), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return self.gain * self.linear(x)
+
+    assert check(Scaled(), squared, torch.randn(N, 4), torch.randn(N, 3)).ok
