@@ -34,6 +34,24 @@ MUTANTS = (
         killers="test_faults.py::test_finding_4_a_module_with_parameters_that_subtracts_the_batch_mean",
     ),
     mutant(
+        "F9-outputs-beside-targets",
+        "lets outputs [N, 1] meet targets [N]",
+        Body("perexample._engine.broadcasts:check_broadcasts", "return None"),
+        killers="test_broadcasts.py::test_outputs_that_meet_the_targets_of_others_are_an_error[square]",
+    ),
+    mutant(
+        "F9-a-factor-that-counts",
+        "lets a loss be scaled by the number of examples",
+        Body("perexample._engine.shares:check_shares", "return None"),
+        killers="test_shares.py::test_factors_that_follow_the_number_of_examples_are_an_error[(64, 37)-short batches]",
+    ),
+    mutant(
+        "F9-a-mean-for-a-sum",
+        "clips the N-th parts of gradients",
+        Body("perexample._engine.shares:refuse_means", "return None"),
+        killers="test_shares.py::test_a_mean_that_is_to_be_clipped_was_not_said_to_be_a_sum",
+    ),
+    mutant(
         "F10-coupled",
         "runs the backward of a loss in which examples meet",
         Body("perexample._engine.couplings:check_couplings", "return None"),

@@ -155,7 +155,9 @@ MUTANTS = (
         "F22-first-piece-steps",
         "steps on the first piece of a batch",
         Edit(
-            f"{OPTIMIZER}:_Pieces.wait", ("if not self.incomplete():", "if not self.incomplete() or not self.before:")
+            f"{OPTIMIZER}:_Pieces.wait",
+            ("if examples < due:", "if examples < due and before:"),
+            ("if came != piece:", "if False:"),
         ),
         Edit("perexample.privacy.sampling:PoissonBatchSampler.take", ("if examples != due:", "if False:")),
         killers=[LABEL, "test_privacy_faults.py::test_f22_nothing_moves_before_the_last_piece"],
@@ -279,9 +281,24 @@ MUTANTS = (
         ],
     ),
     mutant(
+        "F22-a-piece-for-another",
+        "takes the first piece of the next batch for one that is missing",
+        Edit(f"{OPTIMIZER}:_Pieces.wait", ("if came != piece:", "if False:")),
+        killers=[
+            "test_make_private.py::test_the_first_piece_of_a_batch_takes_the_place_of_none",
+            "test_make_private.py::test_a_piece_that_is_run_twice_is_an_error",
+        ],
+    ),
+    mutant(
+        "F29-noise-again",
+        "repeats the noise of a step beside other sums, when a training is resumed",
+        Body(f"{STEP}._may_come_again", "return False"),
+        killers="test_make_private.py::test_noise_that_comes_again_comes_beside_the_same_sums[0.1]",
+    ),
+    mutant(
         "F29-32-bits",
         "seeds the noise with 32 bits, all of which can be tried",
-        Edit("perexample._private:system_generator", ('if generator.device.type == "cpu":', "if False:")),
+        Edit("perexample._private:generator_of", ('if generator.device.type == "cpu":', "if False:")),
         killers="test_sampling.py::test_all_of_the_state_comes_from_the_operating_system",
     ),
     mutant(
