@@ -18,6 +18,9 @@ FOLLOWING = {
     "two parts": lambda losses: 0.5 * (losses.mean() + losses.square().mean()) * (len(losses) / B),
     "one of two parts": lambda losses: losses.mean() + losses.square().sum() / B,
     "divided": lambda losses: losses.mean() / len(losses),
+    "of classes": lambda losses: losses.mean(0).sum() * len(losses) / B,
+    "of summed classes": lambda losses: losses.sum(0).mean() / B,
+    "by an einsum": lambda losses: torch.einsum("nc,nc->n", losses, losses).mean() * len(losses),
     "negative": lambda losses: -(losses.mean() * -len(losses)),
 }
 STEADY = {
@@ -25,6 +28,9 @@ STEADY = {
     "sum over their number": lambda losses: losses.sum() / len(losses),
     "some factor": lambda losses: 0.37 * losses.mean() + losses.square().mean() / B,
     "of classes": lambda losses: losses.mean(0).sum() / B,
+    "of classes, over their number": lambda losses: losses.sum(0).mean() / len(losses),
+    "by an einsum": lambda losses: torch.einsum("nc,nc->", losses, losses) / len(losses),
+    "by a trace": lambda losses: (losses.T @ losses).trace() / len(losses),
     "of classes as many as examples": lambda losses: losses.repeat(1, 12).mean(0).sum() / B,
 }
 

@@ -33,7 +33,7 @@ class _Share:
 
     Attributes:
         factor: With what it is multiplied.
-        joins: Whether it is a ``"sum"`` or a ``"mean"``; empty if neither.
+        joins: Whether it is a ``"sum"`` or a ``"mean"``; empty if that cannot be told.
         entries: Of how many.
     """
 
@@ -112,6 +112,8 @@ def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int,
             continue
         if not math.isclose(weight, was * (n / m) ** power, rel_tol=1e-6):
             return False
+        if not one.joins and power == (-1 if mean else 1):
+            return False  # it may be a sum over the examples that becomes their mean so, or a mean their sum
         changed = True
     return changed
 
@@ -134,8 +136,9 @@ def _shares(loss: Tensor) -> Iterator[_Share]:
         shapes = [shape_of(*edge) for edge in before]
         passed = before and kind_of(node) in _PASSED and number not in metadata(node).get(KEY, {})
         if not passed or not all(shape is not None and shape.numel() == 1 for shape in shapes):
-            entries = shapes[0].numel() if len(shapes) == 1 and shapes[0] is not None else 0
-            yield _Share(factor, _joins(node), entries)
+            join = _join(node)
+            shape = shape_of(*join.next_functions[0]) if join.next_functions else None
+            yield _Share(factor, _kind(join), 0 if shape is None else shape.numel())
             continue
         by = _number(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
         if by is not None:
@@ -143,15 +146,24 @@ def _shares(loss: Tensor) -> Iterator[_Share]:
         stack += [(*edge, factor) for edge in before]
 
 
-def _joins(node: Node) -> str:
-    """Whether a node is a sum or a mean over the examples, as far as it tells."""
-    kind = {"Sum": "sum", "Mean": "mean"}.get(kind_of(node), loss_reduction_of(node) or "")
-    before = next((one for one, _ in node.next_functions if one is not None), None)
-    if before is not None and kind_of(before) in ("Sum", "Mean"):
+def _join(node: Node) -> Node:
+    """Where the examples become one number, or one for each class, which are then joined themselves."""
+    for _ in range(_MOST):
+        if kind_of(node) not in ("Sum", "Mean") and kind_of(node) not in _PASSED:
+            return node
+        before = next((one for one, _ in node.next_functions if one is not None), None)
+        if before is None or kind_of(before) not in ("Sum", "Mean"):
+            return node
         shape = shape_of(*before.next_functions[0])
-        if not shape or 0 in dims_of(before, len(shape)):
-            return ""  # of what was joined before
-    return kind if kind in ("sum", "mean") else ""
+        if not shape or 0 not in dims_of(before, len(shape)):
+            return node
+        node = before
+    return node
+
+
+def _kind(node: Node) -> str:
+    """Whether a node is a sum or a mean, as far as it tells."""
+    return {"Sum": "sum", "Mean": "mean"}.get(kind_of(node), loss_reduction_of(node) or "")
 
 
 def _number(node: Node) -> float | None:
