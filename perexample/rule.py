@@ -117,7 +117,8 @@ class Rule:
 
     Attributes:
         batched: Names of tensors that hold the rows on one of their axes, the same for all, where they are captured.
-        own_axes: Whether the rule finds the rows itself; otherwise they are brought to axis 0 for it.
+        own_axes: Whether the rule finds the rows itself; otherwise they are brought to axis 0 for it. All inputs that
+            depend on the batch must hold the same rows, on the same axis where ``states`` does not name another.
         counts_rows: Whether the outputs have one row per example even if no input shows it, as bags of ids do.
         reads_parameters: Whether the values of parameters are used, so that they must not change before backward.
         computes: Torch functions called in the module's forward that `compute` can take the place of.
@@ -180,7 +181,7 @@ class Rule:
         found = [(t, place) for t in tensors if (place := place_of(t)) is not None]
         x, first = found[0]
         if self.own_axes:
-            return self._located_by_itself(module, first, outputs)
+            return self._located_by_itself(module, found, self.row_axes(module, args, kwargs), outputs)
         features = self.feature_axes(module)
         for t, place in found:
             if place is not first and (place.axis != first.axis or not place.agrees(first)):
@@ -191,13 +192,21 @@ class Rule:
         return rows, [first] * len(outputs)
 
     def _located_by_itself(
-        self, module: Any, first: Place, outputs: Sequence[Tensor]
+        self, module: Any, found: list[tuple[Tensor, Place]], axes: Mapping[int, int], outputs: Sequence[Tensor]
     ) -> tuple[Place, list[Place]] | str:
         axis = self.input_axis(module)
         out = self.output_axes(module, outputs)
-        if first.axis is not None and first.axis != axis:
-            return f"was called with the examples on axis {first.axis} of its input, but takes them on axis {axis}"
-        return first.each(axis, outputs[0].shape[out[0]]), [first.at(a) for a in out]
+        x, first = found[0]
+        given = axes.get(id(x), axis)
+        if first.axis is not None and first.axis != given:
+            return f"was called with the examples on axis {first.axis} of its input, but takes them on axis {given}"
+        if problem := misplaced(found[1:], first, axes, axis):
+            return problem
+        return first.at(axis).each(axis, outputs[0].shape[out[0]]), [first.at(a) for a in out]
+
+    def row_axes(self, module: Any, args: tuple, kwargs: dict) -> dict[int, int]:
+        """For a rule with ``own_axes``: axes of the inputs that hold the rows elsewhere than the first, by identity."""
+        return {id(t): axis for t, axis in self.states(module, args, kwargs)}
 
     def handles(self, module: Any, args: tuple, kwargs: dict) -> bool:
         """Whether this call is one that the rule knows; otherwise the operations inside are tapped one by one."""
@@ -258,6 +267,49 @@ class Rule:
     def batch_dot(self, call: Call, g: Tensor) -> dict[str, Tensor]:
         """Inner products of the examples' gradients, ``{name: [N, N]}``. Default: from `grad_batch`."""
         return {name: Dense(G).batch_dot() for name, G in self.grad_batch(call, g).items()}
+
+
+def misplaced(inputs: Sequence[tuple[Tensor, Place]], first: Place, axes: Mapping[int, int], axis: int) -> str | None:
+    """What is wrong with inputs that a rule takes row by row beside the first.
+
+    Args:
+        inputs: Them, and where they hold the examples.
+        first: Where the first one does.
+        axes: On which axes they are taken, by identity.
+        axis: On which axis all others are.
+
+    Returns:
+        The reason; ``None`` if row n is of the same example in all.
+    """
+    for t, place in inputs:
+        if not isinstance(place, Place):
+            continue  # the whole call will be lost for this reason
+        wanted = axes.get(id(t), axis)
+        if place.axis not in (None, wanted) and id(t) in axes and _as_given(t, place, wanted):
+            place = place.at(wanted)
+        if place.axis not in (None, wanted):
+            return (
+                f"was called with a tensor of shape {list(t.shape)} that holds the examples on axis {place.axis}, but "
+                f"takes them on axis {wanted} there (if they are, and axis {place.axis} is as long by chance, pass "
+                f"batches of another size)"
+            )
+        if not _same_rows(place, first):
+            return f"was called with a tensor of shape {list(t.shape)} that holds rows of other examples than its input"
+    return None
+
+
+def _as_given(t: Tensor, place: Place, axis: int) -> bool:
+    """Whether the model was given this tensor, so that only its sizes tell where it holds the examples: not which."""
+    return place.space.record.was_given(t) and t.dim() > axis and t.shape[axis] == place.size
+
+
+def _same_rows(place: Place, first: Place) -> bool:
+    """Whether two places count rows of the same examples, however these are folded."""
+    if place.axis is None or first.axis is None:
+        return place.axis is first.axis and place.space.same(first.space)
+    if place.agrees(first):
+        return True
+    return place.each(place.axis, place.size).space.same(first.each(first.axis, first.size).space)
 
 
 class _RuleTerm(Term):

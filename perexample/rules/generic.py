@@ -66,6 +66,13 @@ class GenericRule(Rule):
         """The axis that holds the examples in each input tensor, if it has N entries; ``None`` if there is none."""
         return [0] * len(tensors)
 
+    def row_axes(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[int, int]:
+        """Those of `axes`."""
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        axes = self.axes(Call(module, "", 0, {}, {"args": args, "kwargs": kwargs}), tensors)
+        first = self.input_axis(module)
+        return {id(t): axis for t, axis in zip(tensors, axes, strict=True) if axis not in (None, first)}
+
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         """State before the forward, to see afterwards what the forward has changed."""
         tensors = [*tensors_in(args), *tensors_in(kwargs)]

@@ -26,7 +26,7 @@ from .._private import kept_state, own_parameters, repeats_forward, without_forw
 from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import UnsupportedModuleError
 from ..place import Place, Space
-from ..rule import Call, Rule, Sizes, at_least_float32, only_parameters, register_rule
+from ..rule import Call, Rule, Sizes, at_least_float32, misplaced, only_parameters, register_rule
 from ..terms import Dense, Outer, Term, inner, remembering
 from .generic import autocast_state, random_state, restored
 from .recurrent_forward import FUNCTIONS, Passing, computed, gradients, passing_of
@@ -220,6 +220,9 @@ class RecurrentRule(Rule):
         same = torch.equal(owner, torch.arange(whole.rows))
         space = whole if same else Space(data.space.record, owner.numel(), owner, data.space.made)
         state = Place(space, 1)  # sizes and orders of the packed sequence belong to nobody
+        states = [(t, known) for t, _ in self.states(module, args, kwargs) if (known := place_of(t)) is not None]
+        if problem := misplaced(states, state, self.row_axes(module, args, kwargs), 1):
+            return problem
         return state, [data, *(state if t.is_floating_point() else None for t in outputs[1:])]
 
     def before(self, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
