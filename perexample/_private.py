@@ -356,14 +356,21 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """What ``model.named_parameters()`` gives, which is asked for in every step and takes several times as long."""
+    """What ``model.named_parameters()`` gives, which is asked for in every step and takes several times as long.
+
+    What a forward has computed and put in a parameter's place, as DropConnect does, is none: an optimizer has what it
+    was computed from.
+
+    Returns:
+        The leaves of the graph, by name.
+    """
     if type(model).named_parameters is not nn.Module.named_parameters:  # wrappers may give other names
-        return dict(model.named_parameters())
+        return {name: p for name, p in model.named_parameters() if p.grad_fn is None}
     found: dict[str, Tensor] = {}
     seen = set[int]()
     for prefix, module in model.named_modules():
         for name, p in own_parameters(module).items():
-            if p is not None and id(p) not in seen:
+            if p is not None and id(p) not in seen and p.grad_fn is None:
                 seen.add(id(p))
                 found[f"{prefix}.{name}" if prefix else name] = p
     return found

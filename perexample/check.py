@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._engine.context import perex
 from ._engine.state import once
+from ._private import named_parameters
 from ._table import table
 from ._tree import map_tensors, tensors_in
 from .errors import CheckFailedError, ConfigurationError, CrossExampleError
@@ -257,7 +258,7 @@ def _measured(
 
 
 def _reference(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int) -> dict[str, Tensor]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for i in range(n):
         with _kept_buffers(model):

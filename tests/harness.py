@@ -179,7 +179,8 @@ class Problem:
 
     def found(self, bound: float, grad: bool) -> tuple[dict[str, Gradients], ClippedGrad]:
         """The fields that the library writes, by field and parameter."""
-        self.model.zero_grad()
+        for p in trainable(self.model).values():
+            p.grad = None
         clipping = ClippedGrad(bound)
         extend(self.model, batch_dim=self.batch_dim)
         with perex(BatchGrad(), BatchL2Grad(), clipping, grad=grad, loss_reduction="mean" if self.n else "sum"):
@@ -190,7 +191,7 @@ class Problem:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_leaf}
 
 
 def largest(tensors: Gradients) -> float:

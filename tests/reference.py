@@ -51,7 +51,7 @@ def grad_batch(
 
     The loss reduces over the examples it is given; of a single one, the mean and the sum are the same.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_leaf}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for i in range(n):
         one = cut(inputs, i)

@@ -64,6 +64,18 @@ def test_named_parameters_are_those_of_the_module():
     assert all(found[name] is p for name, p in model.named_parameters())
 
 
+class _Other(nn.Sequential):
+    def named_parameters(self, *args, **kwargs):
+        return super().named_parameters(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, _Other])
+def test_what_was_computed_is_no_parameter(kind):
+    model = kind(nn.Linear(2, 2))
+    model[0]._parameters["weight"] = model[0].weight * 2
+    assert list(_private.named_parameters(model)) == ["0.bias"]
+
+
 def test_parameters_have_the_names_that_a_model_gives_them():
     class Renamed(nn.Sequential):
         def named_parameters(self, *args, **kwargs):
