@@ -44,6 +44,11 @@ def overridden_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
+def hides(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether this very object carries something that hides a function of its class with one of these names."""
+    return any(isinstance(getattr(type(module), name), FunctionType) for name in module.__dict__.keys() & names)
+
+
 def version(tensor: Tensor) -> int:
     """How often the tensor was written to in place."""
     return tensor._version

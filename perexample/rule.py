@@ -14,13 +14,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._private import may_be_parametrized, overridden_forward, own_parameters
+from ._private import hides, may_be_parametrized, own_parameters
 from ._tree import tensors_of
 from .errors import ConfigurationError, PerExampleError, RuleContractError
 from .methods import Method
@@ -434,7 +435,7 @@ R = TypeVar("R", bound=type[Rule])
 
 
 def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
-    """Decorator: use a rule for modules of these classes, and subclasses that leave ``forward`` alone.
+    """Decorator: use a rule for modules of these classes, and subclasses that leave alone what ``forward`` calls.
 
     A rule may be registered for torch functions too, such as ``F.linear``; `Rule.bind` then says what takes the place
     of the module's inputs and parameters.
@@ -574,29 +575,46 @@ _MOST_CLASSES = 4096
 def rule_for(module: nn.Module) -> Rule | None:
     """The registered rule that is right for this very object, or ``None``.
 
-    A subclass inherits the rule of its base only if it computes the same: it leaves all methods of the base alone that
-    take part in ``forward``, owns no further parameters, and is not parametrized.
+    An object or a subclass has the rule of its class or base only if it computes the same: it leaves all methods alone
+    that take part in ``forward``, owns no further parameters, shows those that it owns as they are, and is not
+    parametrized.
 
     Returns:
         The rule object, shared by all modules of the class.
     """
-    if overridden_forward(module) or (may_be_parametrized(module) and parametrize.is_parametrized(module)):
+    if may_be_parametrized(module) and parametrize.is_parametrized(module):
         return None
     cls = type(module)
     for base in cls.__mro__:
         rule = _REGISTRY.get(base)
         if rule is not None:
-            return rule if (cls is base or _same_forward(cls, base)) and rule.covers(module) else None
+            same = not hides(module, _functions_of(base)) and (cls is base or _same_forward(module, cls, base))
+            return rule if same and rule.covers(module) else None
     return None
 
 
-_HARMLESS = {"__init__", "__repr__", "__setstate__", "__dir__", "extra_repr", "reset_parameters"}
+_HARMLESS = {
+    "__init__", "__repr__", "__setstate__", "__getstate__", "__dir__", "extra_repr", "reset_parameters",
+    "reset_running_stats", "flatten_parameters", "all_weights", "_apply", "_load_from_state_dict",
+    "_save_to_state_dict", "_replicate_for_data_parallel", "_fill_padding_idx_with_zero",
+}  # fmt: skip
 
 
-def _same_forward(cls: type, base: type) -> bool:
-    """Whether a subclass leaves all functions of its base alone that could take part in its forward."""
-    names = {name for name, value in vars(base).items() if callable(value)} - _HARMLESS
-    return all(getattr(cls, name) is getattr(base, name) for name in names | {"forward", "__getattr__"})
+def _same_forward(module: nn.Module, cls: type, base: type) -> bool:
+    """Whether a subclass leaves all alone of its base that could take part in its forward, and its parameters."""
+    names = _functions_of(base) | {"__getattr__", "__getattribute__", *own_parameters(module)}
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
+
+
+@cache
+def _functions_of(base: type) -> frozenset[str]:
+    """Names of what a registered class, and its bases below ``nn.Module``, could compute its forward with."""
+    found = {
+        name
+        for part in base.__mro__ if part not in nn.Module.__mro__
+        for name, value in vars(part).items() if callable(value) or isinstance(value, property)
+    }  # fmt: skip
+    return frozenset(found - _HARMLESS | {"forward"})
 
 
 def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,6 +134,19 @@ def test_own_parameters_keeps_one_parameter_under_two_names():
     assert list(_private.own_parameters(module)) == ["a", "b"]
 
 
+def test_what_an_object_hides_of_its_class():
+    module = nn.Conv2d(1, 1, 1)
+    names = frozenset(["forward", "_conv_forward"])
+    assert not _private.hides(module, names)
+    module._conv_forward = module._conv_forward
+    assert _private.hides(module, names)
+    assert not _private.hides(module, frozenset(["forward"]))
+    kind = type("Other", (nn.Conv2d,), {"norm": nn.LayerNorm})
+    module = kind(1, 1, 1)
+    module.norm = nn.RMSNorm  # a setting, of which the class has the default
+    assert not _private.hides(module, names | {"norm"})
+
+
 def test_overridden_forward():
     module = nn.Linear(1, 1)
     assert not _private.overridden_forward(module)

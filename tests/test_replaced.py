@@ -1,12 +1,16 @@
 """Layers of which the weight, or what their forward calls, is replaced by something that was computed."""
 
+from types import MethodType
+
 import pytest
 import torch
-from harness import Net, assert_exact, jittered, par, rand
+import torch.nn.functional as F
+from harness import Net, assert_exact, assert_refused, jittered, par, rand
 from torch import nn
 
-from perexample import RecordedStep, check, extend
+from perexample import CrossExampleError, RecordedStep, check, extend
 from perexample.extensions import BatchGrad
+from perexample.rule import rule_for
 
 N, T, I, H = 4, 5, 3, 4  # noqa: E741
 
@@ -107,3 +111,109 @@ def test_a_computed_weight_that_has_a_layer_before_and_behind():
         )
     )
     assert_exact(net, (rand(N, 2),))
+
+
+def _wrapped(self, x, weight, bias):
+    x = F.pad(F.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
+    return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _conv_of_its_own():
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+    conv._conv_forward = MethodType(_wrapped, conv)  # a widespread patch that makes pictures fit to themselves
+    return conv, (2, 5, 5)
+
+
+def _conv_of_another_size():
+    conv = nn.Conv2d(2, 3, 3)
+    conv._conv_forward = lambda x, w, b: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), w * 2, b)
+    return conv, (2, 5, 5)
+
+
+class ScaledInstanceNorm(nn.InstanceNorm1d):
+    def _apply_instance_norm(self, x):
+        return F.instance_norm(x, weight=self.weight * 2 + 1, bias=self.bias)
+
+
+def _shown(function):
+    """A parameter that the class shows as something that is computed from it."""
+
+    def get(self):
+        if self._parameters.get("weight") is None:
+            raise AttributeError("weight")
+        return function(self._parameters["weight"])
+
+    return property(get)
+
+
+class PositiveLinear(nn.Linear):
+    weight = _shown(torch.exp)  # monotone networks: the parameter is the logarithm
+
+
+class SquaredConv(nn.Conv1d):
+    weight = _shown(torch.square)
+
+
+class NormalisedEmbedding(nn.Embedding):
+    weight = _shown(F.normalize)
+
+
+class ShiftedNorm(nn.LayerNorm):
+    weight = _shown(lambda p: 1 + p)
+
+
+class Looked(nn.Linear):
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        return found * 2 if name == "bias" else found
+
+
+class WithoutChange(nn.InstanceNorm1d):
+    def reset_running_stats(self):
+        super().reset_running_stats()
+
+    def extra_repr(self):
+        return "mine"
+
+
+REPLACED = {
+    "a convolution's own function": _conv_of_its_own,
+    "one for another size": _conv_of_another_size,
+    "a function of a base's base": lambda: (ScaledInstanceNorm(3, affine=True), (3, T)),
+    "linear": lambda: (PositiveLinear(I, H), (I,)),
+    "convolution": lambda: (SquaredConv(I, H, 2), (I, T)),
+    "layer norm": lambda: (ShiftedNorm(I), (T, I)),
+    "looks": lambda: (Looked(I, H), (I,)),
+}
+
+
+def filled(model):
+    model = model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_a_layer_calls_or_reads_is_replaced(name):
+    layer, shape = REPLACED[name]()
+    assert_exact(filled(nn.Sequential(layer)), (rand(N, *shape),))
+
+
+def test_an_embedding_that_normalises():
+    assert_exact(filled(nn.Sequential(NormalisedEmbedding(6, H))), (torch.randint(0, 6, (N, T)),))
+
+
+def test_replaced_by_what_mixes_examples_is_refused():
+    conv = nn.Conv1d(I, H, 1)
+    conv._conv_forward = lambda x, w, b: F.conv1d(x - x.mean(0), w, b)
+    assert_refused(filled(nn.Sequential(conv)), (rand(N, I, T),), CrossExampleError, "`mean` in `0`")
+
+
+def test_what_takes_no_part_in_a_forward_may_be_replaced():
+    lstm, norm = nn.LSTM(I, H), WithoutChange(3, affine=True)
+    lstm.flatten_parameters = lambda: None  # as older DropConnects do
+    assert rule_for(lstm) is not None
+    assert rule_for(norm) is not None
+    assert rule_for(nn.Conv2d(1, 1, 1)) is not None
