@@ -49,6 +49,17 @@ def hides(module: nn.Module, names: frozenset[str]) -> bool:
     return any(isinstance(getattr(type(module), name), FunctionType) for name in module.__dict__.keys() & names)
 
 
+def stands_in(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether an attribute, or a buffer that needs a gradient, is found where the module looks for its parameters."""
+    own, buffers = module.__dict__, module._buffers
+    for name in names:
+        if isinstance(own.get(name), Tensor):
+            return True
+        if buffers and (buffer := buffers.get(name)) is not None and buffer.requires_grad:
+            return True
+    return False
+
+
 def version(tensor: Tensor) -> int:
     """How often the tensor was written to in place."""
     return tensor._version

@@ -21,7 +21,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._private import hides, may_be_parametrized, own_parameters
+from ._private import hides, may_be_parametrized, own_parameters, stands_in
 from ._tree import tensors_of
 from .errors import ConfigurationError, PerExampleError, RuleContractError
 from .methods import Method
@@ -637,8 +637,15 @@ def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[
 
 
 def only_parameters(module: nn.Module, *names: str) -> bool:
-    """Whether the module owns no parameters but these; old-style ``weight_norm`` for one adds others."""
-    return {name for name, p in own_parameters(module).items() if p is not None} <= set(names)
+    """Whether the module owns no parameters but these, and nothing was put where its forward looks for them.
+
+    Old-style ``weight_norm`` has others, and a parent may set what it has computed as an attribute.
+
+    Returns:
+        Whether it has no others.
+    """
+    own = {name for name, p in own_parameters(module).items() if p is not None}
+    return own <= set(names) and not stands_in(module, names)
 
 
 def at_least_float32(tensor: Any) -> Any:

@@ -147,6 +147,22 @@ def test_what_an_object_hides_of_its_class():
     assert not _private.hides(module, names | {"norm"})
 
 
+def test_what_stands_in_for_a_parameter():
+    names = ("weight", "bias")
+    module = nn.Linear(2, 2)
+    assert not _private.stands_in(module, names)
+    del module.weight
+    assert not _private.stands_in(module, names)
+    module.weight = torch.ones(2, 2)
+    assert _private.stands_in(module, names)
+    del module.weight
+    module.register_buffer("weight", torch.ones(2, 2))
+    assert not _private.stands_in(module, names)
+    module.weight = torch.ones(2, 2, requires_grad=True)
+    assert "weight" in module._buffers
+    assert _private.stands_in(module, names)
+
+
 def test_overridden_forward():
     module = nn.Linear(1, 1)
     assert not _private.overridden_forward(module)

@@ -82,6 +82,49 @@ def test_a_computed_weight_among_the_parameters_in_a_recorded_step():
         torch.testing.assert_close(model.raw.grad_batch[i], wanted)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_computed_weight_as_an_attribute(layer):
+    """As WeightDropout of fastai, and hypernetworks, do it."""
+    model, x = dropped(layer, setattr)
+    model(x)
+    assert_exact(model, (x,))
+
+
+def test_a_computed_weight_in_place_of_a_buffer():
+    torch.manual_seed(0)
+    net = Net(lambda self, x: self.layer(x), layer=nn.Linear(I, H), z=par(2), hyper=nn.Linear(2, H * I))
+    del net.layer.weight
+    net.layer.register_buffer("weight", torch.zeros(H, I))
+
+    def forward(self, x):
+        self.layer.weight = self.hyper(self.z).view(H, I)
+        return self.layer(x)
+
+    net.function = forward
+    assert_exact(net.double(), (rand(N, I),))
+
+
+@pytest.mark.parametrize("needs_a_gradient", [True, False])
+def test_a_weight_made_of_all_examples_is_refused(needs_a_gradient):
+    def forward(self, x):
+        h = self.hyper(x).mean(0)
+        self.layer.weight = (h if needs_a_gradient else h.detach()).view(H, I)
+        return self.layer(x)
+
+    net = Net(forward, layer=nn.Linear(I, H), hyper=nn.Linear(I, H * I)).double()
+    del net.layer.weight
+    assert_refused(net, (rand(N, I),), CrossExampleError, "mean")
+
+
+def test_a_frozen_weight_as_an_attribute_or_buffer():
+    for put in (setattr, nn.Module.register_buffer):
+        layer = nn.Linear(I, H).double()
+        weight = layer.weight.detach()
+        del layer.weight
+        put(layer, "weight", weight)
+        assert_exact(nn.Sequential(layer), (rand(N, I),))
+
+
 def test_a_merged_weight_that_is_put_back_or_not():
     class Merged(nn.Module):
         def __init__(self, back):
