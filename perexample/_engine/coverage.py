@@ -167,12 +167,13 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"that uses it (register_rule(ThatClass)(GenericRule)).{_hints()}"
         )
     return UncoveredParameterError(
-        f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in a factor of the loss when the "
-        f"examples are joined already, in gradients (create_graph=True), or through an operation that could not be "
-        f"followed, such as a torch.autograd.Function in a module with children. Add penalties in the optimizer "
-        f"(weight_decay), bring factors to each example's own loss inside the model, put such a function into a module "
-        f"without children, register a rule for the module that uses it (register_rule(ThatClass)(GenericRule)), or "
-        f"freeze the parameter with requires_grad_(False).{_hints()}"
+        f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in what the model returns beside "
+        f"data, in a factor of the loss when the examples are joined already, in gradients (create_graph=True), or "
+        f"through an operation that could not be followed, such as a torch.autograd.Function in a module with "
+        f"children. Add penalties in the optimizer (weight_decay), bring what is returned to the shape of data "
+        f"(log_std.expand_as(mean)) and factors to each example's own loss inside the model, put such a function into "
+        f"a module without children, register a rule for the module that uses it "
+        f"(register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False).{_hints()}"
     )
 
 

@@ -28,8 +28,9 @@ from .._private import (
 from .._tree import PLAIN, tensors_in
 from ..place import Lost, Place
 from .arithmetic import simple_place
-from .kinds import HOOKING, LEAVING, PARTS, TRAITS, Kind, Traits, traits_of
+from .kinds import HOOKING, LEAVING, TRAITS, Kind, Traits, traits_of
 from .operation import Operation, where
+from .parts import PARTS
 from .state import STATE, resumed
 from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin
 
@@ -234,7 +235,9 @@ def _underived(out: Any, traits: Traits, args: tuple, targets: list[Tensor]) -> 
     elif isinstance(out, Tensor) and out.requires_grad:
         source = args[0] if args else None
         if isinstance(source, Tensor) and (
-            traits.kind is Kind.EXPAND or (traits.name == "repeat" and _only_ones(source, out))
+            traits.kind is Kind.EXPAND
+            or traits.name == "expand_as"
+            or (traits.name == "repeat" and _only_ones(source, out))
         ):
             put_origin(out, origin_of(source))
     return out

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .parts import PARTS
+
 
 class Kind(Enum):
     """How the place of the result follows from those of the arguments."""
@@ -64,16 +66,6 @@ _FILLS = names("full_like new_full new_tensor")
 _SIZED = names("zeros ones empty eye rand randn")  # data says at most how large it is
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
-
-
-def _broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
-    """Each by itself, so that what is computed from parameters alone is told from data."""
-    given: Any = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
-    shape = torch.broadcast_shapes(*(t.shape for t in given))
-    return tuple(t.expand(shape) for t in given)
-
-
-PARTS: dict[Any, Any] = {torch.broadcast_tensors: _broadcast_tensors}  # in other words than torch's
 
 
 def base_name(func: Any) -> str:

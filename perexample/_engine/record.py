@@ -14,7 +14,6 @@ from torch.autograd.graph import Node
 
 from .._private import (
     calls_under_way,
-    dispatched,
     global_forward_hooks,
     has_backward_hooks,
     inside_functorch,
@@ -33,6 +32,7 @@ from ..rule import Rule, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded
 from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .operation import lose, parted
+from .parts import tied
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
 from .tap import LOST, RETURNED, Tap
@@ -144,12 +144,34 @@ class Record:
         self.output_sizes = self._sizes(output)
         self.output_axes = {size for t in tensors_in(output) for size in t.shape}
         self._judge(list(tensors_in(output)))
+        self._hint(list(tensors_in(output)))
         for t in tensors_in(output):
             if t.grad_fn is not None:
                 metadata(t.grad_fn).setdefault(RETURNED, set()).add(t.output_nr)
         for t, _ in self.inputs():
             if not t.requires_grad:
                 forget(t)
+
+    def repeats_for_each(self, t: Tensor) -> bool:
+        """Whether an output was computed from parameters alone, and is the same for all examples."""
+        if not self._beside(t):
+            return False
+        return self.space.rows <= 1 or t.stride(self.batch_dim) == 0
+
+    def _beside(self, t: Tensor) -> bool:
+        """Whether an output was computed from parameters alone, and is as long as there are examples."""
+        if self.pending or t.grad_fn is None or t.layout != torch.strided or place_of(t) is not None:
+            return False
+        return t.dim() > self.batch_dim and t.shape[self.batch_dim] == self.space.rows
+
+    def _hint(self, outputs: list[Tensor]) -> None:
+        for number, t in enumerate(outputs):
+            if self._beside(t):
+                STATE.hints[
+                    f"output {number + 1} of `{self.root_name}`, of shape {list(t.shape)}, was computed from "
+                    f"parameters alone, so that its rows belong to nobody; what is brought to the shape of data by "
+                    f"expand_as(data) has a row for each example"
+                ] = None
 
     def _judge(self, outputs: list[Tensor]) -> None:
         """Mark outputs for which it is clear now that no loss of theirs has per-example gradients."""
@@ -367,16 +389,29 @@ def _with_tied_states(rule: Rule, module: nn.Module, args: tuple, kwargs: dict) 
         return None
     place = located[0]
 
-    def tied(t: Tensor) -> Tensor:
+    def in_rows(t: Tensor) -> Tensor:
         axis = learned.get(id(t))
         if axis is None or t.shape[axis] != place.size:
             return t
-        zeros = t.new_zeros(()).expand(t.shape).clone()
-        put(zeros, place.at(axis))
-        with dispatched():
-            return torch.add(t, zeros)
+        return tied(t, place.at(axis))
 
-    return map_tensors(tied, args), map_tensors(tied, kwargs)
+    return map_tensors(in_rows, args), map_tensors(in_rows, kwargs)
+
+
+def _with_tied_outputs(frame: Frame, output: Any) -> Any:
+    """The output of a model with what only repeats parameters for each example brought to the rows of these."""
+    record = frame.record
+    if record is None or frame.rule is not None:
+        return output
+    repeated = {id(t) for t in tensors_in(output) if record.repeats_for_each(t)}
+    if not repeated:
+        return output
+    STATE.frames.append(frame)  # so that the addition is named
+    try:
+        place = Place(record.space, record.batch_dim)
+        return map_tensors(lambda t: tied(t, place) if id(t) in repeated else t, output)
+    finally:
+        STATE.frames.pop()
 
 
 def _tracked(tensors: Iterable[Tensor]) -> bool:
@@ -434,6 +469,8 @@ class Exit:
                 output = leave_call(frame.rule, frame, args, kwargs, output)
             elif frame.opaque and output is not None:
                 output = _leave_opaque(frame, args, kwargs, output)
+            if not frames:
+                output = _with_tied_outputs(frame, output)
         finally:
             _close(frame)
         if module._buffers or not frames or _touched(module._parameters.values(), frame.parameters):
