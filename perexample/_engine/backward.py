@@ -30,6 +30,7 @@ from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
+from .between import check_between
 from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .joins import check_joins
@@ -123,6 +124,7 @@ class Backward:
             refuse_means(loss, self.n, loss_scale)
         if self.n:
             check_shares(loss, self.n, next((tap.record.root() for tap in self.found.taps), None), mean=mean)
+        check_between(self.found, self.n)
         check_joins(loss, self.found, self.n)
         check_couplings(loss, self.found, self.n)
 

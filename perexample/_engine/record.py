@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from .._private import (
     calls_under_way,
@@ -79,6 +79,8 @@ class Record:
         opened: Stands for the context that was open; ``None`` if none was.
         space: The examples; without rows as long as their number is not known.
         other_axes: Sizes of the first input along its other axes.
+        given: Edges of the graph at which inputs hang that another model may have computed, and where they hold the
+            examples.
     """
 
     def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
@@ -98,6 +100,7 @@ class Record:
         self.opened = STATE.opened
         self._inputs = [weakref.ref(t) for t in tensors]
         self._places: list[Place | None] = [None] * len(tensors)
+        self.given: list[tuple[GradientEdge, Place]] = []
         self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)
         if self.input_sizes and not self.pending:
             self._place(tensors)
@@ -115,6 +118,9 @@ class Record:
             if not (number and square and not t.requires_grad and self.space.rows > 1):
                 place = self._places[number] = Place(self.space, self.batch_dim)
                 put(t, place)
+                # That of a later one is a guess where another axis is as long.
+                if t.grad_fn is not None and (number == 0 or list(t.shape).count(self.space.rows) == 1):
+                    self.given.append((GradientEdge(t.grad_fn, t.output_nr), place))
             else:
                 STATE.hints[
                     f"input {number + 1} of `{self.root_name}`, of as many rows as columns as there are examples "
