@@ -407,7 +407,7 @@ def _with_tied_states(rule: Rule, module: nn.Module, args: tuple, kwargs: dict) 
 def _with_tied_outputs(frame: Frame, output: Any) -> Any:
     """The output of a model with what only repeats parameters for each example brought to the rows of these."""
     record = frame.record
-    if record is None or frame.rule is not None:
+    if record is None or frame.rule is not None or frame.inside:
         return output
     repeated = {id(t) for t in tensors_in(output) if record.repeats_for_each(t)}
     if not repeated:
