@@ -1,5 +1,7 @@
 """Losses that join examples in the way they say, and those that couple them through a common divisor."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -524,3 +526,112 @@ def test_a_plain_sum_of_losses_declared_as_mean_is_refused():
         joined(lambda out: each(out).sum())
     assert joined(lambda out: each(out).sum(), loss_reduction="sum")[0].any()
     assert joined(lambda out: (each(out) / N).sum())[0].any()
+
+
+# -- means over rows that the model itself has chosen --------------------------------------------------------------
+
+KEPT = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 1, 0]]).bool()  # 3 + 1 + 3 + 2
+BY_CHANCE = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()  # 8, a multiple of 4
+FOUR = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]).bool()
+TWO_EACH = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1], [1, 0, 1, 0]]).bool()
+
+
+class Chosen(nn.Module):
+    """The head sees those tokens only that are predicted."""
+
+    def __init__(self, loss=None, packed=False):
+        super().__init__()
+        self.embedding, self.head, self.loss = nn.Embedding(9, 3), nn.Linear(3, 5), loss
+        self.layer = nn.LSTM(3, 3, batch_first=True) if packed else nn.Identity()
+        self.packed = packed
+
+    def forward(self, ids, kept):
+        if self.packed:
+            h = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), kept.sum(1), True, enforce_sorted=False)
+            out = self.head(self.layer(h)[0].data)
+        else:
+            out = self.head(self.embedding(ids)[kept])
+        return out if self.loss is None else self.loss(out, kept)
+
+
+def labels_of(out):
+    return torch.arange(len(out)) % out.shape[-1]
+
+
+def pooled(out, kept):
+    """The mean of each example's own tokens."""
+    owner = torch.arange(len(kept)).repeat_interleave(kept.sum(1))
+    sums = torch.zeros(len(kept), out.shape[-1]).index_add(0, owner, out.square())
+    return (sums / kept.sum(1, keepdim=True).clamp(min=1)).mean()
+
+
+def by_a_matrix(out, kept):
+    owner = torch.arange(len(kept)).repeat_interleave(kept.sum(1))
+    return (F.one_hot(owner, len(kept)).float().t() @ out.square()).mean()
+
+
+UNEVEN = {
+    "cross-entropy": lambda out, kept: F.cross_entropy(out, labels_of(out)),
+    "mean": lambda out, kept: out.square().mean(),
+    "mean of means": lambda out, kept: out.square().mean(1).mean(),
+    "flat": lambda out, kept: out.reshape(-1).square().mean(),
+    "turned": lambda out, kept: out.t().exp().mean(),
+    "squared error": lambda out, kept: F.mse_loss(out, torch.zeros_like(out)),
+    "absolute error": lambda out, kept: F.l1_loss(out, torch.zeros_like(out)),
+    "a part": lambda out, kept: F.smooth_l1_loss(out[:, :2], out.detach()[:, :2] + 1) + 0.1 * out.square().sum() / 4,
+    "many steps": lambda out, kept: functools.reduce(lambda a, _: a * 0.5, range(40), out.exp()).mean(),
+}
+OVER_ROWS = {
+    "sum": lambda out, kept: out.square().sum() / len(out),
+    "batchmean": lambda out, kept: F.kl_div(out.log_softmax(1), torch.full_like(out, 0.2), reduction="batchmean"),
+}
+OF_EACH = {
+    "pooled": pooled,
+    "by a matrix": by_a_matrix,
+    "summed over, then turned": lambda out, kept: out.t().sum(1).mean() / len(kept),
+    "a sum over all": lambda out, kept: out.square().sum() / len(kept),
+}
+
+
+def of_chosen(loss, kept, *, inside, **options):
+    torch.manual_seed(0)
+    model = extend(Chosen(loss if inside else None, **options))
+    with perex(BatchGrad()):
+        out = model(torch.randint(0, 9, (4, 4)), kept)
+        (out if inside else loss(out, kept)).backward()
+    return model.head.weight.grad_batch, model.head.weight.grad
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("kept", [KEPT, BY_CHANCE], ids=["nine", "eight"])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_a_mean_over_rows_of_which_some_examples_have_more(name, kept, inside):
+    """One example's tokens change how much those of all others count."""
+    with pytest.raises(LossError, match=rf"mean of {int(kept.sum())} entries that were chosen .* each example's own"):
+        of_chosen(UNEVEN[name], kept, inside=inside)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("name", OVER_ROWS)
+def test_a_sum_divided_by_the_number_of_rows(name, inside):
+    with pytest.raises(LossError, match="divides by 9, the number of entries that were chosen"):
+        of_chosen(OVER_ROWS[name], KEPT, inside=inside)
+
+
+def test_a_mean_over_the_steps_of_a_packed_sequence():
+    with pytest.raises(LossError, match="mean of 9 entries that were chosen"):
+        of_chosen(UNEVEN["cross-entropy"], KEPT, inside=False, packed=True)
+
+
+@pytest.mark.parametrize("kept", [KEPT, BY_CHANCE, FOUR], ids=["nine", "eight", "as many as examples"])
+@pytest.mark.parametrize("loss", OF_EACH.values(), ids=OF_EACH)
+def test_rows_that_are_joined_otherwise(loss, kept):
+    rows, grad = of_chosen(loss, kept, inside=False)
+    torch.testing.assert_close(rows.mean(0), grad)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("loss", [pooled, *UNEVEN.values(), *OVER_ROWS.values()], ids=["pooled", *UNEVEN, *OVER_ROWS])
+def test_means_of_as_many_rows_of_each_example(loss, inside):
+    rows, grad = of_chosen(loss, TWO_EACH, inside=inside)
+    torch.testing.assert_close(rows.mean(0), grad)

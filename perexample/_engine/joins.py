@@ -35,6 +35,10 @@ EACH = names(  # graph nodes of functions of each entry
     "Atan2 Hypot Logaddexp Logaddexp2 Copysign"
 )
 _CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
+_VIEWS = names("View UnsafeView Reshape Flatten Unflatten Squeeze Unsqueeze")
+_TURNS = names("Transpose T Permute")
+_GATHERS = names("IndexAdd IndexCopy IndexPut IndexReduce Scatter ScatterAdd ScatterReduce MaskedScatter SegmentReduce")
+_PRODUCTS = {"Mm": 0, "Mv": 0, "Bmm": 0, "Addmm": 1, "Addmv": 1, "Baddbmm": 1}  # which input has the rows
 _LOOKED_THROUGH = 256  # nodes
 _MOST = 16  # doubts that are looked into, the nearest to the loss first: a loop over the examples has one for each
 
@@ -141,11 +145,16 @@ def _doubt(node: Node, n: int) -> str:
         if isinstance(divisor, Tensor) and divisor.numel() == 1 and not is_python_number(divisor):
             value = float(divisor)
             return "" if _multiple(value, n) else f"divides by a tensor, {value:g}"
+        before = inputs[0][0]
+        if isinstance(divisor, Tensor) and before is not None and kind_of(before) == "Sum":
+            rows = _chosen(*before.next_functions[0], n)
+            if rows % n and rows == float(divisor):
+                return f"divides by {rows}, the number of entries that were chosen"
     if loss_reduction_of(node) is not None and inputs[0][0] is not None and _entries(*inputs[0]) == 1:
         return "is computed from a mean over the examples"
     if kind == "Mean" or loss_reduction_of(node) == "mean":
-        entries = _chosen(*inputs[0])
-        return "" if entries % n == 0 else f"takes the mean of {entries} entries that were chosen"
+        rows = _chosen(*inputs[0], n)
+        return f"takes the mean of {rows} entries that were chosen" if rows else ""
     return ""
 
 
@@ -180,17 +189,47 @@ def _of_rows(edge: GradientEdge) -> bool:
     return False
 
 
-def _chosen(node: Node | None, number: int) -> int:
-    """How many entries were chosen out of more on the way to a mean over them; 0 if none were."""
+def _chosen(node: Node | None, number: int, n: int) -> int:
+    """How many entries were chosen on the way to a mean, where examples may not have as many each; else 0.
+
+    What was chosen behind the model has lost its owners: there a multiple of N is taken to be as many of each.
+    """
     shape = whole = shape_of(node, number)
-    for _ in range(_MOST):  # what acts on each of them leaves their number as it is
-        if node is None or not shape or not whole or shape[0] != whole[0] or number in metadata(node).get(KEY, {}):
+    laid_out = False  # otherwise than on the first axis: then all entries must be there still
+    for _ in range(_LOOKED_THROUGH):  # what acts on each of them leaves their number as it is
+        if node is None or not shape or not whole:
             return 0
-        if kind_of(node) in _CHOOSES:
-            return shape[0]
+        if shape.numel() != whole.numel() if laid_out else shape[0] != whole[0]:
+            return 0
+        tapped = metadata(node).get(KEY, {}).get(number)
+        if tapped is not None:
+            return _rows_unlike(*tapped, n)
+        kind = kind_of(node)
+        if kind in _CHOOSES:
+            return 0 if laid_out or shape[0] % n == 0 else shape[0]
+        if _moves_rows(node) or (kind in _TURNS and shape.numel() != whole.numel()):
+            return 0
         node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
         shape = shape_of(node, number)
+        if kind in _TURNS or (kind in _VIEWS and shape and shape[0] != whole[0]):
+            whole, laid_out = shape, True
     return 0
+
+
+def _rows_unlike(tap: Tap, index: int, n: int) -> int:
+    """How many rows a tap's output has, if some examples have more of them than others; else 0."""
+    place = tap.places[index]
+    if place.axis is None or place.space.owner is None:
+        return 0
+    each = torch.bincount(place.space.owner[place.space.owner >= 0], minlength=n)
+    return 0 if bool((each == each[0]).all()) else place.space.rows
+
+
+def _moves_rows(node: Node) -> bool:
+    """Whether an operation may give as many rows as it was given, each of which is made of several, or none."""
+    kind = kind_of(node)
+    at = _PRODUCTS.get(kind)
+    return kind in _GATHERS or (at is not None and node.next_functions[at][0] is None)
 
 
 def _multiple(value: float, n: int) -> bool:
