@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import Net, Problem, assert_exact, assert_exact_or_refused, assert_near, jittered, losses, par, rand
 from naive import assert_bitwise
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from perexample import (
     DP_SGD,
+    BatchAxisError,
+    CrossExampleError,
     NonFiniteExampleWarning,
     PerExampleError,
     check,
@@ -449,6 +451,57 @@ RANDOM = {
 def test_random_operations(name):
     model = Net(RANDOM[name], a=nn.Linear(D, D), p=par(D), w=par(D, D), bias=par(1, T, T))
     assert_sums_to_the_gradient(jittered(model), batch())
+
+
+SAMPLED = {
+    "laplace": lambda h: distributions.Laplace(h, torch.ones_like(h)),
+    "exponential": lambda h: distributions.Exponential(h.exp()),
+    "cauchy": lambda h: distributions.Cauchy(h, torch.ones_like(h)),
+    "gamma": lambda h: distributions.Gamma(h.exp(), torch.ones_like(h)),
+    "beta": lambda h: distributions.Beta(h.exp(), torch.ones_like(h)),
+    "dirichlet": lambda h: distributions.Dirichlet(h.exp()),
+    "student": lambda h: distributions.StudentT(3 + h.exp()),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples_with_gradients(name):
+    """Also of samplers that reject, which take more or fewer random numbers according to the data."""
+    model = Net(lambda m, x: SAMPLED[name](m.a(x) * m.p).rsample() @ m.w, a=nn.Linear(D, D), p=par(D), w=par(D, D))
+    assert_sums_to_the_gradient(jittered(model), batch())
+
+
+COUNTED = {
+    "poisson": lambda h: torch.poisson(h.exp()),
+    "by name, with a generator": lambda h: torch.poisson(input=h.exp(), generator=torch.Generator().manual_seed(0)),
+    "by place": lambda h: torch.poisson(h.exp(), torch.Generator().manual_seed(0)),
+    "binomial": lambda h: distributions.Binomial(10, logits=h).sample(),
+    "uninitialised": lambda h: h + h.new(len(h), T, D).zero_() + h.new(h.shape).fill_(1.0),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_samples_without_gradients(name):
+    model = Net(lambda m, x: m.a(COUNTED[name](x)) * m.p, a=nn.Linear(D, D), p=par(D))
+    assert_sums_to_the_gradient(jittered(model), batch())
+
+
+def test_a_sample_over_the_examples_is_refused():
+    model = extend(
+        Net(
+            lambda m, x: m.a(x) * distributions.Dirichlet(x.exp().movedim(0, 2)).sample().movedim(2, 0),
+            a=nn.Linear(D, D),
+        )
+    )
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="`sample_dirichlet`.* mixes examples"):
+        model.double()(batch()).square().sum((1, 2)).mean().backward()
+
+
+def test_a_tensor_made_of_data_is_refused():
+    """What `new` makes of sizes depends on nothing, but of values it does."""
+    model = extend(Net(lambda m, x: m.a(x + x.new(x.detach())), a=nn.Linear(D, D)))
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match="`new`.* fills a tensor"):
+        model(batch().float()).square().sum((1, 2)).mean().backward()
 
 
 def test_dropout_in_training():

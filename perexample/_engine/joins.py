@@ -190,9 +190,12 @@ def _of_rows(edge: GradientEdge) -> bool:
 
 
 def _chosen(node: Node | None, number: int, n: int) -> int:
-    """How many entries were chosen on the way to a mean, where examples may not have as many each; else 0.
+    """How many entries were chosen on the way to a mean, where examples may not have as many each.
 
     What was chosen behind the model has lost its owners: there a multiple of N is taken to be as many of each.
+
+    Returns:
+        Their number, 0 if none were or all examples have as many.
     """
     shape = whole = shape_of(node, number)
     laid_out = False  # otherwise than on the first axis: then all entries must be there still

@@ -62,7 +62,7 @@ _POINTWISE = names(
     "__ipow__ __rand__ __ror__ __lshift__ __rshift__ relu6 hardtanh softsign tanhshrink hardswish hardsigmoid "
     "logsigmoid threshold selu celu elu leaky_relu softplus mish silu gelu relu sigmoid tanh"
 )
-_FILLS = names("full_like new_full new_tensor")
+_FILLS = names("full_like new_full new_tensor new")  # the last with sizes, or values
 _SIZED = names("zeros ones empty eye rand randn")  # data says at most how large it is
 _NOT_BROADCAST = frozenset(("prelu",))  # tagged pointwise, but its weight belongs to axis 1
 _VIEW_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))

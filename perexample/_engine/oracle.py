@@ -30,6 +30,21 @@ _UNCHECKED = {"lstm"}  # reads beyond its states if these have fewer rows than i
 _UNTRIED = "cannot be tried on other values"
 
 
+def _entry_by_entry(*args: Any, **kwargs: Any) -> Tensor:
+    """A function of the entries at the same place in all tensors."""
+    return torch.stack(torch.broadcast_tensors(*tensors_in((args, kwargs)))).sum(0)
+
+
+# Samplers that reject: how many random numbers an entry takes depends on its value, and so those of all that follow
+# change with it. They are tried as functions of the same entries in which nothing is left to chance.
+_WITHOUT_CHANCE: dict[str, Callable[..., Tensor]] = {
+    "_standard_gamma": _entry_by_entry,
+    "poisson": _entry_by_entry,
+    "binomial": _entry_by_entry,
+    "_sample_dirichlet": lambda *args, **kwargs: _entry_by_entry(*args, **kwargs).softmax(-1),
+}
+
+
 @dataclass(frozen=True)
 class Form:
     """Where an output of an operation holds the rows.
@@ -178,6 +193,7 @@ def forms_of(
     Returns:
         A form for each output, and whether what few rows have shown holds for any number of them.
     """
+    func = _WITHOUT_CHANCE.get(base_name(func), func)
     with looking():
         return _forms_of(func, args, kwargs, outputs, rows, only_few=only_few)
 
