@@ -493,14 +493,14 @@ def test_a_sample_over_the_examples_is_refused():
             a=nn.Linear(D, D),
         )
     )
-    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="`sample_dirichlet`.* mixes examples"):
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match=r"`sample_dirichlet`.* mixes examples"):
         model.double()(batch()).square().sum((1, 2)).mean().backward()
 
 
 def test_a_tensor_made_of_data_is_refused():
     """What `new` makes of sizes depends on nothing, but of values it does."""
     model = extend(Net(lambda m, x: m.a(x + x.new(x.detach())), a=nn.Linear(D, D)))
-    with perex(BatchGrad()), pytest.raises(BatchAxisError, match="`new`.* fills a tensor"):
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match=r"`new`.* fills a tensor"):
         model(batch().float()).square().sum((1, 2)).mean().backward()
 
 

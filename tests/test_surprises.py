@@ -1156,6 +1156,104 @@ def test_experts_by_sorting(n, k):
             torch.testing.assert_close(p.grad_batch[i], wanted, msg=name)
 
 
+def by_where(out, x, chosen, expert):
+    rows, nth = torch.where(chosen)
+    out[rows] += expert(x[rows]) * (1 + nth[:, None])
+
+
+def by_counts(out, x, chosen, expert):
+    if chosen.any():
+        rows, _ = torch.where(chosen)
+        out[rows] = out[rows] + expert(x[rows])
+
+
+def by_mask(out, x, chosen, expert):
+    mask = chosen.any(1)
+    out[mask] += expert(x[mask])
+
+
+def by_nonzero(out, x, chosen, expert):
+    rows = chosen.any(1).nonzero().squeeze(1)
+    out[rows] += expert(x[rows])
+
+
+def by_tuples(out, x, chosen, expert):
+    rows = chosen.any(1).nonzero(as_tuple=True)
+    out[rows] += expert(x[rows])
+
+
+def by_argwhere(out, x, chosen, expert):
+    rows = torch.argwhere(chosen)[:, 0]
+    out.index_add_(0, rows, expert(x[rows]))
+
+
+def by_part_of_a_mask(out, x, chosen, expert):
+    mask = chosen.any(1)
+    out[mask, :3] += expert(x[mask])[:, :3]
+
+
+ROUTES = [by_where, by_counts, by_mask, by_nonzero, by_tuples, by_argwhere, by_part_of_a_mask]
+
+
+class Routed(nn.Module):
+    """Experts that add to what is there, as those of Mistral and DeepSeek do."""
+
+    def __init__(self, route, experts):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, experts), nn.ModuleList(nn.Linear(6, 6) for _ in range(experts))
+        self.route, self.out = route, nn.Linear(6, 2)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chosen, together = self.gate(tokens).topk(2).indices, torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            self.route(together, tokens, chosen == number, expert)
+        return self.out(together.view_as(x).mean(1))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("n", "length", "experts"), [(1, 4, 3), (2, 1, 7), (3, 3, 3), (5, 3, 20), (6, 6, 2)])
+def test_experts_that_add_in_place(route, n, length, experts):
+    torch.manual_seed(1)
+    model, x = extend(Routed(route, experts).double()), torch.randn(n, length, 6).double()
+    with perex(BatchGrad()):
+        square(model, x).backward()
+    for i in range(n):
+        for name, p in model.named_parameters():
+            own = torch.autograd.grad(square(model, x[i : i + 1]), p, allow_unused=True)[0]
+            wanted = torch.zeros_like(p) if own is None else own
+            torch.testing.assert_close(p.grad_batch[i], wanted, msg=name)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        lambda out, x, chosen, expert: by_where(out, x.flip(0), chosen, expert),
+        lambda out, x, chosen, expert: by_mask(out, x.roll(1, 0), chosen, expert),
+        lambda out, x, chosen, expert: by_where(out, x, chosen, lambda h: expert(h).cumsum(0)),
+    ],
+    ids=["turned", "of neighbours", "added up"],
+)
+def test_experts_that_add_to_the_tokens_of_others_are_refused(route):
+    torch.manual_seed(1)
+    model = extend(Routed(route, 2))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match="mixes examples"):
+        square(model, torch.randn(3, 3, 6)).backward()
+
+
+def test_a_mask_of_the_data_shows_what_all_share():
+    """Rows of a parameter that are chosen as those of the data are belong to the examples then."""
+
+    def shown(m, x):
+        mask = x[:, :, 0] > 0
+        chosen = m.layer(x)[mask] * m.w.expand_as(x)[mask]
+        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(2), chosen)
+
+    net = Calls(shown, w=rand(6))
+    net.layer = nn.Linear(6, 6)
+    exact(net, square, rand(4, 5, 6))
+
+
 def test_a_choice_of_some_tokens_by_all_is_refused():
     """How often an entry is taken depends on the others."""
 

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from .._private import is_python_number, loss_reduction_of, metadata, ones_for, output_shapes, saved
 from ..errors import LossError
+from ..place import Place
 from .kinds import names
 from .tap import KEY, Tap
 from .walk import Walk
@@ -206,7 +207,7 @@ def _chosen(node: Node | None, number: int, n: int) -> int:
             return 0
         tapped = metadata(node).get(KEY, {}).get(number)
         if tapped is not None:
-            return _rows_unlike(*tapped, n)
+            return _rows_unlike(tapped[0].places[tapped[1]], n)
         kind = kind_of(node)
         if kind in _CHOOSES:
             return 0 if laid_out or shape[0] % n == 0 else shape[0]
@@ -219,9 +220,8 @@ def _chosen(node: Node | None, number: int, n: int) -> int:
     return 0
 
 
-def _rows_unlike(tap: Tap, index: int, n: int) -> int:
-    """How many rows a tap's output has, if some examples have more of them than others; else 0."""
-    place = tap.places[index]
+def _rows_unlike(place: Place, n: int) -> int:
+    """How many rows there are, if some examples have more of them than others; else 0."""
     if place.axis is None or place.space.owner is None:
         return 0
     each = torch.bincount(place.space.owner[place.space.owner >= 0], minlength=n)

@@ -22,9 +22,9 @@ from ..place import Lost, Place, Space, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .arithmetic import simple_place
-from .kinds import Kind, Traits, names
+from .kinds import Kind, Traits, names, traits_of
 from .oracle import Form, fits, form_key, forms_of
-from .owners import INTO, MOVERS, moved, values_of
+from .owners import FINDS, INTO, MOVERS, moved, values_of
 from .state import STATE, quiet
 from .table import origin_of, place_of, put, wrote
 from .tap import LOST, Tap
@@ -56,6 +56,9 @@ class Operation:
         if self.name == "ctc_loss" and len(tracked) > 1:
             self.tracked = _without_flat_targets(args, kwargs, tracked)
             self.flat_targets, tracked = len(self.tracked) < len(tracked), self.tracked
+        self.given = [t for t, _ in tracked]
+        if len(tracked) > 1:  # what was chosen for no example is as good as a constant
+            tracked = self.tracked = [(t, place) for t, place in tracked if not _of_nobody(place)] or tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
         self.record = (self.lost or tracked[0][1].space).record
         self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
@@ -168,9 +171,9 @@ class Operation:
             simple = simple_place(self.traits, self.args, self.kwargs, self.tracked, outputs[0])
             if simple is not None:
                 return [simple]
-        if self._moves_by_data():
+        if self._moves_by_data() or self._finds():
             return self._moved(self.args, outputs)
-        return self._met_before(outputs) or self._tried(outputs, space.rows)
+        return self._at_what_masks_show(outputs) or self._met_before(outputs) or self._tried(outputs, space.rows)
 
     def _met_before(self, outputs: list[Tensor]) -> list[Any] | None:
         """Whether examples meet in what a loss function then reduces to one number."""
@@ -227,6 +230,34 @@ class Operation:
         if self.kind is not Kind.MOVE and not (self.name == "__getitem__" and _has_index(self.args[1])):
             return False
         return any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs))
+
+    def _finds(self) -> bool:
+        """Whether it gives the numbers of entries."""
+        return self.name in FINDS and len(self.args) == 1 and not self.kwargs.keys() & {"input", "self", "other"}
+
+    def _at_what_masks_show(self, outputs: list[Tensor]) -> list[Any] | None:
+        """What masks choose of what belongs to nobody: tried with the numbers of the entries that they show."""
+        if self.name != "__getitem__" or not _has_index(self.args[1]):
+            return None
+        indices = self.args[1] if isinstance(self.args[1], tuple) else (self.args[1],)
+        if not any(_is_mask(index) for index in indices):
+            return None
+        numbers = [self._shown_by(index) if _is_mask(index) else (index,) for index in indices]
+        args = self.args[0], tuple(one for found in numbers for one in found)
+        tracked = [(t, place) for t in tensors_in(args[1]) if (place := place_of(t)) is not None]
+        lost = [place for _, place in tracked if isinstance(place, Lost)]
+        return lost[:1] or Operation(self.func, self.traits, args, self.kwargs, tracked)._places(outputs)
+
+    def _shown_by(self, mask: Tensor) -> tuple[Tensor, ...]:
+        """The numbers of the entries that a mask shows."""
+        with dispatched():
+            numbers = mask.nonzero(as_tuple=True)
+        place = place_of(mask)
+        if place is not None:
+            find = Operation(Tensor.nonzero, traits_of(Tensor.nonzero), (mask,), {"as_tuple": True}, [(mask, place)])
+            for one, found in zip(numbers, find._moved((mask,), list(numbers)), strict=True):
+                put(one, found)
+        return numbers
 
     def _moved(self, args: tuple, outputs: list[Tensor]) -> list[Any]:
         with torch.no_grad(), dispatched():
@@ -292,7 +323,7 @@ class Operation:
 
     def meet(self, targets: list[Tensor]) -> None:
         """Prepare the tap of a call in which parameters meet data; before it runs, as it may write in place."""
-        self.inputs = [t for t, _ in self.tracked]
+        self.inputs = self.given
         edges = Tap.edges_of(self.inputs)
         view = self._part_written() if self.in_place else None
         base = None if view is None else view._base
@@ -423,6 +454,16 @@ def _chooses_across(index: Tensor, place: Any, values: list[Tensor]) -> bool:
         if not rest and torch.equal(chosen, torch.arange(size, device=index.device).repeat_interleave(times)):
             return False
     return True
+
+
+def _of_nobody(place: Any) -> bool:
+    """Whether a tensor has rows of no example, as of an expert that no token was sent to."""
+    space = place.space if isinstance(place, Place) else None
+    return space is not None and space.rows == 1 and space.owner is not None and bool(space.owner[0] < 0)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
 def _without_flat_targets(args: tuple, kwargs: dict, tracked: list[tuple[Tensor, Any]]) -> list[tuple[Tensor, Any]]:

@@ -75,7 +75,7 @@ class _Made:
         self.real = trial >= 2  # at last with all that does not depend on the batch as it is
         self.generator = torch.Generator().manual_seed(rows + 1000 * trial)
         self.constants: dict[int, Tensor] = {}
-        self.tracked = [t for t in tensors_in((args, kwargs)) if isinstance(place_of(t), Place)]
+        self.tracked = [t for t in tensors_in((args, kwargs)) if _has_rows(place_of(t))]
         self.own = (torch.arange(rows) * (trial - _TRIALS)) if trial > _TRIALS else None
         self.values = [self._values(t) for t in self.tracked]
 
@@ -175,6 +175,11 @@ class _Made:
         if base_name(func) == "__setitem__":
             result = args[0]
         return list(tensors_in(result))
+
+
+def _has_rows(place: Any) -> bool:
+    """Whether a tensor has an axis of rows; one without has an example of its own, or none, beside those that have."""
+    return isinstance(place, Place) and place.axis is not None
 
 
 def forms_of(

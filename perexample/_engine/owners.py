@@ -38,6 +38,8 @@ MOVERS = names(
     "meshgrid"
 )
 
+FINDS = names("nonzero argwhere where")  # the last without what to take from
+
 
 def value_positions(func: Any) -> tuple[int, ...]:
     """Positions of the arguments whose entries are moved."""
@@ -127,6 +129,8 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
                 if name in kwargs:
                     new_kwargs[name] = _replaced(kwargs[name], owner)
     name = base_name(func)
+    if name in FINDS:
+        return _found(func, args[0], kwargs)
     if name in _ADDING or (name in ("scatter", "scatter_") and _argument(new_args, new_kwargs, 4, "reduce")):
         return _added(new_args, new_kwargs, func)
     if name in _ACCUMULATING and _argument(new_args, new_kwargs, 3, "accumulate"):
@@ -139,6 +143,14 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
         new_args[0] = new_args[0].clone()
     result = func(*new_args, **new_kwargs)
     return list(tensors_in(new_args[0] if name == "__setitem__" else result))[: _outputs_that_move(name)]
+
+
+def _found(func: Callable, t: Tensor, kwargs: dict) -> list[Tensor]:
+    """The numbers of an entry that is not zero belong to whom the entry belongs to."""
+    place = place_of(t)
+    owner = entry_owners(t, None if isinstance(place, Lost) else place)[t != 0]
+    numbers = tensors_in(func(t, **kwargs))
+    return [owner.view(-1, *[1] * (one.dim() - 1)).expand(one.shape) for one in numbers]
 
 
 def _outputs_that_move(name: str) -> int | None:
