@@ -1122,6 +1122,24 @@ def test_an_input_that_may_be_a_mask_is_named():
                 (torch.mul(*towers(x, y)).sum(1)).mean().backward()
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_time_in_front_of_the_data(n):
+    """As solvers of differential equations pass it; data of as many features as examples is no mask then."""
+    net = naive.Lambda(lambda self, t, y: torch.tanh(self.a(y)) * (-t).exp(), a=nn.Linear(3, 3))
+    model, y = extend(net.double()), rand(n, 3)
+
+    def steps(y):
+        for k in range(3):
+            y = y + 0.3 * model(torch.tensor(0.3 * k, **DOUBLE), y)
+        return y.square().sum(1).mean()
+
+    with perex(BatchGrad()):
+        steps(y).backward()
+    for i in range(n):
+        wanted = torch.autograd.grad(steps(y[i : i + 1]), model.a.weight)[0]
+        torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)
+
+
 class Sorted(nn.Module):
     """A mixture of experts whose tokens are brought into the order of their experts, and back."""
 

@@ -108,14 +108,16 @@ class Record:
     def _place(self, tensors: list[Tensor]) -> None:
         """Inputs of N entries on the batch axis hold the examples there.
 
-        A later one of ``[N, N]`` without gradient might as well be a mask that all examples share. Nothing depends on
-        knowing it, as long as it meets data of which more is known.
+        Behind the first of these, one of ``[N, N]`` without gradient might as well be a mask that all examples share.
+        Nothing depends on knowing it, as long as it meets data of which more is known.
         """
+        first = True
         for number, t in enumerate(tensors):
             if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.space.rows:
                 continue
             square = t.dim() == 2 and t.shape[0] == t.shape[1] == self.space.rows
-            if not (number and square and not t.requires_grad and self.space.rows > 1):
+            if first or not square or t.requires_grad or self.space.rows <= 1:
+                first = False
                 place = self._places[number] = Place(self.space, self.batch_dim)
                 put(t, place)
                 # That of a later one is a guess where another axis is as long.
