@@ -1140,6 +1140,40 @@ def test_a_time_in_front_of_the_data(n):
         torch.testing.assert_close(model.a.weight.grad_batch[i], wanted)
 
 
+PADDED = {
+    "batch first": lambda parts: nn.utils.rnn.pad_sequence(parts, batch_first=True),
+    "time first": lambda parts: nn.utils.rnn.pad_sequence(parts).transpose(0, 1),
+    "with numbers": lambda parts: nn.utils.rnn.pad_sequence(parts, True, 2.0),
+    "packed": lambda parts: nn.utils.rnn.pad_packed_sequence(
+        nn.utils.rnn.pack_sequence(parts, enforce_sorted=False), batch_first=True
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("lengths", [[2, 5, 3, 4], [5, 5, 5, 5], [1, 1, 4, 1], [1, 2, 2, 1]])
+def test_sequences_of_each_example_are_filled_up(name, lengths):
+    def steps(m, x, lengths):
+        h = m.layer(x)
+        parts = [one[:count] for one, count in zip(h, lengths.tolist(), strict=True)]
+        return (
+            m.last(PADDED[name](parts).square()).sin()
+            * (torch.arange(int(lengths.max())) < lengths[:, None])[..., None]
+        )
+
+    net = Calls(steps)
+    net.layer, net.last = nn.Linear(6, 6), nn.Linear(6, 3)
+    exact(net, lambda m, *d: m(*d).square().sum((1, 2)).mean(), rand(4, 5, 6), torch.tensor(lengths))
+
+
+def test_sequences_that_change_places_are_refused():
+    net = Calls(lambda m, x: nn.utils.rnn.pad_sequence([m.layer(x)[i] for i in (1, 0, 2)], batch_first=True))
+    net.layer = nn.Linear(6, 2)
+    model = extend(net)
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match=r"another order .*`pad_sequence`"):
+        model(torch.randn(3, 4, 6)).square().sum((1, 2)).mean().backward()
+
+
 class Sorted(nn.Module):
     """A mixture of experts whose tokens are brought into the order of their experts, and back."""
 

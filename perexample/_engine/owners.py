@@ -35,7 +35,7 @@ MOVERS = names(
     "__getitem__ cat concat concatenate stack hstack vstack dstack row_stack column_stack split split_with_sizes "
     "chunk tensor_split unbind select narrow movedim moveaxis transpose swapaxes swapdims permute tile repeat "
     "unfold diagonal pad take_along_dim index_select unsafe_chunk unsafe_split t T mT adjoint block_diag tril triu "
-    "meshgrid"
+    "meshgrid pad_sequence"
 )
 
 FINDS = names("nonzero argwhere where")  # the last without what to take from
@@ -137,6 +137,8 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
         return _accumulated(new_args, new_kwargs, name)
     if name == "pad":
         new_args, new_kwargs = _padding_with_nobody(new_args, new_kwargs)
+    if name == "pad_sequence":  # as torch.nn.utils.rnn calls it; what fills up belongs to no example
+        new_args[2] = -1
     if name == "as_strided":
         new_args, new_kwargs = _strided_alike(args, new_args, new_kwargs)
     if name == "__setitem__" or name.endswith("_"):
