@@ -397,6 +397,8 @@ def _meet_in(node: Node, inputs: list[Key], moved: dict[Key, Sides], used: dict[
             left, right = (torch.stack(torch.broadcast_tensors(*(pair[i] for pair in sides))).any(0) for i in (0, 1))
         except RuntimeError:  # no entry stands beside another
             return False
+        if left.shape != shape_of(node, 0) and kind_of(node) not in _LOSSES:
+            return False  # nor where entries of the result are not each of those at their place, as solutions are
         if bool((left & right).any()):
             return True
     return False
