@@ -266,6 +266,7 @@ MEETING = {
     "ranges": lambda out: torch.stack(torch.aminmax(out, dim=0)).mean(),
     "one pair before many hinges": lambda out: many_hinges(F.relu(1 + out - 0.1 * out.roll(1, 0))),
     "smooth absolute differences": lambda out: F.smooth_l1_loss(9 * out, 9 * out.roll(1, 0)),
+    "large smooth differences": lambda out: F.smooth_l1_loss(1e6 * out, 1e6 * out.roll(1, 0)),
     "one or the other": lambda out: torch.where(out > out.roll(1, 0), out, out.roll(1, 0)).mean(),
     "a system of all": lambda out: torch.linalg.solve(torch.eye(4) + out.T @ out, out.T).square().mean(),
     "systems of neighbours": lambda out: solved(F.pad(out, (0, 1)), F.pad(out.roll(1, 0), (0, 1))).square().mean(),
