@@ -729,6 +729,41 @@ def test_data_is_written_into_what_parameters_gave(write, made):
     exact(net, square, rand(5, 4))
 
 
+def added(part, values):
+    part += values
+
+
+def scaled(part, values):
+    part *= values
+
+
+def added_twice(part, values):
+    part += values
+    part.mul_(values)
+
+
+MADE = {
+    "repeated": lambda p, n: p.repeat(n, 3, 1),
+    "expanded": lambda p, n: p.expand(n, 3, 4).clone(),
+    "turned": lambda p, n: p.expand(3, n, 4).clone().transpose(0, 1),
+    "computed": lambda p, n: torch.zeros(n, 3, 4, **DOUBLE) + p.exp(),
+}
+
+
+@pytest.mark.parametrize("write", [added, scaled, added_twice, lambda part, values: part.copy_(values)])
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("n", [1, 3, 4, 5])
+def test_data_is_written_into_a_part_of_what_parameters_gave(write, made, n):
+    def forward(m, x):
+        z = made(m.p, len(x))
+        write(z[:, 1], m.layer(x))
+        return (z * (1 + torch.arange(12, **DOUBLE).view(3, 4))).sin().flatten(1)
+
+    net = Calls(forward, p=rand(1, 1, 4))
+    net.layer = nn.Linear(4, 4)
+    exact(net, square, rand(n, 4))
+
+
 def test_a_learned_kernel_for_the_channels_of_all_examples():
     """A grouped convolution of one image that holds all examples as channels."""
 

@@ -23,10 +23,11 @@ from .._private import (
     inside_functorch,
     saves_otherwise,
     undispatched,
+    whole_base,
     without_dispatch,
 )
 from .._tree import PLAIN, tensors_in
-from ..place import Lost, Place
+from ..place import Lost, Place, broadcast, entry_owners, from_owners
 from .arithmetic import simple_place
 from .kinds import HOOKING, LEAVING, TRAITS, Kind, Traits, traits_of
 from .operation import Operation, where
@@ -135,6 +136,10 @@ class Follow(TorchFunctionMode):
             if self.repeated is not None:
                 _recognise((args, kwargs), self.repeated)
             tracked, targets = _scanned(kind, args, kwargs)
+            zeros = _rows_of_base(kind, args[0], tracked) if tracked and targets and traits.in_place else None
+            if zeros is not None:  # a tap where what is not written to is seen too
+                self._followed(traits_of(Tensor.add_), Tensor.add_, types, (args[0]._base, zeros), {})
+                tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
             out = self._run(func, types, args, kwargs)
             if isinstance(out, Tensor) and inside_functorch(out):
@@ -206,6 +211,27 @@ def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, 
     if tracked and kind is not Kind.POINTWISE and kind is not Kind.FILL:
         tracked = [(t, place) for t, place in tracked if not _one_number(t, place)]
     return tracked, targets
+
+
+def _rows_of_base(kind: Kind, part: Tensor, tracked: list[tuple[Tensor, Any]]) -> Tensor | None:
+    """Zeros that hold the rows of the data that is about to be written into a part of what parameters gave."""
+    base = part._base if isinstance(part, Tensor) else None
+    if kind is not Kind.POINTWISE or base is None or whole_base(part) is base or not base.requires_grad:
+        return None
+    places = [(place, t.shape) for t, place in tracked if isinstance(place, Place)]
+    if len(places) < len(tracked) or place_of(base) is not None or not torch.is_grad_enabled():
+        return None
+    place = broadcast(places, part.shape)
+    if place is not None and place.axis is not None:
+        owner = torch.empty_strided(base.shape, base.stride(), dtype=torch.long).fill_(-1)
+        written = owner.as_strided(part.shape, part.stride(), part.storage_offset() - base.storage_offset())
+        written.copy_(entry_owners(written, place))
+        place = from_owners(owner, place.space.record.space, place.space.made, one_example=False)
+    if place is None:
+        return None
+    zeros = base.new_zeros(()).expand(base.shape)
+    put(zeros, place)
+    return zeros
 
 
 def _scan(values: Iterable[Any], tracked: list[tuple[Tensor, Any]], targets: list[Tensor]) -> None:
