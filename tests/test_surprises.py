@@ -1157,6 +1157,28 @@ def test_an_input_that_may_be_a_mask_is_named():
                 (torch.mul(*towers(x, y)).sum(1)).mean().backward()
 
 
+def test_an_input_that_all_may_share_is_named():
+    """Positions [T] look like one entry for each example where there are as many of these."""
+    net = naive.Lambda(lambda self, i, p: self.e(i) + self.p(p), e=nn.Embedding(9, 4), p=nn.Embedding(9, 4))
+    model = extend(net)
+    for n in (4, 5):
+        ids = torch.randint(0, 9, (n, 5))
+        if n == 5:
+            with (
+                perex(BatchGrad()),
+                pytest.raises(CrossExampleError, match=r"input 2 of `Lambda`, \[5\], was taken .* buffer"),
+            ):
+                model(ids, torch.arange(5)).square().sum((1, 2)).mean().backward()
+        else:
+            with perex(BatchGrad()):
+                model(ids, torch.arange(5)).square().sum((1, 2)).mean().backward()
+    with perex(BatchGrad()):
+        model(ids, torch.arange(5).repeat(5, 1)).square().sum((1, 2)).mean().backward()
+    model.forward = lambda ids: net.e(ids) + net.e(ids).mean(0)
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match=r"loss of each example\.$"):
+        model(ids).square().sum((1, 2)).mean().backward()
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_a_time_in_front_of_the_data(n):
     """As solvers of differential equations pass it; data of as many features as examples is no mask then."""

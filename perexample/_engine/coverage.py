@@ -164,7 +164,7 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"forward ran before extend() or under torch.compile, the loss (a penalty on weights?) does not depend on "
             f"the batch, or the parameter is used by a torch.autograd.Function in a module with children. Run the "
             f"forward again; put such a function into a module without children, or register a rule for the module "
-            f"that uses it (register_rule(ThatClass)(GenericRule)).{_hints()}"
+            f"that uses it (register_rule(ThatClass)(GenericRule)).{STATE.hinted()}"
         )
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in what the model returns beside "
@@ -173,13 +173,8 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
         f"children. Add penalties in the optimizer (weight_decay), bring what is returned to the shape of data "
         f"(log_std.expand_as(mean)) and factors to each example's own loss inside the model, put such a function into "
         f"a module without children, register a rule for the module that uses it "
-        f"(register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False).{_hints()}"
+        f"(register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False).{STATE.hinted()}"
     )
-
-
-def _hints() -> str:
-    """What in the last forward of this thread may be the cause."""
-    return f" In the last forward there was: {'; '.join(STATE.hints)}." if STATE.hints else ""
 
 
 def check_divisors(found: Walk, n: int) -> None:

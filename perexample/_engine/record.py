@@ -117,6 +117,12 @@ class Record:
                 continue
             square = t.dim() == 2 and t.shape[0] == t.shape[1] == self.space.rows
             if first or not square or t.requires_grad or self.space.rows <= 1:
+                if not first and t.dim() < tensors[0].dim() and self.space.rows in self.other_axes:
+                    STATE.hints[
+                        f"input {number + 1} of `{self.root_name}`, {list(t.shape)}, was taken to hold the "
+                        f"{self.space.rows} examples: if all share it, as positions, make it a buffer of the model, or "
+                        f"pass it once for each example"
+                    ] = None
                 first = False
                 place = self._places[number] = Place(self.space, self.batch_dim)
                 put(t, place)

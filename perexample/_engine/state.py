@@ -67,6 +67,10 @@ class _State(threading.local):
         top = self.frames[-1]
         return top.inside or top.rule is not None
 
+    def hinted(self) -> str:
+        """What in the last forward may be the cause of an error, for its message."""
+        return f" In the last forward there was: {'; '.join(self.hints)}." if self.hints else ""
+
 
 STATE = _State()
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .._private import handed_through, leaf_of, metadata, reentrant_checkpoint
 from ..errors import BatchAxisError, CrossExampleError, LossError
 from ..place import Lost
+from .state import STATE
 from .table import made_inside, place_of
 from .tap import KEY, LOST, Tap
 
@@ -171,7 +172,7 @@ def refuse_lost(found: Walk) -> None:
     if lost is not None and lost.mixes:
         raise CrossExampleError(
             f"{lost.where} {lost.why}, so no example has a gradient of its own. Use operations that treat each example "
-            f"by itself, or move this one behind the loss of each example."
+            f"by itself, or move this one behind the loss of each example.{STATE.hinted()}"
         )
     if lost is not None:
         raise BatchAxisError(
