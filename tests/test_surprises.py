@@ -18,9 +18,11 @@ from perexample import (
     UnsupportedModuleError,
     extend,
     perex,
+    register_rule,
 )
 from perexample._vjp import pulled_back
 from perexample.extensions import BatchGrad, ClippedGrad
+from perexample.rules.generic import GenericRule
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -1229,6 +1231,54 @@ def test_sequences_that_change_places_are_refused():
     model = extend(net)
     with perex(BatchGrad()), pytest.raises(CrossExampleError, match=r"another order .*`pad_sequence`"):
         model(torch.randn(3, 4, 6)).square().sum((1, 2)).mean().backward()
+
+
+class Forces(nn.Module):
+    """A derivative by the data, of a sum over the examples or of each of them."""
+
+    def __init__(self, of_sum):
+        super().__init__()
+        self.net, self.of_sum = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1, bias=False)), of_sum
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = self.net(x).squeeze(1)
+        if self.of_sum:
+            return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(energy, [x], grad_outputs=torch.ones_like(energy), create_graph=True)[0]
+
+
+class Adapted(nn.Module):
+    """One step of descent of what is each example's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.rate = nn.Parameter(torch.randn(6)), nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x):
+        w = self.w.expand(len(x), 6).clone()
+        g = torch.autograd.grad((x * w).sum(1).square().sum(), w, create_graph=True)[0]
+        return (w - self.rate * g) * x
+
+
+@pytest.mark.parametrize("make", [lambda: Forces(True), lambda: Forces(False), Adapted])
+@pytest.mark.parametrize("n", [1, 4])
+def test_derivatives_inside_of_a_forward_are_refused(make, n):
+    inner = make()
+    model = extend(nn.Sequential(nn.Linear(6, 6), inner))
+    with (
+        perex(BatchGrad()),
+        pytest.raises(UnsupportedModuleError, match=rf"autograd.grad in `1` \({type(inner).__name__}\).*GenericRule"),
+    ):
+        model(torch.randn(n, 6)).square().sum(1).mean().backward()
+
+
+def test_derivatives_inside_of_a_module_that_the_generic_rule_takes_as_a_whole():
+    class Whole(Forces):
+        pass
+
+    register_rule(Whole)(GenericRule)
+    exact(nn.Sequential(nn.Linear(6, 6), Whole(True)), square, rand(4, 6))
 
 
 class Sorted(nn.Module):

@@ -24,6 +24,7 @@ class Kind(Enum):
     SET = auto()  # the first argument becomes another tensor
     FILL = auto()  # a new tensor in the shape of the first argument, filled with the others
     MOVE = auto()  # entries are moved by indices or orders that may differ from call to call
+    DERIVED = auto()  # differentiates what the forward has computed
     COMPOSITE = auto()  # a Python function whose parts are followed instead
     OTHER = auto()  # found out by trying
 
@@ -103,6 +104,8 @@ def _classify(func: Any) -> Kind:
         return Kind.FILL
     if name in _IGNORED or name in _SIZED or name.endswith("_like") or name.startswith("new_"):
         return Kind.IGNORED
+    if func is torch.autograd.grad:
+        return Kind.DERIVED
     if func is F.multi_head_attention_forward or func in PARTS:
         return Kind.COMPOSITE
     for names, kind in (
@@ -134,7 +137,7 @@ class Traits:
     def __init__(self, func: Any) -> None:
         """Look at the name."""
         self.kind, self.name, self.in_place = _classify(func), base_name(func), _writes_in_place(func)
-        special = (Kind.FILL, Kind.SET, Kind.MOVE, Kind.COMPOSITE)
+        special = (Kind.FILL, Kind.SET, Kind.MOVE, Kind.DERIVED, Kind.COMPOSITE)
         if self.kind is Kind.IGNORED:
             self.plain = self.name not in ("backward", "requires_grad_", "__set__")
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._private import dispatched, inside_functorch, metadata, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedModuleError
 from ..place import Lost, Place, Space, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
@@ -61,6 +61,8 @@ class Operation:
             tracked = self.tracked = [(t, place) for t, place in tracked if not _of_nobody(place)] or tracked
         self.lost = next((place for _, place in tracked if isinstance(place, Lost)), None)
         self.record = (self.lost or tracked[0][1].space).record
+        if self.kind is Kind.DERIVED:
+            self.lost = Lost(self.record, self._called(), "", False, self._unsupported(), meets=True)
         self.tap: Callable[[list[Tensor], list[Place], list[int]], None] | None = None
         self.inputs: list[Tensor] = []
         self.any_rows = self.kind is Kind.POINTWISE  # whether the call does the same on any number of rows
@@ -310,6 +312,13 @@ class Operation:
 
     def _lost(self, why: str, mixes: bool) -> Lost:
         return Lost(self.record, self._called(), why, mixes)
+
+    def _unsupported(self) -> UnsupportedModuleError:
+        return UnsupportedModuleError(
+            f"torch.autograd.grad in {where()}: derivatives that a forward computes cannot be followed, as parameters meet "
+            f"data in them where no tap is. Register the generic rule for the module that computes them, "
+            f"register_rule(ThatClass)(GenericRule), which differentiates all of its forward again."
+        )
 
     def _called(self) -> str:
         return f"`{self._shown}` in {where()}"
