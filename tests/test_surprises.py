@@ -1281,6 +1281,48 @@ def test_derivatives_inside_of_a_module_that_the_generic_rule_takes_as_a_whole()
     exact(nn.Sequential(nn.Linear(6, 6), Whole(True)), square, rand(4, 6))
 
 
+def as_list(x):
+    at = x.nonzero().t()
+    return torch.sparse_coo_tensor(at, x[at[0], at[1]], x.shape)
+
+
+SPARSE = {
+    "to_sparse": lambda m, x: torch.sparse.mm(x.to_sparse(), m.w),
+    "to_sparse_csr": lambda m, x: torch.sparse.mm(x.to_sparse_csr(), m.w),
+    "sparse_coo_tensor": lambda m, x: as_list(x) @ m.w,
+    "layer": lambda m, x: m.layer(x.to_sparse() if x.layout is torch.strided else x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_tensors_are_refused_by_name(name):
+    net = Calls(SPARSE[name], w=rand(6, 3))
+    net.layer = nn.Linear(6, 3)
+    model, x = extend(net.double()), rand(4, 6).relu()
+    where = "to_sparse" if name == "layer" else name
+    with perex(BatchGrad()), pytest.raises(UnsupportedModuleError, match=rf"`{where}`.* sparse tensor .*make it dense"):
+        model(x).square().sum(1).mean().backward()
+    if name == "layer":
+        with perex(BatchGrad()), pytest.raises(UnsupportedModuleError, match=r"`layer` \(Linear\) .*make it dense"):
+            model(x.to_sparse()).square().sum(1).mean().backward()
+
+
+def test_sparse_inputs_of_a_product():
+    def product(m, x):
+        return torch.sparse.mm(x, m.w) if m.sparse else torch.mm(x.to_dense(), m.w)
+
+    for sparse in (True, False):
+        net = Calls(product, w=rand(6, 3))
+        net.sparse = sparse
+        model, x = extend(net.double()), rand(4, 6).relu()
+        with perex(BatchGrad()):
+            model(x.to_sparse()).square().sum(1).mean().backward()
+        for i in range(4):
+            wanted = torch.autograd.grad((x[i] @ net.w).square().sum(), net.w)[0]
+            torch.testing.assert_close(net.w.grad_batch[i], wanted)
+
+
 class Sorted(nn.Module):
     """A mixture of experts whose tokens are brought into the order of their experts, and back."""
 

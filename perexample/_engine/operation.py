@@ -272,6 +272,9 @@ class Operation:
         return [p or self._lost("leaves no axis that tells the examples apart", False) for p in places]
 
     def _tried(self, outputs: list[Tensor], rows: int) -> list[Any]:
+        sparse = next(filter(is_sparse, outputs), None)
+        if sparse is not None:
+            return [lost_if_sparse(self.record, self._called(), sparse)] * len(outputs)
         key = form_key(self.func, self.args, self.kwargs)
         for known in (key, (key, rows)):
             forms = _FORMS.get(known) if key is not None else None
@@ -315,8 +318,8 @@ class Operation:
 
     def _unsupported(self) -> UnsupportedModuleError:
         return UnsupportedModuleError(
-            f"torch.autograd.grad in {where()}: derivatives that a forward computes cannot be followed, as parameters meet "
-            f"data in them where no tap is. Register the generic rule for the module that computes them, "
+            f"torch.autograd.grad in {where()}: derivatives that a forward computes cannot be followed, as parameters "
+            f"meet data in them where no tap is. Register the generic rule for the module that computes them, "
             f"register_rule(ThatClass)(GenericRule), which differentiates all of its forward again."
         )
 
@@ -434,6 +437,20 @@ def lose(outputs: Iterable[Tensor], lost: Lost, *, meets: bool = False) -> None:
         put(t, lost)
         if (t.numel() > 1 or lost.meets or meets) and t.grad_fn is not None:
             metadata(t.grad_fn).setdefault(LOST, lost)
+
+
+def is_sparse(t: Tensor) -> bool:
+    """Whether a tensor leaves out its zeros, in any layout."""
+    return t.layout is not torch.strided and str(t.layout).startswith("torch.sparse")
+
+
+def lost_if_sparse(record: Any, where: str, t: Tensor) -> Lost:
+    """What stands for the result of a call that gives, or is given, a sparse tensor."""
+    why = (
+        f"{where} gives or is given a sparse tensor ({t.layout}), in which examples are not followed: make it dense "
+        f"(`to_dense`, `torch.mm` for `torch.sparse.mm`), which computes the same."
+    )
+    return Lost(record, where, "", False, UnsupportedModuleError(why), meets=True)
 
 
 def where() -> str:

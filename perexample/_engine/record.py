@@ -31,7 +31,7 @@ from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded
 from .follow import Follow, forget_followers, note_checkpoint, recognise
-from .operation import lose, parted
+from .operation import is_sparse, lose, lost_if_sparse, parted
 from .parts import tied
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
@@ -586,6 +586,10 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
             if any(t is order for order in rule.orders(args)):
                 continue
             lose(results, place)
+            return output
+        if place is not None and is_sparse(t) and not isinstance(rule, GenericRule):
+            where = f"`{frame.name}` ({type(module).__name__})"
+            lose(results, lost_if_sparse(frame.record or place.space.record, where, t))
             return output
         if place is not None:
             known.append(place)
