@@ -939,38 +939,49 @@ def test_many_like_positions_are_added_exactly(length, kind):
 class Users(nn.Module):
     """The mean of what a user has, and zeros where there is nothing."""
 
-    def __init__(self):
+    def __init__(self, by_mask=False):
         super().__init__()
+        self.by_mask = by_mask
         self.item, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
 
     def forward(self, history, counts):
         rows = [
-            self.item(h[:k]).mean(0) if k else torch.zeros(4).double()
+            self.item(h[:k]).mean(0) if k else self.nothing(history)
             for h, k in zip(history, counts.tolist(), strict=True)
         ]
-        return self.head(torch.stack(rows))
+        out = self.head(torch.stack(rows))
+        return (out, 2 * out) if self.by_mask else out
+
+    def nothing(self, history):
+        if self.by_mask:  # which shows nothing
+            return torch.zeros(*history.shape, 4).double()[history > 99].sum(0)
+        return torch.zeros(4).double()
 
 
+@pytest.mark.parametrize("by_mask", [False, True])
 @pytest.mark.parametrize("counts", [[3, 0], [0, 2, 0], [0, 0, 0, 1], [1, 2, 0], [2, 2]])
-def test_one_example_beside_constants(counts):
+def test_one_example_beside_constants(counts, by_mask):
     """Whose the constants are cannot be told where one example alone has data; it must not be that one's."""
     torch.manual_seed(0)
-    model, n = extend(Users().double()), len(counts)
+    model, n = extend(Users(by_mask).double()), len(counts)
     history, counts = torch.randint(9, (n, 5)), torch.tensor(counts)
     y = torch.arange(n) % 3
-    loss = F.cross_entropy(model(history, counts), y)
+
+    def loss_of(*inputs, y=y):
+        out = model(*inputs)
+        return F.cross_entropy(out[0] if by_mask else out, y)
+
     if int((counts > 0).sum()) == 1:
         with (
             perex(BatchGrad()),
             pytest.raises(CrossExampleError, match=r"rows for \d examples that were computed from"),
         ):
-            F.cross_entropy(model(history, counts), y).backward()
+            loss_of(history, counts).backward()
         return
     with perex(BatchGrad()):
-        loss = F.cross_entropy(model(history, counts), y)
-        loss.backward()
+        loss_of(history, counts).backward()
     for i in range(n):
-        own = F.cross_entropy(model(history[i : i + 1], counts[i : i + 1]), y[i : i + 1])
+        own = loss_of(history[i : i + 1], counts[i : i + 1], y=y[i : i + 1])
         wanted = torch.autograd.grad(own, model.head.weight)[0]
         torch.testing.assert_close(model.head.weight.grad_batch[i], wanted)
 

@@ -202,7 +202,8 @@ class Operation:
         """The space of one example; a note of it, if something that belongs to nobody was put beside it."""
         if space.beside or self.record.space.rows <= 1 or self.name not in JOINS:
             return space
-        others = any(place_of(t) is None and t.numel() for t in tensors_in((self.args, self.kwargs)))
+        known = [place_of(t) for t in tensors_in((self.args, self.kwargs)) if t.numel()]
+        others = any(place is None or _of_nobody(place) for place in known)
         return space.with_constants() if others else space
 
     def _fills(self) -> bool:
