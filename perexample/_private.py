@@ -494,6 +494,13 @@ def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
 _MT_STATE = slice(24, 24 + 8 * 624)  # where the bytes of a CPU generator's state hold the Mersenne twister's 624 words
 
 
+def is_default_generator(generator: torch.Generator) -> bool:
+    """Whether numbers are drawn from this generator where none is given; dispatch modes are given another object."""
+    kind, given = generator.device.type, cast("Any", generator)
+    defaults: Any = (torch.default_generator,) if kind == "cpu" else torch.cuda.default_generators
+    return any(given._cdata == default._cdata for default in defaults)
+
+
 def system_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that nobody can repeat.
 

@@ -30,6 +30,7 @@ from ._calls import (
 from ._fused import Fused, is_faster, why_not_fused
 from ._graph import graph_of
 from ._looks import model_looks, trying
+from ._private import is_default_generator
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 
@@ -153,6 +154,7 @@ class Tape(TorchDispatchMode):
             if name in _COMPARED and self._looked(name, args, found := func(*args, **kwargs)):
                 return found
             _refuse_looks(name, args)
+        _refuse_generators((*args, *kwargs.values()))
         found = func(*args, **kwargs)
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
             copy = torch.ops.aten.clone.default
@@ -264,6 +266,16 @@ class Tape(TorchDispatchMode):
         if not isinstance(found, Tensor) or not given or not is_view(func):
             return False
         return memory_of(found) != 0 and memory_of(found) == memory_of(given[0])
+
+
+def _refuse_generators(given: Sequence[Any]) -> None:
+    """A batch for which a replay is not used is run as usual, from where the default generator was before."""
+    if any(isinstance(one, torch.Generator) and not is_default_generator(one) for one in given):
+        raise ConfigurationError(
+            "This step cannot be recorded: it draws random numbers from a generator of its own, which would be moved "
+            "twice for some batches. Leave generator= out, draw them before and give them with the batch, or run the "
+            "step as usual."
+        )
 
 
 def _refuse_looks(name: str, args: tuple) -> None:

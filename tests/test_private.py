@@ -33,6 +33,21 @@ def test_generators_of_the_system_differ():
     assert not torch.equal(one.get_state(), other.get_state())
 
 
+def test_the_default_generator_is_known_also_where_a_mode_sees_it():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(_private.is_default_generator(kwargs["generator"]))
+            return func(*args, **kwargs)
+
+    seen: list[bool] = []
+    same = torch.Generator()
+    same.set_state(torch.default_generator.get_state())
+    for generator in (torch.default_generator, same, same.clone_state()):
+        with Mode():
+            torch.rand(3, generator=generator)
+    assert seen == [True, False, False]
+
+
 def test_all_of_a_seed_counts():
     seeds = [b"a", b"b", b"a" * 64 + b"a", b"a" * 64 + b"b"]
     drawn = [torch.randn(4, generator=_private.generator_of(seed)) for seed in seeds]

@@ -316,3 +316,19 @@ def test_what_cannot_be_recorded(name):
     assert not vars(x)
     torch.testing.assert_close(recorded(torch.sin, x)[1], x.sin())
     assert not vars(x)
+
+
+def test_generators_that_are_not_the_default_one():
+    own = torch.Generator()
+    for draw in (
+        lambda x: x + torch.rand(4, generator=own),
+        lambda x: x + torch.empty(4).normal_(generator=own),
+        lambda x: x * torch.bernoulli(x, generator=own),
+    ):
+        with pytest.raises(ConfigurationError, match="draws random numbers from a generator of its own"):
+            recorded(draw, torch.ones(4))
+    tape, _ = recorded(lambda x: x + torch.rand(4, generator=torch.default_generator), torch.ones(4))
+    torch.manual_seed(0)
+    found = tape.replay([torch.zeros(4)])
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, torch.rand(4))
