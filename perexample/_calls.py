@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,17 @@ class Call:
         """Numbers of the tensors that it is given."""
         return (slot.number for slot in slots_of((self.args, self.kwargs)) if slot.number >= 0)
 
+    def named(self) -> dict[str, Any]:
+        """What it is given, or takes by default, by the names of its arguments."""
+        arguments = self.function._schema.arguments
+        defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        return defaults | {a.name: value for a, value in zip(arguments, self.args, strict=False)} | self.kwargs
+
+    def result(self, name: str) -> Slot:
+        """One of the tensors that it makes, or writes to."""
+        number = dict(zip((r.name for r in self.function._schema.returns), self.results, strict=False))[name]
+        return Slot(number) if number >= 0 else self.named()[name]
+
     def written(self) -> list[Any]:
         """The arguments that it writes to."""
         return written_by(self.function, self.args, self.kwargs)
@@ -80,9 +91,16 @@ class Call:
         return len(returns) > 1 or "List" in str(returns[0].type if returns else "")
 
     @property
+    def only_checks(self) -> bool:
+        """Whether it makes and writes nothing, but may raise."""
+        return not self.function._schema.returns and not self.function._schema.is_mutable
+
+    @property
     def pure(self) -> bool:
         """Whether it does nothing but make its results, the same each time; those of others may do more."""
-        if self.function._schema.is_mutable or self.name in WRITES_STATISTICS or not self.of_torch:
+        if self.function._schema.is_mutable or self.name in WRITES_STATISTICS or not self.of_torch or self.only_checks:
+            return False
+        if self.named().get("check_errors"):  # it may raise
             return False
         return torch.Tag.nondeterministic_seeded not in self.function.tags
 
@@ -99,6 +117,11 @@ def is_view(function: Any) -> bool:
     """Whether an operation returns one tensor that shows what it is given."""
     returns = function._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def form_of(slot: Slot, forms: Sequence[Form]) -> Form:
+    """Shape and dtype of a tensor, among the forms of those that operations make."""
+    return forms[slot.number] if slot.tensor is None else Form(slot.tensor.shape, slot.tensor.dtype)
 
 
 def memory_of(t: Tensor) -> int:

@@ -318,6 +318,34 @@ def test_what_cannot_be_recorded(name):
     assert not vars(x)
 
 
+# Raise for a negative number, and do nothing else.
+RAISING = {
+    "_assert_async": lambda x: torch._assert_async(x.min() >= 0),
+    "cholesky": lambda x: torch.linalg.cholesky(x * torch.eye(4)),
+    "inv_ex": lambda x: torch.linalg.inv_ex((x + 1) * torch.eye(4), check_errors=True),
+}
+
+
+@pytest.mark.parametrize("name", RAISING)
+def test_checks_are_made_again(name):
+    def function(x):
+        RAISING[name](x)
+        return x + 1
+
+    tape, _ = recorded(function, torch.ones(4))
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    torch.testing.assert_close(tape.replay([x]), x + 1)
+    x[2] = -1
+    for run in (function, lambda x: tape.replay([x])):
+        with pytest.raises(RuntimeError):
+            run(x)
+
+
+def test_what_finds_errors_without_raising_is_left_out_where_nobody_uses_it():
+    tape, _ = recorded(lambda x: (torch.linalg.inv_ex(x * torch.eye(4)), x + 1)[1], torch.ones(4))
+    assert calls(tape) == 1
+
+
 def test_generators_that_are_not_the_default_one():
     own = torch.Generator()
     for draw in (
