@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import statistics
 import time
 import warnings
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._calls import Call, Form, slots_of
+from ._checks import checks_something_else
 from ._graph import Graph
 from ._indices import may_take_others
-from ._private import dispatch_modes_active, undispatched, version
+from ._private import dispatch_modes_active, undispatched
 from .errors import ConfigurationError
 
 _Options = dict[str, str | int | bool | Callable[..., Any]]
@@ -24,6 +26,8 @@ _Options = dict[str, str | int | bool | Callable[..., Any]]
 OPTIONS: _Options = {"fallback_random": True, "layout_optimization": False, "cpp_wrapper": True}
 # Tensors are those of the recording, or lie as they did; other settings are looked at by `Fused`.
 _UNGUARDED: _Options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+_INDICES = "may take indices, which compiled code must not be given where they are wrong"
+_OTHERWISE = {"grid_sampler_2d", "grid_sampler_3d"}
 _WRITES = 16  # into one tensor; each would become a copy of all of it
 _TURNS, _SECONDS = 9, 10.0  # of each, in which they are timed
 
@@ -37,11 +41,17 @@ def why_not_fused(calls: Sequence[Call], roots: Sequence[int], forms: Sequence[F
         forms: Of the same tensors.
 
     Returns:
-        The reason: steps of a recurrent layer that are written into one tensor, or indices that cannot be checked.
+        The reason: steps of a recurrent layer that are written into one tensor, or operations that would do otherwise.
     """
-    unknown = sorted({call.name for call in calls if may_take_others(call, forms)})
-    if unknown:
-        return f"{' and '.join(unknown)} may take indices, which compiled code must not be given where they are wrong"
+    for refused, why in (
+        (lambda call: may_take_others(call, forms), _INDICES),
+        (checks_something_else, "may raise, which compiled code would not"),
+        (lambda call: call.name in _OTHERWISE, "may find numbers where there is NaN, when compiled"),
+        (_cannot_be_written, "cannot be written as Python code by torch.compile"),
+    ):
+        names = sorted({call.name for call in calls if refused(call)})
+        if names:
+            return f"{' and '.join(names)} {why}"
     writes = Counter(
         roots[slot.number]
         for call in calls
@@ -53,21 +63,31 @@ def why_not_fused(calls: Sequence[Call], roots: Sequence[int], forms: Sequence[F
     return None
 
 
+def _cannot_be_written(call: Call) -> bool:
+    """Whether an operation has a name like ``random_.from``, or is given a generator."""
+    given = call.named().values()
+    return keyword.iskeyword(call.function._overloadname) or any(isinstance(one, torch.Generator) for one in given)
+
+
+class DoesNotHold(Exception):  # noqa: N818 - nothing is wrong yet
+    """Something that operations look at is not as compiled code needs it: they are to be done one by one."""
+
+
 class Fused:
     """Operations as one function, compiled.
 
     Args:
         graph: The operations, as of `graph_of`.
-        usual: Does the same one by one.
         example: Tensors that it is given.
 
     Raises:
         ConfigurationError: If torch.compile fails.
+        DoesNotHold: If operations on the example have to be done one by one.
     """
 
-    def __init__(self, graph: Graph, usual: Callable[..., tuple], example: Sequence[Tensor]) -> None:
+    def __init__(self, graph: Graph, example: Sequence[Tensor]) -> None:
         """Compile it."""
-        self._graph, self._usual = graph, usual
+        self._graph, self._constants = graph, [t.detach() for t in graph.constants]
         self._deterministic = torch.are_deterministic_algorithms_enabled()
         try:
             module = fx.GraphModule(nn.Module(), graph.nodes)
@@ -75,6 +95,8 @@ class Fused:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.compile about itself
                 self(*example)
+        except DoesNotHold:
+            raise
         except Exception as error:
             lines = str(error).strip().splitlines()
             raise ConfigurationError(
@@ -84,19 +106,22 @@ class Fused:
             ) from error
 
     def __call__(self, *given: Tensor) -> tuple:
-        """Do it; one by one if an index is wrong, which raises what it raises."""
+        """Do it; random numbers are drawn also where something does not hold."""
         with undispatched():
-            found = self._compiled(*given, *self._graph.constants)
-        if not self._graph.checked:
-            return found
-        return found[:-1] if found[-1].item() else self._usual(*given)
+            found = self._compiled(*given, *self._constants)
+            if not self._graph.checked:
+                return found
+            if not found[-1].item():
+                raise DoesNotHold
+        return found[:-1]
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is to see operations one by one or wants others, and constant indices are as they were."""
+        """Whether nothing is to see operations one by one or wants others, and constants lie where they did."""
         if dispatch_modes_active() or self._deterministic != torch.are_deterministic_algorithms_enabled():
             return False
-        return all(version(t) == writes for t, writes in self._graph.indices)
+        with undispatched():
+            return all(map(Tensor.is_set_to, self._graph.constants, self._constants))
 
 
 def is_faster(one: Callable[..., tuple], other: Callable[..., tuple], inputs: Sequence[Tensor]) -> bool:

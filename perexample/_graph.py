@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, fx, ops
 
 from ._calls import Call, Form, Slot, slots_of
+from ._checks import Divisors, checks_of, divisors_of
 from ._indices import Indices, indices_of
-from ._private import version
 from ._tree import map_tensors
 
 _aten = ops.aten
@@ -24,14 +24,12 @@ class Graph:
     Attributes:
         nodes: The operations, of tensors that are given and of constants.
         constants: These.
-        checked: Whether the last of the results tells whether indices are right.
-        indices: Constants that are indices and right, with the number of writes to them.
+        checked: Whether the last of the results tells whether what operations look at is right.
     """
 
     nodes: fx.Graph
     constants: list[Tensor]
     checked: bool
-    indices: list[tuple[Tensor, int]]
 
 
 def graph_of(calls: Sequence[Call], forms: Sequence[Form], inputs: int, wanted: Sequence[int]) -> Graph:
@@ -58,52 +56,55 @@ class _UnderWay:
     def __init__(self, calls: Sequence[Call], forms: Sequence[Form], inputs: int) -> None:
         self.graph, self.forms = fx.Graph(), forms
         slots = [slot for call in calls for slot in slots_of((call.args, call.kwargs))]
-        self.constants = {id(slot.tensor): slot.tensor.detach() for slot in slots if slot.tensor is not None}
+        self.constants = {id(slot.tensor): slot.tensor for slot in slots if slot.tensor is not None}
         self.made = {number: self.graph.placeholder(f"t{number}") for number in range(inputs)}
         self.there = {key: self.graph.placeholder(f"c{place}") for place, key in enumerate(self.constants)}
-        self.right: list[fx.Node] = []  # whether indices are, of each tensor of them
+        self.right: list[fx.Node] = []  # whether it holds, of each thing that is checked
         self.checked: dict[Any, fx.Node] = {}  # what is right in any case, by what it stands for
-        self.lasting: dict[int, Tensor] = {}
 
     def add(self, call: Call) -> None:
         """One call."""
-        right: dict[fx.Node, fx.Node] = {}
-        for indices in indices_of(call, self.forms):
-            tensor, node = indices.slot.tensor, self._node(indices.slot)
-            if tensor is None:
-                right[node] = self._checked(indices, right.get(node, node))  # one may be used for several axes
-            else:
-                self.lasting[id(tensor)] = tensor
-        nodes = map_tensors(lambda slot: right.get(self._node(slot), self._node(slot)), (call.args, call.kwargs), Slot)
-        made = self._called(call.function, *nodes)
+        numbers: list[Indices | Divisors] = [*indices_of(call, self.forms), *divisors_of(call, self.forms)]
+        right = {id(one.slot): self._checked(one) for one in numbers}  # one tensor may be used for several axes
+        if not call.only_checks or not call.of_torch:
+            self._do(call, right)
+        self.right += [check.held(self.graph, self._node(check.slot)) for check in checks_of(call, self.forms)]
+
+    def _do(self, call: Call, instead: dict[int, fx.Node]) -> None:
+        args, kwargs = map_tensors(
+            lambda slot: instead[id(slot)] if id(slot) in instead else self._node(slot), (call.args, call.kwargs), Slot
+        )
+        if kwargs.get("check_errors"):  # told at the end, too
+            kwargs["check_errors"] = False
+        made = self._called(call.function, args, kwargs)
         if call.written():
-            self.checked = {}  # what was written to may have been indices
+            self.checked = {}  # what was written to may have been checked
         for place, number in enumerate(call.results):
             if number >= 0:
                 one = self.graph.call_function(operator.getitem, (made, place)) if call.makes_several else made
                 self.made[number] = one
 
     def finished(self, wanted: Sequence[int]) -> Graph:
-        """The graph, which returns what is wanted, and whether all indices are right."""
+        """The graph, which returns what is wanted, and whether all that is checked holds."""
         results = [self.made[number] for number in wanted]
         if self.right:
             every = [self.graph.call_function(_aten.all.default, (one,)) for one in self.right]
             together = self.graph.call_function(_aten.stack.default, (every,))
             results.append(self.graph.call_function(_aten.all.default, (together,)))
         self.graph.output(tuple(results))
-        indices = [(t, version(t)) for t in self.lasting.values() if not t.is_inference()]  # which count no writes
-        return Graph(self.graph, list(self.constants.values()), bool(self.right), indices)
+        return Graph(self.graph, list(self.constants.values()), bool(self.right))
 
     def _node(self, slot: Slot) -> fx.Node:
         return self.made[slot.number] if slot.number >= 0 else self.there[id(slot.tensor)]
 
-    def _checked(self, indices: Indices, given: fx.Node) -> fx.Node:
-        """Indices that are right in any case; whether they are those that were given is told at the end."""
-        key = given, indices.size, indices.wraps, indices.ignored
+    def _checked(self, numbers: Indices | Divisors) -> fx.Node:
+        """Numbers that are right in any case; whether they are those that were given is told at the end."""
+        given = self._node(numbers.slot)
+        key = given, numbers.limits
         if key not in self.checked:
-            self.right.append(indices.held(self.graph, given))
+            self.right.append(numbers.held(self.graph, given))
             wrong = self.graph.call_function(_aten.bitwise_not.default, (self.right[-1],))
-            self.checked[key] = self.graph.call_function(_aten.masked_fill.Scalar, (given, wrong, 0))
+            self.checked[key] = self.graph.call_function(_aten.masked_fill.Scalar, (given, wrong, numbers.instead))
         return self.checked[key]
 
     def _called(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from ._calls import Call, Form, Slot, is_view, slots_of
+from ._calls import Call, Form, Slot, form_of, is_view, slots_of
 
 _aten = torch.ops.aten
 _MASKS = torch.bool, torch.uint8
-# What takes integers for numbers beside pointwise functions, reductions and views, or indices that a forward has made.
+# What takes integers for numbers beside pointwise functions, reductions and views.
 _NO_INDICES = {
     "_to_copy", "_unsafe_view", "addmm", "argmax", "argmin", "argsort", "baddbmm", "bmm", "bucketize", "cat",
     "constant_pad_nd", "copy", "cumprod", "cumsum", "empty_like", "fill", "flip", "floor_divide", "full_like",
-    "isin", "kthvalue", "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "mm", "new_empty",
-    "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like",
-    "randn_like", "repeat", "roll", "rot90", "searchsorted", "sort", "stack", "topk", "tril", "triu", "zero",
-    "zeros_like",
+    "isin", "kthvalue", "mm", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like",
+    "rand_like", "randint_like", "randn_like", "repeat", "roll", "rot90", "searchsorted", "sort", "stack", "topk",
+    "tril", "triu", "zero", "zeros_like",
 }  # fmt: skip
 
 
@@ -44,6 +42,16 @@ class Indices:
     size: int
     wraps: bool = False
     ignored: int | None = None
+
+    @property
+    def limits(self) -> tuple:
+        """What is right."""
+        return self.size, self.wraps, self.ignored
+
+    @property
+    def instead(self) -> int:
+        """What is right in any case."""
+        return 0
 
     def held(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """Whether each of them is right."""
@@ -67,7 +75,7 @@ def indices_of(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
         Each tensor of them.
     """
     for found in _known(call, forms):
-        if not found.slot.lasting and _form(found.slot, forms).dtype not in _MASKS:
+        if not found.slot.lasting and form_of(found.slot, forms).dtype not in _MASKS:
             yield found
 
 
@@ -81,27 +89,21 @@ def may_take_others(call: Call, forms: Sequence[Form]) -> bool:
     Returns:
         True unless they are known to be indices, or to be taken for what they are.
     """
-    if not call.of_torch:  # is called as it is
+    if not call.of_torch or call.only_checks:  # is called as it is, or not at all
         return False
     if call.name.rstrip("_") in _NO_INDICES or {torch.Tag.pointwise, torch.Tag.reduction} & set(call.function.tags):
         return False
     if is_view(call.function) or any(True for _ in _known(call, forms)):
         return False
-    given = [_form(slot, forms).dtype for slot in slots_of((call.args, call.kwargs)) if not slot.lasting]
+    given = [form_of(slot, forms).dtype for slot in slots_of((call.args, call.kwargs)) if not slot.lasting]
     return any(not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given)
 
 
-def _form(slot: Slot, forms: Sequence[Form]) -> Form:
-    return forms[slot.number] if slot.tensor is None else Form(slot.tensor.shape, slot.tensor.dtype)
-
-
 def _known(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
-    schema = call.function._schema
-    given: dict[str, Any] = {a.name: value for a, value in zip(schema.arguments, call.args, strict=False)} | call.kwargs
-    name = call.name.rstrip("_")
+    given, name = call.named(), call.name.rstrip("_")
 
     def shape_of(argument: str) -> torch.Size:
-        return _form(given[argument], forms).shape
+        return form_of(given[argument], forms).shape
 
     if name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only"):
         yield Indices(given["indices"], shape_of("weight")[0])
@@ -110,6 +112,8 @@ def _known(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
     elif name.startswith("nll_loss"):
         shape = shape_of("self")
         yield Indices(given["target"], shape[1 if len(shape) > 1 else 0], ignored=given["ignore_index"])
+    elif name in ("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward"):
+        yield Indices(given["indices"], math.prod(shape_of("self")[-3 if "3d" in name else -2 :]))
     elif name in ("take", "put"):
         yield Indices(given["index"], math.prod(shape_of("self")), wraps=True)
     elif isinstance(given.get("indices"), (tuple, list)):
@@ -117,4 +121,5 @@ def _known(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
             if slot is not None:
                 yield Indices(slot, size, wraps=True)
     elif isinstance(given.get("index"), Slot) and "dim" in given:
-        yield Indices(given["index"], shape_of("self")[given["dim"]] if shape_of("self") else 1)
+        size = shape_of("self")[given["dim"]] if shape_of("self") else 1
+        yield Indices(given["index"], size, wraps=name == "index_fill")

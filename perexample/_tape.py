@@ -27,7 +27,7 @@ from ._calls import (
     slots_of,
     written_by,
 )
-from ._fused import Fused, is_faster, why_not_fused
+from ._fused import DoesNotHold, Fused, is_faster, why_not_fused
 from ._graph import graph_of
 from ._looks import model_looks, trying
 from ._private import is_default_generator
@@ -122,7 +122,10 @@ class Tape(TorchDispatchMode):
         if (why := why_not_fused(calls, self._roots, self._forms)) is not None:
             return why
         with torch.no_grad():
-            fused = Fused(graph_of(calls, self._forms, number, wanted), self._code, inputs)
+            try:
+                fused = Fused(graph_of(calls, self._forms, number, wanted), inputs)
+            except DoesNotHold:
+                return "on the batch that it was recorded with they have to be done one by one"
             if always or is_faster(fused, self._code, inputs):
                 self._fused = fused
                 return None
@@ -136,6 +139,9 @@ class Tape(TorchDispatchMode):
 
         Returns:
             What the function returned, new tensors.
+
+        Raises:
+            DoesNotHold: If what it was compiled to cannot be used for these, after random numbers were drawn.
         """
         assert self._code is not None
         code = self._code if self._fused is None or not self._fused.fits else self._fused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ from perexample import (
     perex,
     privatize,
 )
-from perexample._fused import OPTIONS
+from perexample._fused import OPTIONS, DoesNotHold
 from perexample._tree import map_tensors
 from perexample.extensions import AdaptiveClippedGrad, BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.privacy import make_private
@@ -427,6 +428,7 @@ INDEXED = {
     "two": lambda t, i: t[i, i.flip(0)],
     "written to": written_indices,
     "index_select": lambda t, i: t.index_select(1, i[:, 1]),
+    "index_fill": lambda t, i: t.index_fill(0, i[0], 2.0),
     "index_add": lambda t, i: t[:5].index_add(1, i[0], t[4:]),
     "index_put": lambda t, i: t.index_put((i,), torch.ones(4), accumulate=True),
     "scatter": lambda t, i: t.scatter(1, i, 1.0),
@@ -434,7 +436,7 @@ INDEXED = {
 }
 
 
-def test_wrong_indices_raise_what_they_raise_one_by_one():
+def test_wrong_indices_are_told_where_operations_one_by_one_raise():
     torch.manual_seed(0)
     table, good = torch.randn(9, 4), [torch.randint(4, (5, 4)) for _ in INDEXED]
     tape, _ = recorded(
@@ -444,16 +446,17 @@ def test_wrong_indices_raise_what_they_raise_one_by_one():
     good = [torch.randint(4, (5, 4)) for _ in INDEXED]
     places = {name: place for place, name in enumerate(INDEXED)}
     good[places["nll"]][2, 0] = -100
-    good[places["index"]][1, 1] = -4
-    usual, tape._fused._usual = tape._fused._usual, lambda *given: pytest.fail("these are right")
-    torch.testing.assert_close(tape.replay([table, *good]), list(usual(table, *good)))
-    tape._fused._usual = usual
+    good[places["index"]][1, 1] = good[places["index_fill"]][0, 2] = -4
+    one_by_one = tape._code
+    torch.testing.assert_close(tape.replay([table, *good]), list(one_by_one(table, *good)))
     for name, place in places.items():
         for wrong in (50, -50):
             bad = [t.clone() for t in good]
             bad[place][0] = wrong
-            with pytest.raises((IndexError, RuntimeError), match=r"out of .*(bounds|range)|not in the valid range"):
+            with pytest.raises(DoesNotHold):
                 pytest.fail(f"{name}: {tape.replay([table, *bad])}")
+            with pytest.raises((IndexError, RuntimeError), match=r"out of .*(bounds|range)|not in the valid range"):
+                one_by_one(table, *bad)
 
 
 def test_indices_of_two_axes_are_checked_for_both():
@@ -461,7 +464,7 @@ def test_indices_of_two_axes_are_checked_for_both():
     tape, _ = recorded(lambda t, i: t.T[i, i], table, i)
     assert tape.fuse([table, i], always=True) is None
     torch.testing.assert_close(tape.replay([table, i.flip(0)]), table.diagonal()[i.flip(0)])
-    with pytest.raises(IndexError):
+    with pytest.raises(DoesNotHold):
         tape.replay([table, i + 3])  # right for one of them
 
 
@@ -487,17 +490,236 @@ def test_integers_that_are_no_indices_are_compiled():
     assert tape.fuse([x], always=True) is None
 
 
-def test_constant_indices_that_have_changed_are_used_one_by_one():
-    table, order = torch.randn(9, 4), torch.tensor([3, 1, 8])
+def test_constant_indices_are_looked_at_like_those_of_the_data():
+    table, memory = torch.randn(9, 4), np.array([3, 1, 8])
+    order = torch.from_numpy(memory)
     tape, _ = recorded(lambda t: t[order].exp(), table)
     assert tape.fuse([table], always=True) is None
+    for number in (5, -9):
+        memory[1] = number  # which counts no write to the tensor
+        assert tape._fused.fits
+        torch.testing.assert_close(tape.replay([table]), table[order].exp())
+    for wrong in (9, -10):
+        order.data[1] = wrong
+        with pytest.raises(DoesNotHold):
+            tape.replay([table])
+
+
+def test_a_constant_that_lies_elsewhere_is_read_there():
+    x, w = torch.randn(3, 4), torch.randn(3, 4)
+    tape, _ = recorded(lambda x: (x * w).exp(), x)
+    assert tape.fuse([x], always=True) is None
     assert tape._fused.fits
-    assert not tape._fused._graph.checked
-    order[1] = 5
-    torch.testing.assert_close(tape.replay([table]), table[order].exp())
-    order[1] = 9
-    with pytest.raises(IndexError):
-        tape.replay([table])
+    for other in (torch.randn(3, 4), torch.randn(4, 3).T, torch.randn(4)):
+        w.data = other
+        assert not tape._fused.fits
+        torch.testing.assert_close(tape.replay([x]), (x * w).exp())
+
+
+def pooled(pool, **options):
+    """What a pool gives, from where, and what comes back there."""
+
+    def every(x):
+        found, places = pool(x, return_indices=True, **options)
+        grad = found.masked_fill(found.isinf(), 0.5)
+        kernel, stride = options["kernel_size"], options.get("stride", [])
+        more = options.get("padding", 0), options.get("dilation", 1), options.get("ceil_mode", False)
+        dims = 3 if pool is F.max_pool3d else 2
+        back = getattr(torch.ops.aten, f"max_pool{dims}d_with_indices_backward")
+        pairs = [[one] * dims if isinstance(one, int) else one for one in more[:2]]
+        return found, places, back(grad, x, [kernel] * dims, stride and [stride] * dims, *pairs, more[2], places)
+
+    return every
+
+
+POOLS = {
+    "padding": (pooled(F.max_pool2d, kernel_size=3, stride=2, padding=1), (2, 3, 8, 8)),
+    "one axis of padding": (pooled(F.max_pool2d, kernel_size=3, padding=[0, 1]), (2, 3, 8, 8)),
+    "channels, padding": (pooled(F.max_pool2d, kernel_size=3, padding=1), (3, 8, 8)),
+    "large, padding": (pooled(F.max_pool2d, kernel_size=6, stride=1, padding=3), (2, 3, 8, 8)),
+    "3d, padding": (pooled(F.max_pool3d, kernel_size=3, stride=2, padding=1), (2, 3, 4, 6, 6)),
+    "none": (pooled(F.max_pool2d, kernel_size=3, stride=2), (2, 3, 8, 8)),
+    "ceil_mode": (pooled(F.max_pool2d, kernel_size=3, stride=2, ceil_mode=True), (2, 3, 8, 8)),
+    "dilation": (pooled(F.max_pool2d, kernel_size=2, stride=1, dilation=2), (2, 3, 8, 8)),
+    "large": (pooled(F.max_pool2d, kernel_size=6, stride=1), (2, 3, 8, 8)),
+    "3d": (pooled(F.max_pool3d, kernel_size=2), (2, 3, 4, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_windows_without_a_finite_entry(name):
+    (function, shape), padded = POOLS[name], "padding" in name
+    torch.manual_seed(0)
+    tape, _ = recorded(function, torch.randn(shape))
+    assert tape.fuse([torch.randn(shape)], always=True) is None
+    x = torch.randn(shape).round()  # with ties
+    x.flatten()[5] = float("nan")
+    torch.testing.assert_close(tape.replay([x]), function(x), equal_nan=True)
+    x[..., 1:7, 1:] = -float("inf")
+    if padded:
+        x[..., :4] = -float("inf")
+        with pytest.raises(DoesNotHold):
+            tape.replay([x])
+    else:
+        torch.testing.assert_close(tape.replay([x]), function(x), equal_nan=True)
+    x[...] = -float("inf")
+    if padded:
+        with pytest.raises(DoesNotHold):
+            tape.replay([x])
+    else:
+        torch.testing.assert_close(tape.replay([x]), function(x))
+
+
+def test_a_pool_of_masked_positions_is_as_usual():
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Conv1d(1, 3, 3, padding=1)))
+    x, keep = torch.randn(6, 1, 16), torch.ones(6, 16, dtype=torch.bool)
+
+    def losses(x, keep):
+        h = model(x).masked_fill(~keep[:, None], -float("inf"))
+        return torch.tanh(F.max_pool2d(h[:, :, None], (1, 3), (1, 2), (0, 1))).flatten(1).sum(1)
+
+    clipping, other = ClippedGrad(1.0), ClippedGrad(1.0)
+    step = compiled(model, losses, x, keep, extensions=clipping)
+    keep[1, 4:] = keep[5] = False
+    step(x, keep)
+    assert step.compiled
+    assert step.repeated == 1
+    found = fields(model, "clipped_sum")
+    usual_losses(lambda x: losses(x, keep), x, other)
+    near(found, fields(model, "clipped_sum"))
+
+
+# Of x [2, 3] and what is checked: functions, what is right, what is wrong.
+EYES = torch.eye(3).repeat(2, 1, 1)
+CHECKED = {
+    "cholesky": (lambda x, c: x[:, None] @ torch.linalg.cholesky(c), 2 * EYES, -EYES),
+    "solve": (lambda x, c: torch.linalg.solve(c, x), EYES, 0 * EYES),
+    "inv": (lambda x, c: x[:, None] @ torch.linalg.inv(c), EYES, 0 * EYES),
+    "cholesky_ex": (lambda x, c: x[:, None] @ torch.linalg.cholesky_ex(c, check_errors=True)[0], EYES, -EYES),
+    "without use": (lambda x, c: x * bool(torch.linalg.inv_ex(c, check_errors=True)), EYES, 0 * EYES),
+    "_assert_async": (lambda x, c: (torch._assert_async((c < 2).all()), x + 1)[1], EYES, 2 * EYES),
+    "binary_cross_entropy": (lambda x, c: F.binary_cross_entropy(c, 0 * c), torch.rand(4), torch.linspace(-0.1, 1, 4)),
+    "bernoulli": (lambda x, c: torch.bernoulli(c).sum() * 0 + x, EYES, 2 * EYES),
+    "above one": (lambda x, c: F.binary_cross_entropy(c, 0 * c), torch.rand(4), torch.linspace(0, 1.1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_what_operations_check_is_checked(name):
+    function, right, wrong = CHECKED[name]
+    x = torch.randn(2, 3)
+    tape, _ = recorded(function, x, right)
+    right, wrong = right.clone(), wrong.clone()
+    for fuse in (False, True):
+        assert not fuse or tape.fuse([x, right], always=True) is None
+        torch.testing.assert_close(tape.replay([x, right]), function(x, right))
+        with pytest.raises(DoesNotHold if fuse else RuntimeError):
+            tape.replay([x, wrong])
+    with pytest.raises(RuntimeError):
+        function(x, wrong)
+
+
+def test_what_checks_something_else_is_not_compiled():
+    def function(x):
+        torch.ops.aten._assert_tensor_metadata(x, [3, 4])
+        return x + 1
+
+    x = torch.randn(3, 4)
+    tape, _ = recorded(function, x)
+    assert "_assert_tensor_metadata may raise" in tape.fuse([x], always=True)
+    torch.testing.assert_close(tape.replay([x]), x + 1)
+
+
+DIVISIONS = {
+    "trunc": lambda a, n: torch.div(a, n, rounding_mode="trunc"),
+    "floor": lambda a, n: torch.div(a, n, rounding_mode="floor"),
+    "number": lambda a, n: torch.div(12, n, rounding_mode="trunc") + a,
+    "floor_divide": lambda a, n: a // n,
+    "remainder": lambda a, n: a % n,
+    "fmod": torch.fmod,
+    "in place": lambda a, n: a.clone().floor_divide_(n),
+    "remainder of a number": lambda a, n: 7 % n + a,
+    "by itself": lambda a, n: (m := n.clone()).floor_divide_(m) + a,
+    "bool": lambda a, n: a % (n > 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_integers_divided_by_zero(dtype):
+    a, n = torch.randint(1, 99, (40,)).to(dtype), torch.randint(1, 9, (40,)).to(dtype)
+    tape, _ = recorded(lambda a, *all_of: [f(a, m) for f, m in zip(DIVISIONS.values(), all_of, strict=True)], a,
+                       *([n.clone() for _ in DIVISIONS]))  # fmt: skip
+    good = [n.clone() for _ in DIVISIONS]
+    assert tape.fuse([a, *good], always=True) is None
+    good = [n.flip(0) for _ in DIVISIONS]
+    torch.testing.assert_close(tape.replay([a, *good]), list(tape._code(a, *good)))
+    for place, name in enumerate(DIVISIONS):
+        bad = [t.clone() for t in good]
+        bad[place][3] = 0
+        with pytest.raises(DoesNotHold):
+            pytest.fail(f"{name}: {tape.replay([a, *bad])}")
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            tape._code(a, *bad)
+    if dtype is not torch.uint8:
+        a[3] = torch.iinfo(dtype).min
+        bad = [n.clone() for _ in DIVISIONS]
+        bad[3][3] = -1
+        with pytest.raises(DoesNotHold):
+            tape.replay([a, *bad])
+
+
+def test_divisors_that_are_no_integers_are_as_they_are():
+    a, n = torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    tape, _ = recorded(lambda a, n: (a // n, a % n, n % (a + 1), (0.5 + a) // 2, a // 2, torch.div(a, n)), a, n)
+    assert tape.fuse([a, n], always=True) is None
+    n = torch.tensor([0.0, -1.0, float("nan"), 2.0])
+    torch.testing.assert_close(tape.replay([a, n]), tape._code(a, n), equal_nan=True)
+
+
+def test_nothing_is_drawn_twice_where_compiled_code_cannot_be_used():
+    model, x, y = made("cnn")
+    n = torch.arange(1, N + 1)
+
+    def losses(x, y, n):
+        h = F.dropout(model(x), 0.5, True)
+        return F.cross_entropy(h, y, reduction="none") * torch.div(12, n, rounding_mode="trunc")
+
+    clipping = ClippedGrad(1.0)
+    step = compiled(model, losses, x, y, n, extensions=clipping)
+    assert step.compiled
+    n[2] = -1  # which is right for these
+    torch.manual_seed(3)
+    found = step(x, y, n), torch.rand(2)
+    assert step.repeated == 1
+    clipping.zero_grad()
+    torch.manual_seed(3)
+    with perex(clipping, loss_reduction="sum", grad=False):
+        wanted = losses(x, y, n)
+        wanted.sum().backward()
+    torch.testing.assert_close(found, (wanted.detach(), torch.rand(2)))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_grid_samplers_are_not_compiled(dims):
+    x, grid = torch.randn(2, 1, *[4] * dims), torch.rand(2, *[4] * dims, dims)
+    tape, _ = recorded(lambda x, grid: F.grid_sample(x, grid, align_corners=False), x, grid)
+    assert f"grid_sampler_{dims}d may find numbers where there is NaN" in tape.fuse([x, grid], always=True)
+
+
+def test_what_torch_compile_cannot_write_down_is_not_compiled():
+    x = torch.randn(3, 4)
+    default = torch.default_generator
+    for function, name in (
+        (lambda x: torch.empty_like(x).random_(0, 5) + x, "random_"),
+        (lambda x: torch.rand(3, 4, generator=default) + x, "rand"),
+    ):
+        tape, _ = recorded(function, x)
+        assert f"{name} cannot be written" in tape.fuse([x], always=True)
+        torch.manual_seed(0)
+        found = tape.replay([x])
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, function(x))
 
 
 def test_indices_beyond_the_end_are_errors_as_usual():
