@@ -131,6 +131,10 @@ class Tape(TorchDispatchMode):
                 return None
         return "fused they take longer on the batch that it was recorded with"
 
+    def unfuse(self) -> None:
+        """Replay the operations as they were recorded."""
+        self._fused = None
+
     def replay(self, inputs: Sequence[Tensor] = ()) -> Any:
         """Do it again.
 

@@ -121,9 +121,7 @@ class RecordedStep:
         before = state_of(self.model, self._device, None)
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
             self._replay = self._captured() if self._device.type == "cuda" else self._taped()
-            replay, usual = self._again, self._usual
-            comparison = Comparison(self._batch, self.extensions, replay, usual, self._seen, self._device)
-            comparison.refuse_differences(whole=self._by_model)
+            self._compare()
         self._model_was = state_of(self.model, self._device, self._names)
         self._settings_were = settings_of(self.extensions)
         # What a forward leaves at the modules says nothing of what is to be done.
@@ -213,20 +211,34 @@ class RecordedStep:
         with no_host_reads():
             tape.record(self._run, tensors_of(self._batch.own))
 
+        self._tape = tape
         if self.compiled:
             with self._as_replayed():
                 why = tape.fuse(self._batch.read, always=self.options["strategy"] != "measure")
             if why is not None:
-                self.compiled = False
-                warnings.warn(
-                    f"RecordedStep: its operations are replayed as they are, not compiled: {why}.", stacklevel=4
-                )
+                self._not_compiled(why)
 
         def replay() -> Found:
             with self._as_replayed():
                 return tape.replay(self._batch.read)
 
         return replay
+
+    def _compare(self) -> None:
+        """Whether replays do what the step does as usual; if they do not as compiled, whether they do without."""
+        comparison = Comparison(self._batch, self.extensions, self._again, self._usual, self._seen, self._device)
+        try:
+            comparison.refuse_differences(whole=self._by_model)
+        except ConfigurationError:
+            if not self.compiled:
+                raise
+            self._tape.unfuse()
+            comparison.refuse_differences(whole=self._by_model)
+            self._not_compiled("compiled they give something else than as usual")
+
+    def _not_compiled(self, why: str) -> None:
+        self.compiled = False
+        warnings.warn(f"RecordedStep: its operations are replayed as they are, not compiled: {why}.", stacklevel=4)
 
     @staticmethod
     @contextmanager

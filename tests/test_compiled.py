@@ -722,6 +722,26 @@ def test_what_torch_compile_cannot_write_down_is_not_compiled():
         torch.testing.assert_close(found, function(x))
 
 
+def test_what_differs_only_as_compiled_is_not_compiled(monkeypatch):
+    model, x, y = made()
+    call, clipping = _fused.Fused.__call__, ClippedGrad(1.0)
+    monkeypatch.setattr(_fused.Fused, "__call__", lambda *given: map_tensors(lambda t: t * 1, call(*given)))
+    assert compiled(model, per_class(model), x, y, extensions=clipping).compiled
+    monkeypatch.setattr(_fused.Fused, "__call__", lambda *given: map_tensors(lambda t: t + t, call(*given)))
+    with pytest.warns(UserWarning, match="not compiled: compiled they give something else than as usual"):
+        step = compiled(model, per_class(model), x, y, extensions=clipping)
+    assert not step.compiled
+    step(x, y)
+    assert step.repeated == 0
+    found = fields(model, "clipped_sum")
+    clipping.zero_grad()
+    usual(model, x, y, clipping)
+    near(found, fields(model, "clipped_sum"))
+    clipping.zero_grad()
+    with pytest.raises(ConfigurationError, match="for other numbers of examples it gives something else"):
+        compiled(model, lambda x, y: per_class(model)(x, y) / len(x), x, y, extensions=clipping)
+
+
 def test_indices_beyond_the_end_are_errors_as_usual():
     model, x, y = made("tied")
     clipping = ClippedGrad(1.0)
