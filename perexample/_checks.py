@@ -41,6 +41,8 @@ class Divisors:
 
     Attributes:
         slot: The tensor.
+        limits: As of `Indices`, none.
+        instead: What is right in any case.
     """
 
     slot: Slot

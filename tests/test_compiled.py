@@ -555,9 +555,8 @@ def test_windows_without_a_finite_entry(name):
     x = torch.randn(shape).round()  # with ties
     x.flatten()[5] = float("nan")
     torch.testing.assert_close(tape.replay([x]), function(x), equal_nan=True)
-    x[..., 1:7, 1:] = -float("inf")
-    if padded:
-        x[..., :4] = -float("inf")
+    x[..., 1:7, :3] = -float("inf")
+    if padded:  # there is an entry at the place that would be found, another one
         with pytest.raises(DoesNotHold):
             tape.replay([x])
     else:
