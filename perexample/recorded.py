@@ -77,7 +77,7 @@ class RecordedStep:
 
     Raises:
         ConfigurationError: If the step cannot be recorded: sizes that depend on values (packed sequences, ids that are
-            left out, masks as indices), or parameters in shards.
+            left out, masks as indices), random numbers of a generator of its own, or parameters in shards.
         LossError: If ``losses`` returns something else.
 
     Example:
