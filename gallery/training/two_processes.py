@@ -24,8 +24,8 @@ from torch.utils.data import TensorDataset
 from perexample.privacy import Processes, make_private
 
 
-def train(noise_seed: int = 1) -> tuple[nn.Module, dict[str, Any]]:
-    """The same lines for one process and for several; the seeds are there for the comparison only."""
+def train() -> tuple[nn.Module, dict[str, Any]]:
+    """The same lines for one process and for several; the seed of the batches is there for the comparison only."""
     data, model = load_data(), make_model("cnn", seed=0)  # equal parameters everywhere, as the first step checks
     private = make_private(
         model,
@@ -40,7 +40,6 @@ def train(noise_seed: int = 1) -> tuple[nn.Module, dict[str, Any]]:
         max_norm=1.0,
         strategy="model",
         sampling_generator=torch.Generator().manual_seed(0),
-        noise_generator=torch.Generator().manual_seed(noise_seed),
     )
     pieces: list[list[int]] = [[]]  # sizes, for each step
     curve = [accuracy(model, data.x_test, data.y_test)]
@@ -48,7 +47,11 @@ def train(noise_seed: int = 1) -> tuple[nn.Module, dict[str, Any]]:
         with private:
             F.cross_entropy(model(x), y).backward()
         pieces[-1].append(len(x))
+        if not private.steps:
+            sums = torch.cat([p.clipped_sum.flatten().double() for p in model.parameters()])  # of this process
         if private.step():
+            if len(pieces) == 1:
+                released = 300 * torch.cat([p.grad.flatten().double() for p in model.parameters()])
             pieces.append([])
             curve.append(accuracy(model, data.x_test, data.y_test))
     return model, {
@@ -56,6 +59,8 @@ def train(noise_seed: int = 1) -> tuple[nn.Module, dict[str, Any]]:
         "accuracy": curve,
         "epsilon": private.epsilon(),
         "noise_multiplier": private.noise_multiplier,
+        "sums": sums.tolist(),  # of the first step, and what was released of it
+        "released": released.tolist(),
     }
 
 
@@ -73,8 +78,6 @@ def main(folder: Path) -> None:
     report |= {"rank": processes.rank, "processes": processes.size, "seconds": time.perf_counter() - started}
     report["checksum"] = checksum(model)
     (folder / f"rank{processes.rank}.json").write_text(json.dumps(report))
-    if processes.rank == 0:
-        torch.save(model.state_dict(), folder / "model.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 
