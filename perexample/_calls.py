@@ -124,6 +124,11 @@ def form_of(slot: Slot, forms: Sequence[Form]) -> Form:
     return forms[slot.number] if slot.tensor is None else Form(slot.tensor.shape, slot.tensor.dtype)
 
 
+def any_of(numbers: Any) -> bool:
+    """Whether a number, or one of several, is not 0."""
+    return any(numbers) if isinstance(numbers, (list, tuple)) else bool(numbers)
+
+
 def memory_of(t: Tensor) -> int:
     """Where a tensor lies; 0 if that cannot be told."""
     return t.untyped_storage().data_ptr() if t.layout is torch.strided else 0

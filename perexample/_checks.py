@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ._calls import Call, Form, Slot, form_of
+from ._calls import Call, Form, Slot, any_of, form_of
 
 _aten = torch.ops.aten
 _CHECKS = {"_assert_async", "_linalg_check_errors"}
@@ -81,7 +81,7 @@ def checks_of(call: Call, forms: Sequence[Form]) -> Iterator[Check]:
         if isinstance(chances := given.get("p", given["self"]), Slot):
             yield Check(chances, _aten.ge.Scalar, 0)
             yield Check(chances, _aten.le.Scalar, 1)
-    elif call.name in ("max_pool2d_with_indices", "max_pool3d_with_indices") and _any(given["padding"]):
+    elif call.name in ("max_pool2d_with_indices", "max_pool3d_with_indices") and any_of(given["padding"]):
         # Where a window has nothing else the entry that is found may be one of the padding.
         of = forms[call.results[0]].dtype
         least = -math.inf if of.is_floating_point else torch.iinfo(of).min
@@ -97,10 +97,6 @@ def divisors_of(call: Call, forms: Sequence[Form]) -> Iterator[Divisors]:
     whole = not any(_is_real(given.get(name), forms) for name in ("self", "other"))
     if whole and isinstance(other, Slot) and not other.lasting:
         yield Divisors(other)
-
-
-def _any(numbers: Any) -> bool:
-    return any(numbers) if isinstance(numbers, (list, tuple)) else bool(numbers)
 
 
 def _is_real(value: Any, forms: Sequence[Form]) -> bool:

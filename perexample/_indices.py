@@ -13,18 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ._calls import Call, Form, Slot, form_of, is_view, slots_of
+from ._calls import Call, Form, Slot, any_of, form_of, is_view, slots_of
 
 _aten = torch.ops.aten
 _MASKS = torch.bool, torch.uint8
-# What takes integers for numbers beside pointwise functions, reductions and views.
+# What takes integers for numbers beside pointwise functions, reductions and views, or indices of a forward's own.
 _NO_INDICES = {
     "_to_copy", "_unsafe_view", "addmm", "argmax", "argmin", "argsort", "baddbmm", "bmm", "bucketize", "cat",
     "constant_pad_nd", "copy", "cumprod", "cumsum", "empty_like", "fill", "flip", "floor_divide", "full_like",
-    "isin", "kthvalue", "mm", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like",
-    "rand_like", "randint_like", "randn_like", "repeat", "roll", "rot90", "searchsorted", "sort", "stack", "topk",
-    "tril", "triu", "zero", "zeros_like",
+    "isin", "kthvalue", "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "mm", "new_empty",
+    "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like",
+    "randn_like", "repeat", "roll", "rot90", "searchsorted", "sort", "stack", "topk", "tril", "triu", "zero",
+    "zeros_like",
 }  # fmt: skip
+_POOLS = "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _known(call: Call, forms: Sequence[Form]) -> Iterator[Indices]:
     elif name.startswith("nll_loss"):
         shape = shape_of("self")
         yield Indices(given["target"], shape[1 if len(shape) > 1 else 0], ignored=given["ignore_index"])
-    elif name in ("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward"):
+    elif name in _POOLS and any_of(given["padding"]):  # where the entry that is found may be one of the padding
         yield Indices(given["indices"], math.prod(shape_of("self")[-3 if "3d" in name else -2 :]))
     elif name in ("take", "put"):
         yield Indices(given["index"], math.prod(shape_of("self")), wraps=True)
