@@ -301,7 +301,9 @@ def privatize(
             ``step`` and ``zero_grad`` do nothing until the last piece of a batch.
         ledger: Where steps are written down; by default a new `Ledger`, see ``optimizer.ledger``.
         generator: Source of the noise. By default one seeded by the operating system that ``torch.manual_seed`` does
-            not touch. A generator of your own makes noise repeatable, and with it the privacy void if it is known.
+            not touch. A generator of your own makes noise repeatable, and with it the privacy void if it is known. If
+            the sampler has one too, the noise is bound to the sums, to the last bit: the same sums have the same noise,
+            others (of another learning rate, or rounded otherwise, as in other pieces) have other noise.
         noise: ``"torch"``, or ``"os"`` for the operating system's cryptographic source; see `Noise`.
         processes: The processes of ``torch.distributed`` that train together; by default all, where a process group
             is initialised. Sums are added up over them, and noise is added once.

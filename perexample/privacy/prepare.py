@@ -90,7 +90,7 @@ def make_private(
         ledger: A file that every step is written to before it is taken, or a `Ledger`.
         noise: ``"torch"``, or ``"os"`` for the operating system's cryptographic source.
         sampling_generator: Makes the batches repeatable, for tests.
-        noise_generator: Makes the noise repeatable, for tests.
+        noise_generator: Makes the noise repeatable, for tests; with both, beside the same sums to the last bit.
         processes: As in ``privatize``.
         loader_options: Others of ``DataLoader``, such as ``num_workers``.
 
