@@ -82,8 +82,7 @@ assert [a + b for a, b in zip(*shares, strict=True)] == batches
 sums = torch.tensor(ranks[0]["sums"]) + torch.tensor(ranks[1]["sums"])
 size = ((torch.tensor(ranks[0]["released"]) - sums).std() / multiplier).item()
 one = torch.tensor(report["released"]) - torch.tensor(report["sums"])
-print(f"noise of {len(sums)} numbers, in units of noise_multiplier C: two processes {size:.2f}, "
-      f"one process {(one.std() / multiplier).item():.2f}")  # fmt: skip
+print(f"noise, in units of noise_multiplier C: two processes {size:.2f}, one {(one.std() / multiplier).item():.2f}")
 assert ranks[0]["released"] == ranks[1]["released"]
 assert abs(size - 1) < 0.1
 torch.testing.assert_close(sums, torch.tensor(report["sums"]), rtol=1e-3, atol=1e-3)
