@@ -78,6 +78,17 @@ def test_losses_of_one_shape_are_taken(name):
         assert model.linear.weight.grad_batch.shape == (n, 1, 4)
 
 
+def test_a_hook_in_the_context_hides_nothing():
+    """It may keep a loss from being differentiated twice, which is not done here."""
+    model = extend(nn.Linear(4, 1))
+    with perex(BatchGrad()):
+        z = model(torch.randn(N, 4))
+        z.retain_grad()
+        loss = (z - torch.rand(N)).square().mean()
+        with pytest.raises(CrossExampleError, match="with something of another shape"):
+            loss.backward()
+
+
 def to_a_grid(z, y):
     return (z - torch.arange(5.0)).square().mean()
 

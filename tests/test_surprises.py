@@ -1354,6 +1354,15 @@ class Sorted(nn.Module):
         return self.out(together.view_as(x).mean(1))
 
 
+def as_each_alone(model, x):
+    """Rows are the gradients of each example by itself."""
+    for i in range(len(x)):
+        for name, p in model.named_parameters():
+            own = torch.autograd.grad(square(model, x[i : i + 1]), p, allow_unused=True)[0]
+            wanted = torch.zeros_like(p) if own is None else own
+            torch.testing.assert_close(p.grad_batch[i], wanted, msg=name)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("k", [1, 2])
 def test_experts_by_sorting(n, k):
@@ -1361,11 +1370,7 @@ def test_experts_by_sorting(n, k):
     model, x = extend(Sorted(k).double()), torch.randn(n, 7, 6).double()
     with perex(BatchGrad()):
         square(model, x).backward()
-    for i in range(n):
-        for name, p in model.named_parameters():
-            own = torch.autograd.grad(square(model, x[i : i + 1]), p, allow_unused=True)[0]
-            wanted = torch.zeros_like(p) if own is None else own
-            torch.testing.assert_close(p.grad_batch[i], wanted, msg=name)
+    as_each_alone(model, x)
 
 
 def by_where(out, x, chosen, expert):
@@ -1430,11 +1435,7 @@ def test_experts_that_add_in_place(route, n, length, experts):
     model, x = extend(Routed(route, experts).double()), torch.randn(n, length, 6).double()
     with perex(BatchGrad()):
         square(model, x).backward()
-    for i in range(n):
-        for name, p in model.named_parameters():
-            own = torch.autograd.grad(square(model, x[i : i + 1]), p, allow_unused=True)[0]
-            wanted = torch.zeros_like(p) if own is None else own
-            torch.testing.assert_close(p.grad_batch[i], wanted, msg=name)
+    as_each_alone(model, x)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from ..methods import Choice
 from ..rule import Call, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
 from .between import check_between
+from .broadcasts import check_broadcasts
 from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .joins import check_joins
@@ -122,8 +123,10 @@ class Backward:
             check_divisors(self.found, self.n)
         if self.joint and not mean:
             refuse_means(loss, self.n, loss_scale)
+        model = next((tap.record.root() for tap in self.found.taps), None)
         if self.n:
-            check_shares(loss, self.n, next((tap.record.root() for tap in self.found.taps), None), mean=mean)
+            check_shares(loss, self.n, model, mean=mean)
+        check_broadcasts(loss, self.n, model)
         check_between(self.found, self.n)
         check_joins(loss, self.found, self.n)
         check_couplings(loss, self.found, self.n)

@@ -9,26 +9,22 @@ where K is N.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, ones_for
+from .._private import ones_for
 from ..errors import CrossExampleError
 from ..place import Place
-from .joins import EACH, kind_of, nearest_taps, shape_of
+from .graph import EACH, Near, Seldom, kind_of, live_taps, nodes_to_taps, shape_of
 from .state import STATE
-from .tap import KEY, Tap
 from .walk import Walk
 
-_MOST = 4096  # nodes, and forms that are remembered
+_MOST = 4096  # nodes
 _FEW = 2**22  # entries of the largest tensor that is differentiated
-_SEEN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
-
-Near = tuple[GradientEdge, Tap, int]
+_SEEN = Seldom()
 
 
 def check_between(found: Walk, n: int) -> None:
@@ -45,8 +41,9 @@ def check_between(found: Walk, n: int) -> None:
         return
     for record in {tap.record: None for tap in found.taps}:
         for edge, place in record.given:
-            nodes, near = _way(edge, found)
-            if not near or not _is_doubtful(nodes, place, near) or not _is_due(record.root(), nodes, n):
+            near = live_taps(edge, found)
+            nodes = nodes_to_taps(edge) if near else []
+            if not near or not _is_doubtful(nodes, place, near) or not _SEEN.is_due(record.root(), _form(nodes, n)):
                 continue
             if any(_meet(edge, place, near, bit, side) for bit in range((n - 1).bit_length()) for side in (0, 1)):
                 shape, first = list(shape_of(edge.node, edge.output_nr) or ()), near[0][1].record.root_name
@@ -56,19 +53,6 @@ def check_between(found: Walk, n: int) -> None:
                     f"to another axis. Let example n be entry n on that axis, or join the two in one model, in which "
                     f"it is followed."
                 )
-
-
-def _way(edge: GradientEdge, found: Walk) -> tuple[list[Node], list[Near]]:
-    """The nodes between an input of a model and the nearest live taps, and these."""
-    near = [(at, tap, index) for at, tap, index in nearest_taps(edge) if index in found.taps.get(tap, ())]
-    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)] if near else []
-    seen: dict[Node, None] = {}
-    while stack:
-        node, number = stack.pop()
-        if node is not None and node not in seen and number not in metadata(node).get(KEY, {}):
-            seen[node] = None
-            stack += node.next_functions
-    return list(seen), near
 
 
 def _is_doubtful(nodes: Sequence[Node], place: Place, near: Sequence[Near]) -> bool:
@@ -88,17 +72,9 @@ def _of_each_entry(node: Node) -> bool:
     return kind_of(node) in EACH and shapes <= {shape_of(node, 0)}
 
 
-def _is_due(model: nn.Module | None, nodes: Sequence[Node], n: int) -> bool:
-    """Whether it is the first, second, fourth, ... input of a form."""
-    if model is None:
-        return True
+def _form(nodes: Sequence[Node], n: int) -> int:
     shapes = [shape_of(node, 0) or () for node in nodes]
-    form = hash(tuple((node.name(), *(size % n for size in shape)) for node, shape in zip(nodes, shapes, strict=True)))
-    seen = _SEEN.setdefault(model, {})
-    if len(seen) >= _MOST:
-        seen.clear()
-    count = seen[form] = seen.get(form, 0) + 1
-    return count & (count - 1) == 0
+    return hash(tuple((node.name(), *(size % n for size in shape)) for node, shape in zip(nodes, shapes, strict=True)))
 
 
 def _meet(edge: GradientEdge, place: Place, near: Sequence[Near], bit: int, side: int) -> bool:

@@ -11,16 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata
 from ..errors import CrossExampleError
-from .joins import EACH, kind_of, shape_of
+from .graph import EACH, kind_of, nodes_to_taps, shape_of
 from .kinds import names
-from .tap import KEY, RETURNED
 
 _COMPARES = names("MseLoss SmoothL1Loss HuberLoss")  # of what they have expanded to one shape
-_MOST = 4096  # nodes that are looked at
 # Sizes that are no number of examples, as batches of others had them in the same operation.
 _CONSTANT: WeakKeyDictionary[nn.Module, set[tuple[str, int]]] = WeakKeyDictionary()
 
@@ -36,8 +33,11 @@ def check_broadcasts(loss: Tensor, n: int, model: nn.Module | None) -> None:
     Raises:
         CrossExampleError: If outputs of one shape became such of two axes of examples, beside a constant.
     """
+    if n < 2 or loss.grad_fn is None:
+        return
     known = set() if model is None else _CONSTANT.setdefault(model, set())
-    for node, before, after in _grown(_nodes(loss)):
+    nodes = nodes_to_taps(GradientEdge(loss.grad_fn, loss.output_nr), behind_models=True)
+    for node, before, after in _grown(nodes):
         sizes = {size for size, was in zip(after, _padded(before, len(after)), strict=True) if size != was}
         twice = {size for size in sizes if size % n == 0 and size in before and (node.name(), size) not in known}
         if not twice:
@@ -49,21 +49,6 @@ def check_broadcasts(loss: Tensor, n: int, model: nn.Module | None) -> None:
             f"Give both the same shape, as by targets.unsqueeze(1). Where these {min(twice)} numbers are the same for "
             f"all examples, repeat the outputs for each of them: outputs.repeat(...)."
         )
-
-
-def _nodes(loss: Tensor) -> list[Node]:
-    """The nodes between the loss and what the forward has returned, in which all is known, or the nearest taps."""
-    stack: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
-    seen: dict[Node, None] = {}  # in order
-    while stack and len(seen) < _MOST:
-        node, number = stack.pop()
-        if node is None or node in seen:
-            continue
-        notes = metadata(node)
-        if number not in notes.get(KEY, {}) and number not in notes.get(RETURNED, ()):
-            seen[node] = None
-            stack += node.next_functions
-    return list(seen)
 
 
 def _grown(nodes: Sequence[Node]) -> Iterator[tuple[Node, torch.Size, torch.Size]]:

@@ -15,20 +15,19 @@ losses do.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, ones_for, options_of
+from .._private import ones_for, options_of
 from ..errors import CrossExampleError
-from .broadcasts import check_broadcasts
-from .joins import EACH, dims_of, examples_of, kind_of, nearest_taps, shape_of
+from ..place import Place
+from .graph import EACH, Near, Seldom, dims_of, kind_of, live_taps, nearest_taps, nodes_to_taps, shape_of
+from .joins import examples_of
 from .kinds import names
 from .state import STATE
-from .tap import KEY, Tap
 from .walk import Walk
 
 _LOSSES = names(  # of each entry or row, and then a sum over everything, or none
@@ -63,9 +62,7 @@ _MOST = 4096  # nodes, and forms that are remembered
 _SMALL = 8  # numbers below are axes and the like; larger ones are sizes, which differ from batch to batch
 _AXES = 3  # up to which a number that N divides may well be an axis
 # How many backwards of a model there were of each form in which examples may have met.
-_SEEN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
-
-Near = tuple[GradientEdge, Tap, int]
+_SEEN = Seldom()
 
 
 def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
@@ -84,19 +81,19 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2 or STATE.once or STATE.opened is None:
         return
-    nodes, by_rows = _nodes(loss)
-    model = next((tap.record.root() for tap in found.taps), None)
-    check_broadcasts(loss, n, model)
+    assert loss.grad_fn is not None
+    edge = GradientEdge(loss.grad_fn, loss.output_nr)
+    nodes, by_rows = nodes_to_taps(edge), all(_is_by_rows(tap.places[index]) for _, tap, index in nearest_taps(edge))
     places = [node for node in nodes if not _apart(node, n)] if len(nodes) <= _MOST else []
-    taps = _nearest(loss, found) if places or not by_rows else []
+    taps = live_taps(edge, found) if places or not by_rows else []
     if not taps or any(tap.record.opened is not STATE.opened for tap in found.taps):
         return
     form = hash(frozenset(_with_inputs(node, n) for node in nodes))  # of a loop over the examples one of each kind
-    seen = {} if model is None else _SEEN.setdefault(model, {})
-    if not _is_due(form, seen) or not _can_be_differentiated(nodes, taps, loss):
+    model = taps[0][1].record.root()
+    if not _SEEN.is_due(model, form) or not _can_be_differentiated(nodes, taps, loss):
         return
     if _couples(loss, taps, n) or (places and _meet_at_kinks(nodes, loss, taps, found, n)):
-        seen.pop(form, None)  # it is due the next time too
+        _SEEN.forget(model, form)
         where = f", for which {places[-1].name()} is a likely place" if places else ""
         raise CrossExampleError(
             f"The loss couples examples: the gradient of one changes with the outputs of others{where}, so none has a "
@@ -106,32 +103,9 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
         )
 
 
-def _is_due(form: int, seen: dict[int, int]) -> bool:
-    """Whether it is the first, second, fourth, ... loss of a form."""
-    if len(seen) >= _MOST:
-        seen.clear()
-    count = seen[form] = seen.get(form, 0) + 1
-    return count & (count - 1) == 0
-
-
-def _nodes(loss: Tensor) -> tuple[list[Node], bool]:
-    """The nodes between the loss and the nearest taps, and whether all of these have the examples on the first axis."""
-    stack: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
-    seen: dict[Node, None] = {}  # in order
-    by_rows = True
-    while stack:
-        node, number = stack.pop()
-        if node is None:
-            continue
-        tapped = metadata(node).get(KEY, {}).get(number)
-        if tapped is not None:
-            place = tapped[0].places[tapped[1]]
-            by_rows &= place.axis == 0 and place.outer == 1 and place.space.owner is None
-            continue
-        if node not in seen:
-            seen[node] = None
-            stack += node.next_functions
-    return list(seen), by_rows
+def _is_by_rows(place: Place) -> bool:
+    """Whether a place has the examples one after another on the first axis."""
+    return place.axis == 0 and place.outer == 1 and place.space.owner is None
 
 
 def _apart(node: Node, n: int) -> bool:
@@ -175,14 +149,6 @@ def _form(node: Node, n: int) -> Any:
     given = tuple(before is not None for before, _ in node.next_functions)
     some = given if len(given) < _SMALL else frozenset(given)  # of a loop over the examples there are N
     return node.name(), relative(shape_of(node, 0)), some, relative(options_of(node))
-
-
-def _nearest(loss: Tensor, found: Walk) -> list[Near]:
-    """The live taps that are reached first."""
-    node = loss.grad_fn
-    assert node is not None
-    near = nearest_taps(GradientEdge(node, loss.output_nr))
-    return [(edge, tap, index) for edge, tap, index in near if index in found.taps.get(tap, ())]
 
 
 def _can_be_differentiated(nodes: list[Node], taps: list[Near], loss: Tensor) -> bool:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import is_python_number, loss_reduction_of, metadata, ones_for, output_shapes, saved
+from .._private import is_python_number, loss_reduction_of, metadata, ones_for, saved
 from ..errors import LossError
 from ..place import Place
+from .graph import kind_of, nearest_taps, shape_of
 from .kinds import names
-from .tap import KEY, Tap
+from .tap import KEY
 from .walk import Walk
 
 _BENT = names(
@@ -27,13 +28,6 @@ _BENT = names(
     "ClampMin ClampMax Maximum Minimum LeakyRelu Elu Gelu Silu Hardtanh Threshold Sin Cos Tan Asin Acos Atan Atan2 "
     "Sinh Cosh Erf Erfc Logsumexp Logaddexp Logaddexp2 Xlogy Softmax LogSoftmax Norm LinalgVectorNorm Dist Std Var "
     "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
-)
-EACH = names(  # graph nodes of functions of each entry
-    "Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Abs Sign Sigmoid "
-    "Tanh Relu LeakyRelu Elu Gelu Silu Mish Softplus LogSigmoid Hardtanh Hardsigmoid Hardswish Clamp ClampMin ClampMax "
-    "Maximum Minimum Where MaskedFill Erf Sin Cos Tan Atan Asin Acos Sinh Cosh Xlogy Xlog1Py Lerp Addcmul Addcdiv "
-    "Lgamma Digamma Copy ToCopy Clone Alias NativeDropout Fmod Remainder Trunc Round Floor Ceil NanToNum "
-    "Atan2 Hypot Logaddexp Logaddexp2 Copysign"
 )
 _CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
 _VIEWS = names("View UnsafeView Reshape Flatten Unflatten Squeeze Unsqueeze")
@@ -68,11 +62,6 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
             )
 
 
-def kind_of(node: Node) -> str:
-    """The operation that a graph node differentiates, without the number of its variant."""
-    return node.name().partition("Backward")[0]
-
-
 def _single_numbers(loss: Tensor) -> Iterator[Node]:
     """The nodes between the loss and the last tensors of more than one entry, not beyond taps; the nearest first."""
     waiting: deque[tuple[Node | None, int]] = deque([(loss.grad_fn, loss.output_nr)])
@@ -85,23 +74,6 @@ def _single_numbers(loss: Tensor) -> Iterator[Node]:
         if _entries(node, number) == 1 or _beside_each_other(node) is not None:
             yield node
             waiting.extend(node.next_functions)
-
-
-def shape_of(node: Node | None, number: int) -> torch.Size | None:
-    """Shape of a tensor, as far as the graph tells it."""
-    shapes = [] if node is None else output_shapes(node)
-    return shapes[number] if number < len(shapes) else None
-
-
-def dims_of(node: Node, axes: int) -> set[int]:
-    """The axes that an operation goes along; all of them if it does not tell."""
-    dims = saved(node, "dim")
-    if dims is None and kind_of(node) == "Transpose":
-        dims = saved(node, "dim0"), saved(node, "dim1")
-    if dims is None or dims == ():
-        return set(range(axes))
-    wrapped = [dims] if isinstance(dims, int) else dims
-    return {(d - 2**64 if d >= 2**63 else d) % axes for d in wrapped}
 
 
 def _entries(node: Node | None, number: int) -> int:
@@ -255,20 +227,3 @@ def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) 
             rows = (place.rows_first(tap.in_shape(index, g)) != 0).unsqueeze(-1).flatten(1).any(1)
             owners.update(place.space.owners(rows.device)[rows].tolist())
     return len(owners - {-1})
-
-
-def nearest_taps(edge: GradientEdge) -> Iterator[tuple[GradientEdge, Tap, int]]:
-    """The taps that are reached first."""
-    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
-    seen: set[tuple[Node, int]] = set()
-    while stack:
-        node, number = stack.pop()
-        if node is None or (node, number) in seen:
-            continue
-        seen.add((node, number))
-        tapped = metadata(node).get(KEY, {})
-        if number in tapped:
-            tap, index = tapped[number]
-            yield GradientEdge(node, number), tap, index
-        else:
-            stack.extend(node.next_functions)

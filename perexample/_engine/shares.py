@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 
 from .._private import is_python_number, loss_reduction_of, metadata, saved
 from ..errors import LossError
-from .joins import dims_of, kind_of, shape_of
+from .graph import dims_of, kind_of, shape_of
 from .kinds import names
 from .tap import KEY
 

@@ -1,0 +1,116 @@
+"""What autograd's graph between the loss and the taps tells: its nodes, their kinds, shapes and axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, Node
+
+from .._private import metadata, output_shapes, saved
+from .kinds import names
+from .tap import KEY, RETURNED, Tap
+from .walk import Walk
+
+EACH = names(  # nodes of functions of each entry
+    "Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Abs Sign Sigmoid "
+    "Tanh Relu LeakyRelu Elu Gelu Silu Mish Softplus LogSigmoid Hardtanh Hardsigmoid Hardswish Clamp ClampMin ClampMax "
+    "Maximum Minimum Where MaskedFill Erf Sin Cos Tan Atan Asin Acos Sinh Cosh Xlogy Xlog1Py Lerp Addcmul Addcdiv "
+    "Lgamma Digamma Copy ToCopy Clone Alias NativeDropout Fmod Remainder Trunc Round Floor Ceil NanToNum "
+    "Atan2 Hypot Logaddexp Logaddexp2 Copysign"
+)
+_MOST = 4096  # forms that are remembered
+
+Near = tuple[GradientEdge, Tap, int]  # an edge at which a tap is, and which of its outputs that is
+
+
+def kind_of(node: Node) -> str:
+    """The operation that a graph node differentiates, without the number of its variant."""
+    return node.name().partition("Backward")[0]
+
+
+def shape_of(node: Node | None, number: int) -> torch.Size | None:
+    """Shape of a tensor, as far as the graph tells it."""
+    shapes = [] if node is None else output_shapes(node)
+    return shapes[number] if number < len(shapes) else None
+
+
+def dims_of(node: Node, axes: int) -> set[int]:
+    """The axes that an operation goes along; all of them if it does not tell."""
+    dims = saved(node, "dim")
+    if dims is None and kind_of(node) == "Transpose":
+        dims = saved(node, "dim0"), saved(node, "dim1")
+    if dims is None or dims == ():
+        return set(range(axes))
+    wrapped = [dims] if isinstance(dims, int) else dims
+    return {(d - 2**64 if d >= 2**63 else d) % axes for d in wrapped}
+
+
+def nearest_taps(edge: GradientEdge) -> Iterator[Near]:
+    """The taps that are reached first."""
+    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
+    seen: set[tuple[Node, int]] = set()
+    while stack:
+        node, number = stack.pop()
+        if node is None or (node, number) in seen:
+            continue
+        seen.add((node, number))
+        tapped = metadata(node).get(KEY, {})
+        if number in tapped:
+            tap, index = tapped[number]
+            yield GradientEdge(node, number), tap, index
+        else:
+            stack.extend(node.next_functions)
+
+
+def live_taps(edge: GradientEdge, found: Walk) -> list[Near]:
+    """Those of them that the loss depends on."""
+    return [(at, tap, index) for at, tap, index in nearest_taps(edge) if index in found.taps.get(tap, ())]
+
+
+def nodes_to_taps(edge: GradientEdge, *, behind_models: bool = False) -> list[Node]:
+    """The nodes between a tensor and the nearest taps.
+
+    Args:
+        edge: Of the tensor.
+        behind_models: Only those that are behind what a forward has returned, in which all is known.
+
+    Returns:
+        The nodes, in an order that is the same for the same graph.
+    """
+    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
+    seen: dict[Node, None] = {}
+    while stack:
+        node, number = stack.pop()
+        if node is None or node in seen:
+            continue
+        notes = metadata(node)
+        if number in notes.get(KEY, {}) or (behind_models and number in notes.get(RETURNED, ())):
+            continue
+        seen[node] = None
+        stack += node.next_functions
+    return list(seen)
+
+
+class Seldom:
+    """Counts forms of what is to be looked at ever more seldom, for each model."""
+
+    def __init__(self) -> None:
+        self._counts: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+
+    def is_due(self, model: nn.Module | None, form: int) -> bool:
+        """Whether it is the first, second, fourth, ... of a form; always, if nothing can be remembered."""
+        if model is None:
+            return True
+        counts = self._counts.setdefault(model, {})
+        if len(counts) >= _MOST:
+            counts.clear()
+        count = counts[form] = counts.get(form, 0) + 1
+        return count & (count - 1) == 0
+
+    def forget(self, model: nn.Module | None, form: int) -> None:
+        """It is due the next time too."""
+        if model is not None:
+            self._counts.get(model, {}).pop(form, None)
