@@ -27,6 +27,9 @@ from .model import extend
 class CheckRow:
     """What was found for one parameter.
 
+    Errors are relative to the parameter's largest value, or to 1e-4 of the largest of the whole model where that is
+    more: a gradient that is zero in theory is not zero, but rounded.
+
     Attributes:
         parameter: Its name.
         shape: Its shape.
@@ -122,6 +125,9 @@ _WAYS: dict[str, Callable[[ParameterView], Tensor]] = {
 }
 
 
+_ROUNDED = 1e-4  # of the model's largest gradient; smaller ones may be rounding, which the tolerance is far above
+
+
 def _weights(n: int) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.float64) / n
 
@@ -180,8 +186,9 @@ def check(
         if max(moved.values()) <= tolerance:
             raise
         wanted = {name: torch.full_like(gradients, torch.nan) for name, gradients in found.items()}
+    least = _least(wanted)
     rows = [
-        _compare(name, wanted[name], found[name], {way: of[name] for way, of in others.items()}, moved[name])
+        _compare(name, wanted[name], found[name], {way: of[name] for way, of in others.items()}, moved[name], least)
         for name in wanted
     ]
     report = CheckReport(rows, tolerance, notes)
@@ -284,12 +291,12 @@ def _moved(
     model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int, reduction: str, found: dict[str, Any]
 ) -> dict[str, float]:
     """Exchange one example after the other (up to 8) for its neighbour, and see what else moves."""
-    moved = dict.fromkeys(found, 0.0)
+    moved, least = dict.fromkeys(found, 0.0), _least(found)
     for j in range(0, n, max(1, n // 8)):
         other = tuple(map_tensors(partial(_exchanged, j=j), part) for part in batch)
         for name, gradients in _measured(model, loss_fn, other, reduction).items():
             rest = torch.arange(n) != j
-            moved[name] = max(moved[name], _relative(gradients[rest], found[name][rest]))
+            moved[name] = max(moved[name], _relative(gradients[rest], found[name][rest], least))
     return moved
 
 
@@ -299,24 +306,38 @@ def _exchanged(t: Tensor, j: int) -> Tensor:
     return t
 
 
-def _compare(name: str, wanted: Tensor, gradients: Tensor, others: Mapping[str, Tensor], moved: float) -> CheckRow:
+def _compare(
+    name: str, wanted: Tensor, gradients: Tensor, others: Mapping[str, Tensor], moved: float, least: float
+) -> CheckRow:
     total = torch.tensordot(_weights(len(wanted)).to(wanted.device), wanted, dims=1)
     rows = wanted.reshape(len(wanted), -1)
     return CheckRow(
         parameter=name,
         shape=tuple(wanted.shape[1:]),
-        gradient=_relative(gradients, wanted),
-        norm=_relative(others["batch_l2"], rows.square().sum(1)),
-        weighted_sum=max(_relative(others[way], total) for way in ("weighted_sum", "sum after norms")),
-        batch_dot=_relative(others["batch_dot"], rows @ rows.T),
+        gradient=_relative(gradients, wanted, least),
+        norm=_relative(others["batch_l2"], rows.square().sum(1), least**2),
+        weighted_sum=max(_relative(others[way], total, least) for way in ("weighted_sum", "sum after norms")),
+        batch_dot=_relative(others["batch_dot"], rows @ rows.T, least**2),
         independence=moved,
     )
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def _least(gradients: Mapping[str, Tensor]) -> float:
+    """What gradients are compared with at least, as rounding is all there is to some.
+
+    The bias of a key in attention has such ones, and one before a normalisation.
+
+    Returns:
+        The size of a gradient that may be rounding, as the others of the model tell.
+    """
+    largest = [t.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for t in gradients.values() if t.numel()]
+    return _ROUNDED * max(largest, default=0.0)
+
+
+def _relative(found: Tensor, wanted: Tensor, least: float) -> float:
     """Largest difference over the largest value wanted."""
     if not wanted.numel():
         return 0.0
-    scale = wanted.abs().max().item()
+    scale = max(wanted.abs().max().item(), least)
     difference = (found - wanted).abs().max().item()
     return difference if scale == 0 else difference / scale

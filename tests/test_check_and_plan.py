@@ -65,6 +65,49 @@ def test_a_wrong_rule_fails_by_name(registry):
     assert [row.parameter for row in failure.value.report.wrong] == ["0.gain"]
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)).mean(1)
+
+
+def _normalised():
+    return nn.Sequential(nn.Conv1d(6, 4, 3), nn.GroupNorm(4, 4), nn.Flatten(), nn.Linear(24, 2))
+
+
+@pytest.mark.parametrize(("make", "name"), [(Attention, "key.bias"), (_normalised, "0.bias")])
+def test_a_gradient_that_is_zero_but_for_rounding_passes(make, name):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(4, 6, 8)
+    report = check(model, nn.MSELoss(), x, torch.randn_like(model(x)))
+    [row] = [row for row in report.rows if row.parameter == name]
+    assert row.error < 1e-10
+
+
+def test_a_wrong_rule_of_small_gradients_fails(registry):
+    @register_rule(Gain)
+    class Wrong(Rule):
+        def grad_batch(self, call, g):
+            return {"gain": 2 * g * call.x}
+
+    def loss(out, y):
+        return (1e-5 * out[0] + out[1] - y).square().mean()
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small, self.large = Gain(), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.small(x), self.large(x)
+
+    with pytest.raises(CheckFailedError, match=r"at `small\.gain`:"):
+        check(Both(), loss, torch.randn(4, 3), torch.randn(4, 3))
+
+
 @pytest.mark.parametrize("quantity", ["batch_l2", "weighted_sum"])
 def test_a_wrong_fast_path_fails(registry, quantity):
     class Wrong(Rule):
