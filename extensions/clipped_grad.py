@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from perexample._arguments import positive
+from perexample._arguments import is_word, positive, shown
 from perexample._looks import holds
 from perexample._private import added_up, version
 from perexample.errors import ConfigurationError, ExtensionError, NonFiniteExampleWarning, StaleGradientError
@@ -111,10 +111,10 @@ class ClippedGrad(Extension):
             self.max_norm: float | dict[str, float] = {g: positive(f"max_norm[{g!r}]", c) for g, c in max_norm.items()}
         else:
             self.max_norm = positive("max_norm", max_norm)
-        if not isinstance(groups, Mapping) and groups not in ("all", "per-parameter", "per-module"):
+        if not isinstance(groups, Mapping) and not is_word(groups, ("all", "per-parameter", "per-module")):
             raise ConfigurationError(
                 f"groups must be 'all', 'per-parameter', 'per-module', or a mapping from parameter names; "
-                f"not {groups!r}."
+                f"not {shown(groups)}."
             )
         self.clip, self.groups = make_clip(clip), groups
         self.norms: Tensor | None = None
@@ -155,7 +155,7 @@ class ClippedGrad(Extension):
         return known[1] if known is not None and known[0]() is p else None
 
     def _bounds_of(self, names: Iterable[str]) -> dict[str, float]:
-        return {group: self._bound(group) for group in sorted({self._group(name) for name in names})}
+        return {group: self._bound(group) for group in sorted({self._group(name) for name in names}, key=str)}
 
     def sensitivity(self) -> float:
         """Bound on what one example adds to all clipped sums together: ``sqrt(sum over groups of C_g^2)``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +45,26 @@ def whole(name: str, value: Any, wanted: str, least: int = 0, most: int = _COUNT
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ConfigurationError(f"{name} must be {wanted}, not {shown(value)}{remedy}.")
     return int(value)
+
+
+def is_word(value: Any, words: Collection[str]) -> bool:
+    """Whether a value is one of some words; an array or a list is none, and is not compared with them."""
+    return isinstance(value, str) and value in words
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, also of numpy; what only has a truth value, as the text ``"False"``, is neither."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise ConfigurationError(f"{name} must be True or False, not {shown(value)}.")
+    return bool(value)
+
+
+def losses_of(name: str, value: Any, returns: str) -> None:
+    """Refuse what is no function that computes losses, such as a class of criteria in place of a criterion."""
+    if isinstance(value, type):
+        raise ConfigurationError(f"{name} is the class {value.__name__}; pass an instance: {value.__name__}().")
+    if not callable(value):
+        raise ConfigurationError(f"{name} must be a function that returns {returns}, not {shown(value)}.")
 
 
 def shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._arguments import flag, losses_of, real, shown
 from ._engine.context import perex
 from ._engine.state import once
 from ._private import named_parameters
@@ -162,7 +163,8 @@ def check(
     Raises:
         CheckFailedError: If a gradient, norm or sum differs from the reference; holds the report.
         CrossExampleError: If examples move each other's gradients, as a mean over the batch makes them.
-        ConfigurationError: If the batch cannot be cut into examples, or the model is random.
+        ConfigurationError: If the batch cannot be cut into examples, the model is random, or an argument has no
+            meaning.
 
     Example:
         >>> from perexample import check
@@ -172,6 +174,10 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"check takes a torch.nn.Module, not {type(model).__name__}.")
+    losses_of("loss_fn", loss_fn, "a scalar loss")
+    tolerance, raises = real("tolerance", tolerance, "a finite number >= 0", lambda x: x >= 0), flag("raises", raises)
+    if named is not None and not isinstance(named, Mapping):
+        raise ConfigurationError(f"named must be a mapping from names of inputs to them, not {shown(named)}.")
     model, notes = _prepared(model)
     by_name = {key: map_tensors(_double, part) for key, part in (named or {}).items()}
     batch = (by_name, *(map_tensors(_double, part) for part in batch))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._arguments import real
+from ._arguments import is_word, real, shown
 from ._looks import blind
 from .errors import ConfigurationError
 
@@ -80,8 +80,9 @@ class Choice:
 
     def __post_init__(self) -> None:
         """Check what users pass."""
-        if self.strategy not in STRATEGIES:
-            raise ConfigurationError(f"strategy must be one of {STRATEGIES}, not {self.strategy!r}.")
+        if not is_word(self.strategy, STRATEGIES):
+            known = ", ".join(map(repr, STRATEGIES))
+            raise ConfigurationError(f"strategy must be one of {known}, not {shown(self.strategy)}.")
         real("room", self.room, "a finite number, 1 or more", lambda x: x >= 1)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ._arguments import shown
+from ._arguments import flag, losses_of, shown
 from ._chance import random_states, set_random_states
 from ._compared import Comparison, Found
 from ._engine.context import perex
@@ -102,9 +102,12 @@ class RecordedStep:
         compiled: bool = False,
     ) -> None:
         """Run the step a few times, record it, and compare."""
-        self.model, self.losses, self.compiled = model, losses, compiled
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"RecordedStep takes a torch.nn.Module, not {type(model).__name__}.")
+        losses_of("losses", losses, "the loss of each example, [N]")
+        self.model, self.losses, self.compiled = model, losses, flag("compiled", compiled)
         self.options: dict[str, Any] = {"strategy": strategy, "room": room}
-        self.extensions = [extensions] if isinstance(extensions, Extension) else list(extensions)
+        self.extensions: list[Extension] = [*extensions] if isinstance(extensions, Sequence) else [extensions]
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values

@@ -21,6 +21,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._arguments import flag
 from ._private import hides, may_be_parametrized, own_parameters, stands_in
 from ._tree import tensors_of
 from .errors import ConfigurationError, PerExampleError, RuleContractError
@@ -466,6 +467,7 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
     """
     if not targets:
         raise ConfigurationError("register_rule needs at least one module class: @register_rule(MyModule).")
+    overwrite = flag("overwrite", overwrite)
     for target in targets:
         if not (isinstance(target, type) and issubclass(target, nn.Module)) and not _is_torch_function(target):
             raise ConfigurationError(

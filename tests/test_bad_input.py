@@ -25,12 +25,15 @@ from perexample import (
     LossError,
     PerExampleError,
     PrivacyBudgetError,
+    RecordedStep,
     StaleGradientError,
     UncoveredParameterError,
     UnsupportedModuleError,
+    check,
     extend,
     perex,
     privatize,
+    register_rule,
 )
 from perexample.extensions import AdaptiveClippedGrad, ClippedGrad
 from perexample.privacy import (
@@ -1079,7 +1082,22 @@ def test_the_table_is_long_enough():
 NAN = float("nan")
 NOT_A_NUMBER = ["x", b"1", [], {}, NAN, float("inf"), -1, True, object(), 1j, int, np.float64(NAN), torch.ones(2)]
 NOT_AN_OBJECT = ["x", 3, 1.5, object(), int, 1j, torch.ones(2)]
-NOT_A_WORD = [3, 1.5, "x", object(), int, [], torch.ones(2)]
+NOT_A_WORD = [3, 1.5, "x", object(), int, [], torch.ones(2), np.ones(2)]
+NOT_A_FLAG = ["False", 0, 1.0, None, [], object(), torch.ones(2), np.ones(2)]
+NOT_A_FUNCTION = ["x", 3, object(), None, [], torch.ones(2), nn.CrossEntropyLoss]
+
+
+def called(function, names, *batch, **wrong):
+    """What takes a model, a function and a batch."""
+    model = extend(linear())
+    arguments = {"model": model, "loss_fn": nn.CrossEntropyLoss()} | wrong
+    if function is RecordedStep:
+        del arguments["loss_fn"]
+        losses = lambda x, y: F.cross_entropy(model(x), y, reduction="none")  # noqa: E731
+        arguments = {"losses": losses, "extensions": ClippedGrad(1.0)} | arguments
+    return function(*(arguments.pop(name) for name in names), *batch, **arguments)
+
+
 GOOD = {
     "make_private": lambda **wrong: private(**wrong),
     "privatize": lambda **wrong: private_sgd(**wrong),
@@ -1111,13 +1129,18 @@ GOOD = {
     "ClippedGrad": lambda **wrong: ClippedGrad(**{"max_norm": 1.0} | wrong),
     "AdaptiveClippedGrad": lambda **wrong: AdaptiveClippedGrad(**{"max_norm": 1.0, "expected_batch_size": 4} | wrong),
     "perex": lambda **wrong: perex(ClippedGrad(1.0), **wrong),
+    "check": lambda **wrong: called(check, ["model", "loss_fn"], *data().tensors, **wrong),
+    "RecordedStep": lambda **wrong: called(RecordedStep, ["model", "losses"], *data().tensors, **wrong),
+    "Private.recorded": lambda **wrong: private().recorded(**{"losses": torch.sum} | wrong),
+    "register_rule": lambda **wrong: register_rule(nn.Hardtanh, **wrong),
 }
 SWEPT = {
     "make_private": {
         "batch_size": NOT_A_NUMBER, "public_size": NOT_A_NUMBER, "steps": NOT_A_NUMBER,
         "max_norm": [x for x in NOT_A_NUMBER if x != {}],
         "noise_multiplier": NOT_A_NUMBER, "target_delta": NOT_A_NUMBER, "physical_batch_size": NOT_A_NUMBER,
-        "accountant": NOT_A_WORD, "noise": NOT_A_WORD, "loss_reduction": NOT_A_WORD, "collate_fn": NOT_AN_OBJECT[:4],
+        "accountant": NOT_A_WORD, "noise": NOT_A_WORD, "loss_reduction": NOT_A_WORD, "strategy": NOT_A_WORD,
+        "collate_fn": NOT_AN_OBJECT[:4],
         "sampling_generator": NOT_AN_OBJECT, "noise_generator": NOT_AN_OBJECT, "processes": NOT_AN_OBJECT,
         "ledger": NOT_AN_OBJECT[1:], "batch_dim": NOT_A_NUMBER,
     },
@@ -1160,8 +1183,17 @@ SWEPT = {
     },
     "perex": {
         "loss_reduction": NOT_A_WORD, "strategy": NOT_A_WORD, "max_memory": NOT_A_NUMBER,
-        "loss_scale": NOT_A_NUMBER, "room": [*NOT_A_NUMBER, 0.5],
+        "loss_scale": NOT_A_NUMBER, "room": [*NOT_A_NUMBER, 0.5], "grad": NOT_A_FLAG,
     },
+    "check": {
+        "loss_fn": NOT_A_FUNCTION, "named": [3, "x", [], torch.ones(2)], "loss_reduction": NOT_A_WORD,
+        "tolerance": NOT_A_NUMBER, "raises": NOT_A_FLAG,
+    },
+    "RecordedStep": {
+        "losses": NOT_A_FUNCTION, "strategy": NOT_A_WORD, "room": [*NOT_A_NUMBER, 0.5], "compiled": NOT_A_FLAG,
+    },
+    "Private.recorded": {"losses": NOT_A_FUNCTION, "compiled": NOT_A_FLAG},
+    "register_rule": {"overwrite": NOT_A_FLAG},
 }  # fmt: skip
 NUMPY: dict[str, dict[str, Any]] = {
     "make_private": {

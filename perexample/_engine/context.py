@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._arguments import positive, real
+from .._arguments import flag, is_word, positive, real, shown
 from .._private import loss_reduction_of, sums_losses, undispatched
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
@@ -75,9 +75,9 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         """Check the arguments; nothing else happens before ``with``."""
         super().__init__()
         _check_extensions(extensions)
-        if loss_reduction not in ("mean", "sum"):
-            raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
-        self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, bool(grad)
+        if not is_word(loss_reduction, ("mean", "sum")):
+            raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {shown(loss_reduction)}.")
+        self.extensions, self.loss_reduction, self.grad = extensions, loss_reduction, flag("grad", grad)
         self._loss_scale, self.max_memory = loss_scale, _checked_memory(max_memory, extensions)
         choice = Choice(strategy, room=_room(room, max_memory))
         self.strategy, self.room = choice.strategy, choice.room

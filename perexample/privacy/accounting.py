@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._arguments import positive, real, whole
+from .._arguments import is_word, positive, real, shown, whole
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -236,8 +236,8 @@ def steps_for(
 
 def _ways(accountant: str, neighbours: str) -> tuple[str, str]:
     for name, value, known in (("accountant", accountant, ACCOUNTANTS), ("neighbours", neighbours, NEIGHBOURS)):
-        if not isinstance(value, str) or value not in known:
-            raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
+        if not is_word(value, known):
+            raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, known))}, not {shown(value)}.")
     if (accountant, neighbours) == ("rdp", "replace"):
         raise ConfigurationError(
             "accountant='rdp' knows no bound for neighbours='replace' with Poisson sampling; use accountant='pld'."

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from .._arguments import real
+from .._arguments import is_word, real, shown
 from .._private import generator_of, system_generator
 from ..errors import ConfigurationError
 
@@ -47,8 +47,8 @@ class Noise:
         """Check the arguments."""
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ConfigurationError(f"generator must be a torch.Generator or None, not {generator!r}.")
-        if source not in ("torch", "os"):
-            raise ConfigurationError(f"The source of noise must be 'torch' or 'os', not {source!r}.")
+        if not is_word(source, ("torch", "os")):
+            raise ConfigurationError(f"The source of noise must be 'torch' or 'os', not {shown(source)}.")
         if generator is not None and source == "os":
             raise ConfigurationError("noise='os' draws from the operating system, and takes no generator.")
         if generator is not None:

@@ -425,7 +425,7 @@ def initialize_as(
     """
     try:
         cls.__init__(optimizer, *args, **options)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigurationError(
             f"No private {cls.__name__} can be made of these params and options: {error}. Give params as "
             f"model.parameters() or groups of parameters, each parameter once, and the options of "

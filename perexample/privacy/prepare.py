@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .._arguments import positive, real, whole
+from .._arguments import is_word, positive, real, shown, whole
 from .._private import system_generator
 from ..errors import ConfigurationError, PrivacyBudgetError
+from ..methods import Choice
 from ..model import extend
 from . import accounting
 from .collate import EmptyBatches
@@ -124,7 +125,7 @@ def make_private(
         >>> private.steps, private.epsilon() <= 3.0
         (10, True)
     """
-    _check_model(model, loss_reduction)
+    _check_model(model, loss_reduction, strategy)
     generators = {"sampling_generator": sampling_generator, "noise_generator": noise_generator}
     target_epsilon, target_delta = _budget(target_epsilon, target_delta)
     _check_generators(generators)
@@ -310,11 +311,12 @@ def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:
     return ClippedGrad(max_norm)
 
 
-def _check_model(model: Any, loss_reduction: Any) -> None:
+def _check_model(model: Any, loss_reduction: Any, strategy: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    if loss_reduction not in ("mean", "sum"):
-        raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}.")
+    if not is_word(loss_reduction, ("mean", "sum")):
+        raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum', not {shown(loss_reduction)}.")
+    Choice(strategy)  # raises what perex would, which opens after the training has begun
 
 
 def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._arguments import flag, losses_of
 from .._tree import map_tensors, tensors_of
 from ..recorded import RecordedStep, as_usual
 
@@ -33,7 +34,8 @@ class PrivateStep:
 
     def __init__(self, private: Private, losses: Callable[..., Any], *, compiled: bool) -> None:
         """Nothing is recorded yet."""
-        self._private, self._losses, self._compiled = private, losses, compiled
+        losses_of("losses", losses, "the loss of each example, [N]")
+        self._private, self._losses, self._compiled = private, losses, flag("compiled", compiled)
         self._options = {"strategy": private.strategy, "room": None}
         self._step: RecordedStep | None = None
         self.size = _most(private)
