@@ -189,7 +189,12 @@ class Rule:
             if place is not first and (place.axis != first.axis or not place.agrees(first)):
                 return "was called with inputs that hold the examples in different places"
             if place.axis is not None and place.axis >= (1 if features is None else t.dim() - features):
-                return f"was called with an input of shape {list(t.shape)} that holds the examples on axis {place.axis}"
+                takes = "takes them on axis 0" if features is None else f"takes the last {features} for features"
+                return (
+                    f"was called with an input of shape {list(t.shape)} that holds the examples on axis {place.axis}, "
+                    f"where {type(self).__name__} {takes} (move them; a rule of your own tells by `feature_axes` which "
+                    f"axes can never hold them)"
+                )
         rows = first if features is not None else first.each(0, x.shape[0])
         return rows, [first] * len(outputs)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from perexample import (
+    BatchAxisError,
     Extension,
     ExtensionError,
     Rule,
@@ -83,6 +84,62 @@ def test_a_rule_that_forgets_the_dtype_is_told_it():
     backward(extend(LowRank()), BatchGrad())
     with pytest.raises(RuleContractError, match=r"`u` is torch.bfloat16: use it as p.to\(g.dtype\)"):
         backward(extend(LowRank().to(torch.bfloat16)), BatchGrad(), x=torch.randn(N, 3, 6, dtype=torch.bfloat16))
+
+
+class Two(nn.Module):
+    """Two inputs and two outputs, with the time first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x, y):
+        return self.a * x, self.b * y
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, x, y):
+        a, b = self.two(x.transpose(0, 1), y.transpose(0, 1))
+        return (a + b.tanh()).transpose(0, 1)
+
+
+def of_two(names, features=1):
+    @register_rule(Two, overwrite=True)
+    class TwoRule(Rule):
+        batched = names
+
+        def feature_axes(self, module):
+            return features
+
+        def capture(self, module, args, kwargs, output):
+            return {"x": args[0], "y": args[1]}
+
+        def grad_batch(self, call, g):
+            both = {"a": g[0] * call.x, "b": g[1] * call.saved["y"]}
+            return {name: both[name].flatten(1, -2).sum(1) for name in call.params}
+
+
+@pytest.mark.parametrize("length", [3, N])
+def test_a_rule_of_two_inputs_and_two_outputs_with_the_examples_on_another_axis(length):
+    x, y, target = torch.randn(3, N, length, 6)
+    of_two(("x", "y"))
+    assert check(TimeFirst(), squared, x, y, target).ok
+    of_two(("x",))
+    with pytest.raises(RuleContractError, match=r"`y`, a tensor .* name it: batched = \('x', 'y'\)"):
+        check(TimeFirst(), squared, x, y, target)
+    assert check(Two(), lambda out, target: squared(sum(out), target), x, y, target).ok  # on axis 0 it is right
+
+
+def test_a_rule_for_axis_0_is_told_where_the_examples_are():
+    of_two(("x", "y"), None)
+    with pytest.raises(BatchAxisError, match=r"on axis 1, where TwoRule takes them on axis 0 .*`feature_axes`"):
+        check(TimeFirst(), squared, *torch.randn(3, N, 3, 6))
+    with pytest.raises(BatchAxisError, match=r"on axis 1, where LinearRule takes the last 1 for features"):
+        backward(extend(nn.Linear(6, 2), batch_dim=1), BatchGrad(), x=torch.randn(N, 6))
 
 
 def test_rules_are_made_without_arguments():

@@ -284,7 +284,7 @@ class Backward:
             )
         g: Any = _upstream(tap, gradients)
         if not tap.rule.own_axes:
-            g = tap.to_rows(g)
+            g = tuple(map(tap.to_rows, g)) if isinstance(g, tuple) else tap.to_rows(g)
             call.saved |= {name: tap.to_rows(call.saved[name]) for name in tap.rule.batched if name in call.saved}
         owner = tap.owner
         sharded = tap.rule.reads_parameters and any(id(p) in self.sharded for p in tap.params.values())
