@@ -116,6 +116,13 @@ class ClippedGrad(Extension):
                 f"groups must be 'all', 'per-parameter', 'per-module', or a mapping from parameter names; "
                 f"not {shown(groups)}."
             )
+        if isinstance(groups, Mapping):
+            for name, group in groups.items():
+                if not isinstance(name, str) or not isinstance(group, (str, int)):
+                    raise ConfigurationError(
+                        f"groups must map names of parameters, or of modules, to names of groups, not "
+                        f"{shown(name)} to {shown(group)}."
+                    )
         self.clip, self.groups = make_clip(clip), groups
         self.norms: Tensor | None = None
         self.group_norms: dict[str, Tensor] = {}
@@ -139,10 +146,17 @@ class ClippedGrad(Extension):
             named: Its parameters, as ``model.named_parameters()``.
 
         Raises:
-            ConfigurationError: If a trainable one belongs to no group, or a group has no bound.
+            ConfigurationError: If a trainable one belongs to no group, a group has no bound, or one is of names that
+                the model has not.
         """
         named = list(named)
         self._remember(named)
+        for key in self.groups if isinstance(self.groups, Mapping) else ():
+            if not any(_belongs(name, key) for name, _ in named):
+                raise ConfigurationError(
+                    f"ClippedGrad(groups=...): the model has no parameter or module `{key}`; the names are those of "
+                    f"model.named_parameters(), or what they begin with before a dot."
+                )
         if not self._under_way():
             self._bounds = self._bounds_of(name for name, p in named if p.requires_grad)
 
@@ -420,7 +434,7 @@ class ClippedGrad(Extension):
         if self.groups == "per-module":
             return name.rpartition(".")[0]
         assert isinstance(self.groups, Mapping)
-        fits = [key for key in self.groups if name == key or name.startswith(key + ".")]
+        fits = [key for key in self.groups if _belongs(name, key)]
         if not fits:
             raise ConfigurationError(
                 f"ClippedGrad(groups=...): parameter `{name}` belongs to no group; name it, or a module that holds it."
@@ -468,6 +482,11 @@ class ClippedGrad(Extension):
                 f"perex(clipping) before the next step."
             )
         return value
+
+
+def _belongs(name: str, key: str) -> bool:
+    """Whether a parameter is the one, or in the module, that a key of ``groups`` names."""
+    return name == key or name.startswith(key + ".")
 
 
 CLIP_ALIKE: set[type] = {ClippedGrad}  # classes that clip as ClippedGrad does

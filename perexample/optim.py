@@ -34,6 +34,9 @@ class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
         nesterov: As in SGD.
         maximize: As in SGD.
 
+    Attributes:
+        ledger: Where steps are written down; ``ledger.epsilon(delta)`` says what they have cost.
+
     Raises:
         ConfigurationError: For values without meaning.
         StaleGradientError: From ``step``, if a clipped sum is missing or was used already, or the batch is not the
@@ -52,6 +55,8 @@ class DP_SGD(torch.optim.SGD):  # noqa: N801 - the field's name for it
         ...     model(torch.ones(4, 2)).mean().backward()
         >>> optimizer.step()
     """
+
+    ledger: Ledger
 
     def __init__(
         self,

@@ -1073,6 +1073,20 @@ def bad_loss_scale():
     backward(extend(linear()), ClippedGrad(1.0), loss_scale=-1)
 
 
+@pytest.mark.parametrize("wrong", [{"weight": ["a"]}, {"weight": torch.ones(2)}, {"weight": None}, {1: "a"}], ids=repr)
+def test_groups_are_names_of_names(wrong):
+    with pytest.raises(ConfigurationError, match=r"groups must map names .* not .* to "):
+        ClippedGrad(1.0, groups={"bias": "b", **wrong})
+
+
+def test_a_name_in_groups_that_the_model_has_not():
+    groups = {"weight": "a", "bias": 1, "wieght": "b"}
+    with pytest.raises(ConfigurationError, match=r"no parameter or module `wieght`.*named_parameters"):
+        private(clipping=ClippedGrad(1.0, groups=groups), max_norm=None)
+    del groups["wieght"]
+    assert private(clipping=ClippedGrad(1.0, groups=groups), max_norm=None).clipping.sensitivity() == 2**0.5
+
+
 def test_the_table_is_long_enough():
     assert len(CASES) >= 100
 
