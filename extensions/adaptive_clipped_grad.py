@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perexample._arguments import positive
+from perexample._arguments import positive, real
 from perexample.errors import ConfigurationError, StaleGradientError
 
 from .clip import Clip
@@ -97,9 +97,7 @@ class AdaptiveClippedGrad(ClippedGrad):
         super().__init__(positive("max_norm", max_norm), clip=clip)
         self.expected_batch_size = positive("expected_batch_size", expected_batch_size)
         self.learning_rate = positive("learning_rate", learning_rate)
-        self.quantile = positive("quantile", quantile)
-        if self.quantile >= 1:
-            raise ConfigurationError(f"quantile must lie between 0 and 1, not {quantile!r}.")
+        self.quantile = real("quantile", quantile, "a number above 0 and below 1", lambda x: 0 < x < 1)
         count_noise = self.expected_batch_size / 20 if count_noise is None else count_noise
         self.count_noise = positive("count_noise", count_noise)
         self.bounds = _checked_bounds(bounds)

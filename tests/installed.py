@@ -29,5 +29,5 @@ try:
     optimizer.ledger.epsilon(1e-5)
 except ImportError as error:
     message = str(error)
-assert "perexample[privacy]" in message
+assert "pip install dp-accounting" in message
 print("installed:", perexample.__version__, model.weight.grad_batch.shape)

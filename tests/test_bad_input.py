@@ -1023,7 +1023,7 @@ def bad_count_noise():
     private_sgd(clipping=AdaptiveClippedGrad(1.0, expected_batch_size=4))
 
 
-@case(ConfigurationError, "quantile must lie between 0 and 1, not 1", "between 0 and 1")
+@case(ConfigurationError, "quantile must be a number above 0 and below 1, not 1", "above 0 and below 1")
 def bad_quantile():
     AdaptiveClippedGrad(1.0, expected_batch_size=4, quantile=1)
 

@@ -135,13 +135,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--average", type=share, metavar="SHARE", help="the network that is tested is the mean of the weights after "
         "the last steps, this share of all; 0 for the last ones alone (default: 0.2, plain 0)")  # fmt: skip
     add("--weight-decay", type=_number(float, 0, False), default=0.0, help="(default: 0)")
-    add("--epochs", type=real, help="passes over the data, on average (default: 50 for digits, 30 for names, 20)")
-    add("--batch-size", type=whole, help="expected number of examples of a step (default: 750 for digits, 1000)")
+    add("--epochs", type=real, help="passes over the data, on average (default: 50 for digits, 30 for names, else 20)")
+    add("--batch-size", type=whole, help="expected number of examples of a step (default: 750 for digits, else 1000)")
     add("--physical-batch-size", type=whole, help="most examples at a time, for memory (default: all)")
 
     add("--augmentation-multiplicity", type=whole, metavar="K", help="images that each becomes in a step: itself and "
         "K - 1 that are turned, moved, stretched, and mirrored unless they are digits; their gradients are averaged "
-        "before the example is clipped (default: 2 for the cnn on digits, 1)")  # fmt: skip
+        "before the example is clipped (default: 2 for the cnn on digits, else 1)")  # fmt: skip
 
     add = parser.add_argument_group("networks").add_argument
     add("--hidden", type=_list, default=(64,), metavar="W,...", help="widths of linear layers; the last is that of "

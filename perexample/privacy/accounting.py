@@ -548,7 +548,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'Accounting needs dp-accounting, which cannot be imported ({error}); pip install "perexample[privacy]"'
+            f"Accounting needs dp-accounting, which cannot be imported ({error}); pip install dp-accounting"
         ) from error
 
 

@@ -162,7 +162,8 @@ class Private:
             compiled: As in `RecordedStep`: let `torch.compile` fuse what is recorded.
 
         Returns:
-            What is called with each batch, and returns what ``losses`` returns, without a graph.
+            What is called with each batch, and returns what ``losses`` returns, without a graph. Its attribute
+            ``compiled`` tells whether fused operations are replayed.
 
         Raises:
             ConfigurationError: When it is called first, if the step cannot be recorded, or not be compiled.

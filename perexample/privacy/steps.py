@@ -40,6 +40,11 @@ class PrivateStep:
         self._step: RecordedStep | None = None
         self.size = _most(private)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether fused operations are replayed; false before the first batch."""
+        return self._step is not None and self._step.compiled
+
     def __call__(self, *batch: Any) -> Any:
         """Run forward and backward of a batch, or of a piece of one; call ``private.step()`` after it.
 
