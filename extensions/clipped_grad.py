@@ -426,6 +426,12 @@ class ClippedGrad(Extension):
         _refuse_written(entry, before)
         return before
 
+    def __repr__(self) -> str:
+        """The settings; norms are private."""
+        clip = getattr(self.clip, "function", self.clip)
+        name = getattr(clip, "__name__", type(clip).__name__)
+        return f"{type(self).__name__}(max_norm={self.max_norm}, clip={name}, groups={self.groups!r})"
+
     def _group(self, name: str) -> str:
         if self.groups == "all":
             return "all"

@@ -583,10 +583,28 @@ class Rows(Term):
         rows: What is added there, ``[M, E]``.
         n: Number of examples.
         shape: Shape of the table, ``[V, E]``.
+
+    Raises:
+        RuleContractError: If the entries do not fit each other or the table.
+
+    Example:
+        >>> from perexample.terms import Rows
+        >>> ids, g = torch.tensor([[0, 2], [1, 1]]), torch.ones(2, 2, 3)  # two examples that look up two rows each
+        >>> example = torch.arange(2).repeat_interleave(2)
+        >>> Rows(example, ids.flatten(), g.flatten(0, 1), 2, torch.Size([4, 3])).dense()[:, :, 0]
+        tensor([[1., 0., 1., 0.],
+                [0., 2., 0., 0.]])
     """
 
     def __init__(self, example: Tensor, ids: Tensor, rows: Tensor, n: int, shape: Size) -> None:
         """Keep the entries."""
+        fits = len(shape) == 2 and ids.dim() == 1 and tuple(rows.shape) == (*ids.shape, *shape[1:])
+        if not fits or example.shape != ids.shape:
+            raise RuleContractError(
+                f"Rows takes example [M], ids [M] and rows [M, E] for a table of shape [V, E], and was given "
+                f"{list(example.shape)}, {list(ids.shape)} and {list(rows.shape)} for one of shape {list(shape)}; "
+                f"flatten the positions: ids.flatten(), g.flatten(0, -2)."
+            )
         self.example, self.ids, self.rows, self.n, self.shape = example, ids, rows, n, shape
         self.many = False  # whether so many rows meet that they are added in float64; found out with the norms
 

@@ -19,7 +19,7 @@ from perexample import (
     register_rule,
 )
 from perexample.extensions import BatchGrad, ClippedGrad
-from perexample.terms import Outer, positions
+from perexample.terms import Outer, Rows, positions
 
 pytestmark = pytest.mark.usefixtures("registry")
 N = 4
@@ -84,6 +84,22 @@ def test_a_rule_that_forgets_the_dtype_is_told_it():
     backward(extend(LowRank()), BatchGrad())
     with pytest.raises(RuleContractError, match=r"`u` is torch.bfloat16: use it as p.to\(g.dtype\)"):
         backward(extend(LowRank().to(torch.bfloat16)), BatchGrad(), x=torch.randn(N, 3, 6, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("of", "ids", "shape"), [([8], [4, 2], [6, 3]), ([7], [8], [6, 3]), ([8], [8], [6, 2])])
+def test_rows_that_do_not_fit_the_table_are_told_so(of, ids, shape):
+    example, ids = torch.zeros(of, dtype=torch.long), torch.zeros(ids, dtype=torch.long)
+    with pytest.raises(RuleContractError, match=r"Rows takes example \[M\], ids \[M\] .* and was given \[.*flatten"):
+        Rows(example, ids, torch.ones(8, 3), 4, torch.Size(shape))
+
+
+def test_a_clipping_shows_its_settings_and_nothing_private():
+    model, clipping = extend(nn.Linear(6, 2)), ClippedGrad(0.5, groups="per-module")
+    backward(model, clipping)
+    assert repr(clipping) == "ClippedGrad(max_norm=0.5, clip=Flat, groups='per-module')"
+    assert repr(ClippedGrad({"a": 1.0}, clip=torch.sigmoid)) == (
+        "ClippedGrad(max_norm={'a': 1.0}, clip=sigmoid, groups='all')"
+    )
 
 
 class Two(nn.Module):
