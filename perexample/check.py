@@ -150,7 +150,8 @@ def check(
 
     Args:
         model: The model; it need not be extended.
-        loss_fn: Returns a scalar loss.
+        loss_fn: Returns a scalar loss. It is given float64; of a module, as ``nn.BCEWithLogitsLoss`` is, a copy in
+            float64 is used, and a function of your own must not bring tensors in float32.
         batch: Inputs and target, tensors or nested structures of them, examples on axis 0; two or more examples.
         named: Inputs by name, such as a ``BatchEncoding``; then ``batch`` may hold the target alone, or nothing.
         loss_reduction: How the loss joins the examples, as for `perex`.
@@ -179,6 +180,8 @@ def check(
     if named is not None and not isinstance(named, Mapping):
         raise ConfigurationError(f"named must be a mapping from names of inputs to them, not {shown(named)}.")
     model, notes = _prepared(model)
+    if isinstance(loss_fn, nn.Module):
+        loss_fn = copy.deepcopy(loss_fn).double()  # it may have weights of its own, such as those of classes
     by_name = {key: map_tensors(_double, part) for key, part in (named or {}).items()}
     batch = (by_name, *(map_tensors(_double, part) for part in batch))
     n = _size(batch)
@@ -241,6 +244,8 @@ def _loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> Ten
 def _refuse_random(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> None:
     with torch.no_grad(), _kept_buffers(model):
         first, second = _loss(model, loss_fn, batch), _loss(model, loss_fn, batch)
+    if not isinstance(first, Tensor):
+        raise ConfigurationError(f"loss_fn returned {shown(first)}; it must return a tensor, the loss of the batch.")
     if not torch.equal(first, second) and bool(first.isfinite().all()):
         raise ConfigurationError(
             "The model draws random numbers (functional dropout?), so no two forwards can be compared; "

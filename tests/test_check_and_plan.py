@@ -185,6 +185,19 @@ def test_a_contrastive_loss_is_caught():
         check(nn.Linear(3, 2), contrastive, batch()[0])
 
 
+def test_a_criterion_with_weights_of_its_own_is_left_as_it_is():
+    criterion = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 3.0]))
+    x, y = batch()
+    assert check(nn.Linear(3, 2), criterion, x, y.sigmoid()).ok
+    assert criterion.pos_weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("returned", [1.0, (torch.ones(()), None), None])
+def test_what_is_no_loss_is_told_so(returned):
+    with pytest.raises(ConfigurationError, match=r"loss_fn returned .*must return a tensor"):
+        check(nn.Linear(3, 2), lambda out, y: returned, *batch())
+
+
 def test_sum_losses_dropout_and_nested_inputs():
     class Net(nn.Module):
         def __init__(self):
