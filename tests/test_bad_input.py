@@ -634,6 +634,11 @@ def bad_file_in_place_of_a_checkpoint(folder):
     private().load(Path(folder, "checkpoint"))
 
 
+@case(ConfigurationError, r"cannot be written to '.*missing/run'", "no such folder; make it")
+def bad_folder_of_a_checkpoint(folder):
+    private().save(Path(folder, "missing", "run"))
+
+
 @case(ConfigurationError, r"shape \[5, 3\] of `weight`, this one shape \[2, 3\]", "a model like the one")
 def bad_state_of_another_model():
     private().load_state_dict(private(nn.Linear(3, 5)).state_dict())

@@ -17,7 +17,12 @@ def save_file(state: Any, path: Path) -> None:
     Args:
         state: Tensors, numbers, strings, and containers of these.
         path: Where to.
+
+    Raises:
+        ConfigurationError: If there is no such folder.
     """
+    if not path.absolute().parent.is_dir():
+        raise ConfigurationError(f"A checkpoint cannot be written to {str(path)!r}: there is no such folder; make it.")
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with beside.open("wb") as file:

@@ -263,6 +263,9 @@ class Private:
 
         Args:
             path: The file; an older one is replaced when the new one is complete on the disk.
+
+        Raises:
+            ConfigurationError: If there is no such folder.
         """
         save_file(self._state(), Path(path))
 
