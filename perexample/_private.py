@@ -183,6 +183,25 @@ def runs_last(module: nn.Module, kind: type) -> bool:
     return False
 
 
+_hooked: Any = torch.optim.Optimizer.profile_hook_step
+_HOOKED_STEP = _hooked(lambda: None).__code__
+
+
+def steps_under_way(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of an optimizer's step, each of which runs its hooks, are on the Python stack.
+
+    Returns:
+        The number; two where a subclass calls the step of its base class, if torch has hooked both, which it does to a
+        class when the first object of it is made.
+    """
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP and frame.f_locals["args"][0] is optimizer:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
 def global_forward_hooks() -> bool:
     """Whether hooks on all modules are registered; they run before any module's own."""
     return bool(torch.nn.modules.module._global_forward_hooks)

@@ -767,6 +767,48 @@ def test_an_optimizer_inside_of_another_is_not_overlooked():
         private(make=Wrapping)
 
 
+class Halving(torch.optim.SGD):
+    """Calls the step of its base class, of which torch has hooked both as soon as there was an SGD."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] /= 2
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("physical", [None, 3])
+def test_an_optimizer_that_calls_the_step_of_its_base_class(physical):
+    torch.optim.SGD([torch.zeros(1)])
+    one, two = private(make=Halving, physical_batch_size=physical), private(physical_batch_size=physical)
+    run(one, epochs=3)
+    for x, y in two:
+        with two:
+            F.cross_entropy(two.model(x), y).backward()
+        two.optimizer.param_groups[0]["lr"] = 0.5 / 2 ** (two.steps + 1)
+        two.step()
+    assert one.steps == two.steps == 12
+    assert_bitwise(parameters(one.model), parameters(two.model))
+
+
+def test_sums_that_come_within_a_step_are_made_private_too():
+    """A step that runs a backward of its own, and then that of its base class again."""
+
+    class Twice(torch.optim.SGD):
+        def step(self):
+            super().step()
+            backward(model, clipping, *data().tensors)
+            super().step()
+
+    torch.optim.SGD([torch.zeros(1)])
+    model, clipping = extend(network()), ClippedGrad(0.5)
+    optimizer = privatize(Twice(model.parameters()), clipping=clipping, noise_multiplier=1.0, expected_batch_size=10)
+    backward(model, clipping, *data().tensors)
+    optimizer.step()
+    assert optimizer.ledger.steps == 2
+    with pytest.raises(StaleGradientError, match="was used by an earlier step already"):
+        optimizer.step()
+
+
 def test_a_divisor_that_counts_the_examples_is_an_error():
     p = private(sampling_generator=generator(3))
     with pytest.raises(ConfigurationError, match=r"expected_batch_size was 10 in the first step, and is \d+ now"):  # noqa: PT012

@@ -257,6 +257,24 @@ def test_calls_under_way_are_counted():
     assert _private.calls_under_way(Outer()) == 0
 
 
+def test_steps_under_way_are_counted():
+    class Base(torch.optim.SGD):
+        def step(self):
+            found.append((_private.steps_under_way(self), _private.steps_under_way(other)))
+
+    class Derived(Base):
+        def step(self):
+            super().step()
+            Base.step(other)
+
+    found = []
+    other = Base([torch.zeros(1)])  # torch hooks into the step of a class when it is first used
+    one = Derived([torch.zeros(1)])
+    assert _private.steps_under_way(one) == 0
+    one.step()
+    assert found == [(2, 0), (1, 1)]
+
+
 def test_global_forward_hooks_are_noticed():
     assert not _private.global_forward_hooks()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)

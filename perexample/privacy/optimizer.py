@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import real
+from .._private import steps_under_way
 from .._shards import is_sharded
 from ..errors import ConfigurationError, PerExampleError, StaleGradientError
 from .distributed import Processes
@@ -74,6 +75,8 @@ class Privatizer:
         """One step: check, write down, then let go of what is private."""
         _refuse_scaler(optimizer, kwargs)
         _refuse_closure(optimizer, args, kwargs)
+        if steps_under_way(optimizer) > 1 and not self.clipping.examples:
+            return  # the step of a base class, called by one that has made the gradients private before it began
         noise_multiplier, expected_batch_size = (_shared_setting(optimizer, name) for name in _SETTINGS)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
