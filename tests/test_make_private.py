@@ -915,6 +915,35 @@ def test_noise_that_comes_again_comes_beside_the_same_sums(tmp_path, rate):
         assert torch.allclose(one, other) if alike else (one - other).abs().min() > 1e-3
 
 
+def test_noise_of_a_run_that_is_begun_again_is_not_beside_other_sums():
+    """Its batches are others, as they have no generator."""
+    noise, sums = noise_of_steps(private(sampling_generator=None), 2)
+    again, others = noise_of_steps(private(sampling_generator=None), 2)
+    assert (sums != others).any()
+    assert (noise - again).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_batches_of_a_run_that_is_begun_again(tmp_path, repeatable):
+    """Alike only together with their noise: else they are no new samples, as which they are accounted."""
+
+    def batches(count):
+        p = private(ledger=tmp_path / "steps.jsonl", **({} if repeatable else {"noise_generator": None}))
+        found = []
+        for x, y in p:
+            with p:
+                F.cross_entropy(p.model(x), y).backward()
+            p.step()
+            found.append(tuple(x[:, 0].tolist()))
+            if len(found) == count:
+                return found, p.steps
+
+    (first, _), (second, steps) = batches(3), batches(2)
+    assert steps == 5
+    assert (first[:2] == second) is repeatable
+    assert repeatable or not set(first) & set(second)
+
+
 def test_noise_without_a_sampler_does_not_come_again():
     """Nothing says that a loader of another kind gives the same batches."""
 

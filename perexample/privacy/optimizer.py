@@ -119,8 +119,8 @@ class Privatizer:
             )
 
     def _may_come_again(self) -> bool:
-        """Whether a training that is resumed has batches and noise of this one, in steps that may be others."""
-        return self.noise.given is not None and self.sampler is not None and self.sampler.repeatable
+        """Whether a training that is resumed, or begun again, has noise of this one, in steps that may be others."""
+        return self.noise.given is not None and self.sampler is not None
 
     def _taken(self, params: list[nn.Parameter], noise_multiplier: float) -> tuple[list[Tensor], float]:
         """The sums of this process, which serve this step only, and the noise they need."""
@@ -304,9 +304,10 @@ def privatize(
             ``step`` and ``zero_grad`` do nothing until the last piece of a batch.
         ledger: Where steps are written down; by default a new `Ledger`, see ``optimizer.ledger``.
         generator: Source of the noise. By default one seeded by the operating system that ``torch.manual_seed`` does
-            not touch. A generator of your own makes noise repeatable, and with it the privacy void if it is known. If
-            the sampler has one too, the noise is bound to the sums, to the last bit: the same sums have the same noise,
-            others (of another learning rate, or rounded otherwise, as in other pieces) have other noise.
+            not touch. A generator of your own makes noise repeatable, and with it the privacy void if it is known, or,
+            without a sampler, if it serves two runs. With a sampler the noise is bound to the sums, to the last bit:
+            the same sums have the same noise, others (of other batches or another learning rate, or rounded otherwise,
+            as in other pieces) have other noise.
         noise: ``"torch"``, or ``"os"`` for the operating system's cryptographic source; see `Noise`.
         processes: The processes of ``torch.distributed`` that train together; by default all, where a process group
             is initialised. Sums are added up over them, and noise is added once.
@@ -354,6 +355,8 @@ def privatize(
         _check_sampler(sampler)
         _check_shard(sampler, processes)
         sampler.claim(partial(_forget_batch, optimizer, clipping, pieces))
+        if ledger.steps and generator is None:  # begun again: its batches would come a second time, with other noise
+            sampler.renew()
     for name, value in settings.items():  # nothing can fail any more
         optimizer.defaults[name] = value
         for group in optimizer.param_groups:

@@ -90,8 +90,9 @@ def make_private(
         collate_fn: Of the ``DataLoader``; it needs no case for empty batches.
         ledger: A file that every step is written to before it is taken, or a `Ledger`.
         noise: ``"torch"``, or ``"os"`` for the operating system's cryptographic source.
-        sampling_generator: Makes the batches repeatable, for tests.
-        noise_generator: Makes the noise repeatable, for tests; with both, beside the same sums to the last bit.
+        sampling_generator: Makes the batches repeatable, for tests; not where the ledger has steps already, whose
+            batches would come again, and there is no ``noise_generator``.
+        noise_generator: Makes the noise repeatable, for tests, beside the same sums to the last bit.
         processes: As in ``privatize``.
         loader_options: Others of ``DataLoader``, such as ``num_workers``.
 
