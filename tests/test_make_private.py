@@ -593,6 +593,26 @@ def test_without_a_sampler_nothing_is_amplified():
     assert optimizer.ledger.epsilon(1e-3) == plain > 2 * amplified
 
 
+def test_what_steps_without_a_sampler_are_accounted_for():
+    """One example without a gradient, or another one, in data of the same length; not one that is removed."""
+
+    def sums(x):
+        model, clipping, found = extend(nn.Linear(1, 1, bias=False)), ClippedGrad(1.0), []
+        for (part,) in DataLoader(TensorDataset(x), batch_size=2):
+            with perex(clipping, grad=False):
+                model(part).mean().backward()
+            found.append(model.weight.clipped_sum.item())
+            clipping.zero_grad()
+        return torch.tensor(found)
+
+    x = torch.tensor([1.0, 1.0, -1.0, -1.0] * 3).unsqueeze(1)
+    for other, most in ((0.0, 1.0), (-1.0, 2.0)):
+        changed = x.clone()
+        changed[0] = other
+        assert (sums(x) - sums(changed)).abs().tolist() == [most, 0, 0, 0, 0, 0]
+    assert (sums(x) - sums(x[1:])).abs().tolist() == [2, 2, 2, 2, 2, 1]
+
+
 def test_a_batch_of_another_loader_is_refused():
     model, optimizer, clipping, _ = by_hand(sampler())
     x, y = data().tensors

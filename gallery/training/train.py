@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
         "noise grows with the root of the number of groups (default: all)")  # fmt: skip
     add("--sampling", choices=["poisson", "shuffled"], default="poisson", help="poisson: every example is in a batch "
         "with the same probability, by itself, which the accounting needs; shuffled: accounted without amplification, "
-        "at a far larger epsilon (default: poisson)")  # fmt: skip
+        "at a far larger epsilon that is for data sets of one length (default: poisson)")  # fmt: skip
     add("--public-size", type=whole, help="number of training examples as far as it may be known (default: that of the "
         "set, which says that it is no secret)")  # fmt: skip
     add("--noise", choices=["torch", "os"], default="torch", help="os draws noise from the system's cryptographic "

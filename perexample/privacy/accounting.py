@@ -76,7 +76,8 @@ def epsilon(
         delta: Probability with which the bound may fail; in (0, 1), and far below 1 / size of the data.
         noise_multiplier: Standard deviation of the noise in units of the sensitivity C. 0 costs infinity.
         sample_rate: Probability with which every example, by itself, is in a batch (Poisson sampling). ``None`` or 1:
-            no amplification, as for shuffled batches.
+            no amplification, as for shuffled batches. If these have one size, an example that is added or removed gives
+            others another batch; epsilon is then for data sets of the same length, in one of which it has no gradient.
         steps: Number of noisy sums.
         accountant: ``"pld"`` (privacy loss distributions: tight) or ``"rdp"`` (Renyi: looser).
         neighbours: ``"add-or-remove"`` one example, or ``"replace"`` one by another, which moves the sum by up to 2 C

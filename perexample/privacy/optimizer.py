@@ -292,7 +292,8 @@ def privatize(
 
     Every step is written into a ledger before a parameter moves. With a `PoissonBatchSampler` it is written down as a
     Poisson sample, if the examples of the backward are as many as the sampler drew; without, as a step that saw every
-    example (no amplification), which holds for any loader that gives an example at most once in a step.
+    example (no amplification), which holds for any loader that chooses by index and gives an example at most once in a
+    step, and for data sets of the same length: in one of them an example has no gradient, or is replaced.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` whose step needs no closure.
