@@ -104,6 +104,7 @@ class AdaptiveClippedGrad(ClippedGrad):
         self._refuse_outside("max_norm", self.max_norm)
         self.share: float | None = None
         self._count = 0.0  # sum over the examples of 1/2 for a norm of at most C, and -1/2 for others
+        self._device = torch.device("cpu")  # of the parameters, where processes may add up their counts
 
     def noise_share(self, noise_multiplier: float) -> float:
         """Noise multiplier left for the gradients: ``(z^-2 - (2 count_noise)^-2)^(-1/2)``; 0 if z is 0.
@@ -155,6 +156,7 @@ class AdaptiveClippedGrad(ClippedGrad):
             StaleGradientError: If one is missing or was used already, or a sum would be left over for another step,
                 where C is another one.
         """
+        self._device = params[0].device if params else self._device
         taken = {id(p) for p in params}
         for key, entry in self._entries.items():
             p = entry.param()
@@ -185,7 +187,7 @@ class AdaptiveClippedGrad(ClippedGrad):
             backwards_through_one_forward=self._repeats,
         )
         std = self._repeats * self.count_noise
-        count = torch.tensor(self._count, dtype=torch.float64)
+        count = torch.tensor(self._count, dtype=torch.float64, device=self._device)
         [total] = processes.total([count], lambda like: torch.full_like(like, draw(std)))
         self._count = 0.0  # a step without a backward, on an empty batch, has none
         self.share = 0.5 + total.item() / (self._repeats * self.expected_batch_size)

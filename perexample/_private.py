@@ -546,7 +546,7 @@ def generator_of(seed: bytes, device: torch.device | str = "cpu") -> torch.Gener
     generator.manual_seed(int.from_bytes(bits[:8], "little", signed=True))
     if generator.device.type == "cpu":
         state = generator.get_state()
-        words = torch.zeros(624, 8, dtype=torch.uint8)
+        words = torch.zeros(624, 8, dtype=torch.uint8, device="cpu")
         words[:, :4] = torch.frombuffer(bytearray(bits), dtype=torch.uint8).view(624, 4)
         state[_MT_STATE] = words.flatten()
         generator.set_state(state)

@@ -311,6 +311,19 @@ def test_workers():
     assert_bitwise(parameters(alone.model), parameters(many.model))
 
 
+@pytest.mark.parametrize("noise", ["torch", "os"])
+def test_another_default_device(noise):
+    """As of `torch.set_default_device("cuda")`; batches are drawn on the CPU, sums are where the parameters are."""
+    clipping = AdaptiveClippedGrad(0.5, expected_batch_size=RATE * N, count_noise=5.0)
+    p = private(clipping=clipping, max_norm=None, noise=noise, noise_generator=None)
+    with torch.device("meta"):
+        x, y = next(iter(p.loader))
+    with p:
+        F.cross_entropy(p.model(x), y).backward()
+    with torch.device("meta"):
+        assert p.step()
+
+
 def test_steps_instead_of_epochs_and_a_file_for_the_ledger(tmp_path):
     p = private(epochs=None, steps=3, ledger=tmp_path / "steps.jsonl")
     with pytest.raises(PrivacyBudgetError):

@@ -159,7 +159,7 @@ def refuse_public_seed(generator: torch.Generator) -> None:
 
 def _system_normal(size: int) -> Tensor:
     """Standard normal numbers, float64, of ``os.urandom``; in pieces, so that bytes take little room beside them."""
-    result = torch.empty(size + size % 2, dtype=torch.float64)
+    result = torch.empty(size + size % 2, dtype=torch.float64, device="cpu")
     for start in range(0, len(result), _PIECE):
         pairs = result[start : start + _PIECE].view(2, -1)
         first, second = _system_uniform(pairs.numel()).view(2, -1)

@@ -383,7 +383,8 @@ class _Loader(DataLoader):
 
     def __iter__(self) -> Any:
         """Begin; a batch that was begun is drawn again."""
-        return _Once(super().__iter__())
+        with torch.device("cpu"):  # where the generator is, from which a number is drawn
+            return _Once(super().__iter__())
 
 
 def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[str, Any]) -> DataLoader:
