@@ -304,6 +304,41 @@ def test_empty_batches_are_steps():
     assert not torch.equal(parameters(p.model)[0], before[0])
 
 
+class Together(Dataset):
+    """Gives several examples at once, as those of `datasets`, by a transform that cannot be given none."""
+
+    def __init__(self):
+        self.x, self.y = data().tensors
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        x = torch.stack([self.x[i] for i in indices])
+        return [(row, self.y[i]) for row, i in zip(x, indices, strict=True)]
+
+
+@pytest.mark.parametrize("dataset", [Together(), torch.utils.data.Subset(Together(), range(N))], ids=["own", "subset"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_examples_that_come_together_may_be_none(dataset, workers):
+    p = private(dataset=dataset, batch_size=0.5, steps=20, epochs=None, num_workers=workers)
+    assert len(p.loader.dataset) == N
+    sizes = []
+    for x, y in p:
+        sizes.append(len(x))
+        with p:
+            F.cross_entropy(p.model(x), y).backward()
+        p.step()
+    assert p.steps == 20
+    assert 0 in sizes
+    assert 1 in sizes
+    others = data(), torch.utils.data.Subset(data(), range(N))  # which need nothing
+    assert [private(dataset=other).loader.dataset for other in others] == list(others)
+
+
 def test_workers():
     alone, many = private(), private(num_workers=2)
     run(alone, 2)

@@ -21,7 +21,7 @@ class EmptyBatches:
     most functions fail. Which axis of which part counts examples is found by collating the given example once and
     twice: tensors and numpy arrays, in tuples, namedtuples, lists, dicts, other mappings (`BatchEncoding` of
     transformers) and dataclasses, get size 0 along the axis that doubles; lists that double become empty; what is the
-    same for both is kept.
+    same for both is kept. A data set with ``__getitems__`` is asked for no examples too; `make_private` sees to that.
 
     Args:
         collate_fn: From a list of examples to a batch; by default that of torch. For workers that are spawned it has

@@ -378,6 +378,29 @@ class _Once(Iterator[Any]):
             raise
 
 
+class _Some(Dataset):
+    """A dataset that gives several examples at once, and cannot give none; it is not asked for these."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return self.dataset.__getitems__(indices) if indices else []
+
+
+def _cannot_give_none(dataset: Any) -> bool:
+    try:
+        return callable(getattr(dataset, "__getitems__", None)) and bool(dataset.__getitems__([]))
+    except Exception:  # noqa: BLE001 - as where nothing is stacked
+        return True
+
+
 class _Loader(DataLoader):
     """Batches in which none may be missing."""
 
@@ -390,6 +413,7 @@ class _Loader(DataLoader):
 def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[str, Any]) -> DataLoader:
     # A loader draws a number when an iteration begins: not from the stream that a resumed run continues.
     options = {"generator": system_generator(), **options}
+    dataset = _Some(dataset) if _cannot_give_none(dataset) else dataset
     try:
         return _Loader(dataset, batch_sampler=batches, collate_fn=collate, **options)
     except (TypeError, ValueError) as error:
