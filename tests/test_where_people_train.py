@@ -555,6 +555,35 @@ def test_lightning_without_the_two_lines_is_refused(run):
         trainer.fit(Plain(private), private.loader)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inner", [True, False])
+def test_lightning_by_hand(run, inner):
+    """Lightning's own optimizers hand on a closure that does nothing."""
+    needs("lightning")
+    space = run("Lightning|1")
+
+    class ByHand(space["Private"]):
+        automatic_optimization = False
+
+        def training_step(self, batch, index):
+            with self.private:
+                self.manual_backward(super().training_step(batch, index))
+            optimizer = self.optimizers()
+            (optimizer.optimizer if inner else optimizer).step()
+
+    private = perexample.privacy.make_private(
+        space["model"], torch.optim.SGD(space["model"].parameters(), lr=0.1), space["data"], **space["plan"]
+    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = space["lightning"].Trainer(accelerator="cpu", max_epochs=2, **quiet)
+    if inner:
+        trainer.fit(ByHand(private), private.loader)
+        assert private.steps == 10
+    else:
+        with pytest.raises(PerExampleError, match=r"hand on a closure: call optimizer\.optimizer\.step\(\)"):
+            trainer.fit(ByHand(private), private.loader)
+
+
 # ----------------------------------------------------------------------------------------------------- peft, schedules
 
 

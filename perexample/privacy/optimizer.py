@@ -241,7 +241,8 @@ def _refuse_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict)
     if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
         raise PerExampleError(
             f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
-            f"was added; run the backward before, and call step() without arguments."
+            f"was added; run the backward before, and call step() without arguments. Lightning's optimizers always "
+            f"hand on a closure: call optimizer.optimizer.step() of them."
         )
 
 
