@@ -488,16 +488,20 @@ def wrong_steps() -> list[tuple[str, str]]:
     rank = dist.get_rank()
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
 
-    def step(how: str = "plain", noise: float = 1.0, run: bool = True, freeze: bool = False, group: Any = None) -> None:
+    def step(
+        how: str = "plain", noise: float = 1.0, run: bool = True, freeze: bool = False, group: Any = None, size: int = 0
+    ) -> None:
         model, called = wrapped(how, network())
         if freeze:
             model[0].bias.requires_grad_(False)
         clipping, optimizer = ClippedGrad(0.5), torch.optim.SGD(model.parameters(), lr=1.0)
         settings: dict[str, Any] = {"noise_multiplier": noise, "expected_batch_size": 1.0}
+        settings["sampler"] = sampler = PoissonBatchSampler(size, 1.0) if size else None
         privatize(optimizer, clipping=clipping, processes=group and Processes(group), **settings)
+        drawn = [0, 1, 2] if sampler is None else next(iter(sampler))
         if run:
             with perex(clipping, grad=False):
-                mean_loss(called(rows_of(0, 0, 3))).backward()
+                mean_loss(called(rows_of(0, 0, len(drawn)))).backward()
         optimizer.step()
 
     return [
@@ -505,6 +509,8 @@ def wrong_steps() -> list[tuple[str, str]]:
         error_of(lambda: step(run=rank == 0)),
         error_of(lambda: step(freeze=rank == 1)),
         error_of(lambda: step("layers", group=alone)),
+        error_of(lambda: step(size=6 + rank)),
+        error_of(lambda: step(size=6)),
         error_of(lambda: step()),
     ]
 

@@ -265,14 +265,16 @@ def test_equal_generators_for_shards_are_refused(pool):
 
 
 def test_processes_that_step_differently(pool):
-    noise, missing, frozen, group, fine = zip(*pool.run(wrong_steps, 2), strict=True)
+    noise, missing, frozen, group, sizes, *fine = zip(*pool.run(wrong_steps, 2), strict=True)
     assert_errors(noise, "ConfigurationError", "noise_multiplier", "1.0 in process 0, 2.0 in process 1")
     assert missing[0][0] == "PerExampleError"
     assert "Process 1 failed" in missing[0][1]
     assert missing[1][0] == "StaleGradientError"
     assert_errors(frozen, "ConfigurationError", "train different parameters")
     assert all(kind == "ConfigurationError" and "group" in text for kind, text in group)
-    assert_errors(fine, "no error")
+    assert_errors(sizes, "ConfigurationError", "data_size must be the same", "6.0 in process 0, 7.0 in process 1")
+    for found in fine:
+        assert_errors(found, "no error")
 
 
 def test_what_is_not_supported_in_shards_is_a_clear_error(pool):

@@ -84,12 +84,13 @@ class Privatizer:
             self._same_processes()
             self._refuse_counted(expected_batch_size)
             sums, std = self._taken(params, noise_multiplier)
+        drawn = () if self.sampler is None else ("sample_rate", "data_size")
         self.processes.agree(
             noise_multiplier=noise_multiplier,
             expected_batch_size=expected_batch_size,
             std=std,
             steps=self.ledger.steps,
-            sample_rate=0.0 if self.sampler is None else self.sampler.sample_rate,
+            **{name: getattr(self.sampler, name) for name in drawn},
         )
         if not self._compared:
             self.processes.agree_on({f"parameter {i}": p.detach() for i, p in enumerate(params)})
