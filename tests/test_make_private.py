@@ -907,6 +907,25 @@ def test_a_second_training_of_a_model_is_not_all_of_it(tmp_path):
         private(model)
 
 
+@pytest.mark.parametrize("kept", ["file", "state"])
+def test_a_further_training_of_a_model_is_counted_as_its_warning_says(tmp_path, kept):
+    model = network()
+    first = private(model, ledger=tmp_path / "steps.jsonl")
+    run(first, epochs=3)
+    with pytest.raises(ConfigurationError, match=r"held to 12 steps.* and 24 are planned, those that it knows"):
+        private(model, ledger=first.ledger, epochs=6)
+    ledger = tmp_path / "steps.jsonl"
+    if kept == "state":
+        ledger = Ledger()
+        ledger.load_state_dict(first.ledger.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = private(model, ledger=ledger, epochs=6)
+    run(second, epochs=3)
+    assert second.steps == second.planned_steps == 24
+    assert second.epsilon() == epsilon(1e-3, noise_multiplier=1.0, sample_rate=RATE, steps=24)
+
+
 @pytest.mark.parametrize("again", [True, False])
 def test_a_piece_that_is_run_twice_is_an_error(again):
     p = private(physical_batch_size=3)

@@ -80,7 +80,7 @@ def make_private(
         target_delta: Its second part; well below 1 / public_size.
         noise_multiplier: Standard deviation of the noise in units of C.
         epochs: Passes over the data, on average; or give ``steps``.
-        steps: Number of private steps.
+        steps: Number of private steps, among them those that the ledger knows already.
         physical_batch_size: Batches are cut into pieces of at most so many examples, for memory; only the last piece
             of a batch takes a step. Per process.
         accountant: ``"pld"`` (tight) or ``"rdp"``.
@@ -264,7 +264,13 @@ def _book(ledger: Any, planned: int, processes: Processes) -> Ledger:
         if not isinstance(ledger, (str, os.PathLike, type(None))):
             raise ConfigurationError(f"ledger must be a path of a file, or a Ledger, not {ledger!r}.")
         return Ledger(ledger, planned, write=processes.rank == 0)
-    ledger.limit = planned if ledger.limit is None else min(ledger.limit, planned)
+    if ledger.limit is not None and ledger.limit < planned:
+        raise ConfigurationError(
+            f"The ledger is held to {ledger.limit} steps, by Ledger(limit=...) or the training that it was made for, "
+            f"and {planned} are planned, those that it knows already among them. Plan no more; or, for a further "
+            f"training, give the file of that ledger, or a new Ledger() that has loaded its state_dict()."
+        )
+    ledger.limit = planned
     return ledger
 
 
@@ -274,9 +280,9 @@ def _warn_of_steps_before(model: nn.Module, book: Ledger) -> None:
     if before is not None and before is not book and before.steps and not book.knows(before):
         warnings.warn(
             f"This {type(model).__name__} has been trained by {before.steps} private steps that the new ledger does "
-            f"not know: epsilon() will be that of the steps to come. To count all of them, give make_private "
-            f"ledger=private.ledger of the training before, or its file, and noise_multiplier in place of "
-            f"target_epsilon.",
+            f"not know: epsilon() will be that of the steps to come. To count all of them, give make_private the file "
+            f"of the ledger before, or a new Ledger() that has loaded its state_dict(), with noise_multiplier in place "
+            f"of target_epsilon, and the steps (or epochs) of both trainings together.",
             stacklevel=3,
         )
     _LEDGERS[model] = book
