@@ -37,7 +37,20 @@ class Release:
             rate = real("Release(sample_rate=...)", self.sample_rate, wanted, lambda x: 0 <= x <= 1)
             object.__setattr__(self, "sample_rate", rate)
 
+    def costs_at_most(self, other: Release) -> bool:
+        """Whether it has no less noise than another one, but for rounding, and no larger sample rate.
 
+        Args:
+            other: The other one.
+
+        Returns:
+            Whether a budget that was made for the other covers it.
+        """
+        rate, most = (1.0 if r.sample_rate is None else r.sample_rate for r in (self, other))
+        return self.noise_multiplier >= other.noise_multiplier * (1 - ROUNDING) and rate <= most
+
+
+ROUNDING = 1e-9  # in which two machines may differ when they calibrate noise
 Runs = list[tuple[Release, int]]
 
 
@@ -136,7 +149,7 @@ class Ledger:
 
     def _check(self, release: Release) -> None:
         """A step, or one that a state brings, must be of the kind that the budget was calibrated for."""
-        if release.noise_multiplier < self.least_noise * (1 - 1e-9):
+        if release.noise_multiplier < self.least_noise * (1 - ROUNDING):
             raise PrivacyBudgetError(
                 f"The step has noise_multiplier={release.noise_multiplier:g}, and the privacy budget needs "
                 f"{self.least_noise:g} in each: the noise was lowered in the optimizer's param_groups after it was "

@@ -298,10 +298,10 @@ def _hold_to(book: Ledger, planned: Release) -> None:
             "The ledger belongs to another training that was calibrated to a budget, and the steps of both would be "
             "written into it. Give each training a ledger of its own."
         )
-    others = sum(count for release, count in book.runs if release != planned)
+    others = sum(count for release, count in book.runs if not release.costs_at_most(planned))
     if others:
         raise PrivacyBudgetError(
-            f"The ledger knows {others} steps with other noise or another sample rate than the {planned} that the "
+            f"The ledger knows {others} steps with less noise or a larger sample rate than the {planned} that the "
             f"budget was calibrated for, and what they cost is not part of target_epsilon. Give each training a ledger "
             f"of its own, or noise_multiplier in place of target_epsilon, and see what epsilon() says."
         )

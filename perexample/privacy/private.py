@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from .._engine.context import perex
 from ..errors import ConfigurationError, StaleGradientError
 from .checkpoint import load_file, save_file
-from .ledger import Ledger
+from .ledger import ROUNDING, Ledger
 from .sampling import PhysicalBatches, PoissonBatchSampler
 from .steps import PrivateStep
 
@@ -246,7 +247,7 @@ class Private:
             )
         theirs = state["plan"]
         for name, value in asdict(self._plan).items():
-            if theirs.get(name) != value:
+            if not _alike(theirs.get(name), value):
                 raise ConfigurationError(
                     f"The saved run has {name}={theirs.get(name)!r}, this one {value!r}; a run is resumed with the "
                     f"settings it was begun with, or its privacy would not be what was planned."
@@ -283,6 +284,12 @@ class Private:
             f"sample_rate={self.sample_rate:.4g}, expected_batch_size={self.expected_batch_size:g}, "
             f"steps={self.steps} of {self.planned_steps})"
         )
+
+
+def _alike(there: Any, here: Any) -> bool:
+    """Whether two settings are the same; calibrated noise may differ in its last digits between two machines."""
+    floats = isinstance(there, float) and isinstance(here, float)
+    return math.isclose(there, here, rel_tol=ROUNDING) if floats else there == here
 
 
 def _check_tensors(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
