@@ -858,6 +858,20 @@ def test_an_optimizer_that_calls_the_step_of_its_base_class(physical):
     assert_bitwise(parameters(one.model), parameters(two.model))
 
 
+def test_such_optimizers_may_share_the_sums():
+    torch.optim.SGD([torch.zeros(1)])
+    model, clipping = extend(network()), ClippedGrad(0.5)
+    both = [
+        privatize(Halving(model[i].parameters()), clipping=clipping, noise_multiplier=1.0, expected_batch_size=10)
+        for i in (0, 3)
+    ]
+    for _ in range(2):
+        backward(model, clipping, *data().tensors)
+        for optimizer in both:
+            optimizer.step()
+    assert [optimizer.ledger.steps for optimizer in both] == [2, 2]
+
+
 def test_sums_that_come_within_a_step_are_made_private_too():
     """A step that runs a backward of its own, and then that of its base class again."""
 

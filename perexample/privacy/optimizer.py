@@ -70,12 +70,13 @@ class Privatizer:
         self._saved = -1  # steps at the last state that was asked for
         self._loaded: Mapping[str, Any] | None = None  # of a state that torch has not loaded its part of yet
         self._steps = 0  # that the ledger had after the last one that was taken here
+        self._left = 0  # examples in sums that this step has left to other optimizers
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """One step: check, write down, then let go of what is private."""
         _refuse_scaler(optimizer, kwargs)
         _refuse_closure(optimizer, args, kwargs)
-        if steps_under_way(optimizer) > 1 and not self.clipping.examples:
+        if steps_under_way(optimizer) > 1 and self.clipping.examples == self._left:
             return  # the step of a base class, called by one that has made the gradients private before it began
         noise_multiplier, expected_batch_size = (_shared_setting(optimizer, name) for name in _SETTINGS)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -84,6 +85,7 @@ class Privatizer:
             self._same_processes()
             self._refuse_counted(expected_batch_size)
             sums, std = self._taken(params, noise_multiplier)
+            self._left = self.clipping.examples
         drawn = () if self.sampler is None else ("sample_rate", "data_size")
         self.processes.agree(
             noise_multiplier=noise_multiplier,
