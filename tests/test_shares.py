@@ -11,6 +11,12 @@ from perexample import LossError, extend, perex
 from perexample.extensions import BatchGrad, ClippedGrad
 
 B = 64
+
+
+def some(losses):
+    return losses[torch.arange(len(losses)) % 3 > 0]
+
+
 FOLLOWING = {
     "short batches": lambda losses: losses.mean() * len(losses) / B,
     "a factor": lambda losses: (len(losses) / B) * losses.mean(),
@@ -22,6 +28,9 @@ FOLLOWING = {
     "of summed classes": lambda losses: losses.sum(0).mean() / B,
     "by an einsum": lambda losses: torch.einsum("nc,nc->n", losses, losses).mean() * len(losses),
     "negative": lambda losses: -(losses.mean() * -len(losses)),
+    "of some": lambda losses: some(losses).sum() / B,
+    "by a tensor": lambda losses: losses.mean() * torch.tensor(len(losses) / B),
+    "twice": lambda losses: losses.sum() / len(losses) ** 2,
 }
 STEADY = {
     "mean": lambda losses: losses.mean(),
@@ -31,6 +40,11 @@ STEADY = {
     "of classes, over their number": lambda losses: losses.sum(0).mean() / len(losses),
     "by an einsum": lambda losses: torch.einsum("nc,nc->", losses, losses) / len(losses),
     "by a trace": lambda losses: (losses.T @ losses).trace() / len(losses),
+    "of some": lambda losses: some(losses).sum() / len(losses),
+    "of two kinds": lambda losses: (some(losses).sum() + losses[:, 0].square().sum()) / len(losses),
+    "by classes": lambda losses: torch.zeros(2).index_add(0, losses.argmax(1) // 2, losses[:, 0]).sum() / len(losses),
+    "over a tensor": lambda losses: losses.sum() / torch.tensor(len(losses)),
+    "smoothed labels": lambda losses: F.cross_entropy(losses, losses.argmax(1), label_smoothing=0.1),
     "of classes as many as examples": lambda losses: losses.repeat(1, 12).mean(0).sum() / B,
 }
 
@@ -61,6 +75,21 @@ def test_sums_that_were_said_to_be_sums():
     with pytest.raises(LossError, match="batches of 64 and 37"):
         backwards(lambda losses: losses.sum() / len(losses), (64, 37), loss_reduction="sum")
     backwards(lambda losses: losses.sum(0).mean(), (3, 6, 9), loss_reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (lambda z: z.square().sum() / len(z), {}),
+        (lambda z: z.square().mean(), {}),
+        (lambda z: z.square().sum(), {"loss_reduction": "sum"}),
+    ],
+)
+def test_sequences_of_another_length_in_each_batch(loss, options):
+    model = extend(nn.Linear(4, 3))
+    for n, length in ((32, 5), (29, 7), (37, 6), (33, 5)):
+        with perex(ClippedGrad(1.0), **options):
+            loss(model(torch.randn(n, length, 4))).backward()
 
 
 def test_one_loss_may_be_half_of_another():

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .._private import is_python_number, loss_reduction_of, metadata, saved
+from .._private import loss_reduction_of, metadata, saved
 from ..errors import LossError
 from .graph import dims_of, kind_of, shape_of
 from .kinds import names
@@ -105,14 +105,15 @@ def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int,
     """Whether the weights of n examples are those of m times a power of n / m, where they are not the same."""
     changed = False
     for one, other in zip(now, before, strict=True):
-        over = one.entries * m == other.entries * n  # the examples, of which each has as many
+        over = one.entries != other.entries  # the examples, be it that some were chosen, or filled up to another length
         weight = one.weight(n, mean=mean) if over else one.factor
         was = other.weight(m, mean=mean) if over else other.factor
         if math.isclose(weight, was, rel_tol=1e-6):
             continue
         if not math.isclose(weight, was * (n / m) ** power, rel_tol=1e-6):
             return False
-        if not one.joins and power == (-1 if mean else 1):
+        unclear = not one.joins or (not over and one.joins == ("sum" if mean else "mean"))
+        if unclear and power == (-1 if mean else 1):
             return False  # it may be a sum over the examples that becomes their mean so, or a mean their sum
         changed = True
     return changed
@@ -167,8 +168,8 @@ def _kind(node: Node) -> str:
 
 
 def _number(node: Node) -> float | None:
-    """The Python number that a single number is multiplied with or divided by."""
+    """What a single number is multiplied with or divided by, be it a tensor, such as the number of targets."""
     other = saved(node, "other")
-    if isinstance(other, Tensor) and other.numel() == 1 and is_python_number(other):
+    if isinstance(other, Tensor) and other.numel() == 1:
         return float(other) or None
     return None
