@@ -169,7 +169,6 @@ def _kind(node: Node) -> str:
 
 def _number(node: Node) -> float | None:
     """What a single number is multiplied with or divided by, be it a tensor, such as the number of targets."""
-    other = saved(node, "other")
-    if isinstance(other, Tensor) and other.numel() == 1:
-        return float(other) or None
-    return None
+    other = saved(node, "other")  # no tensor where torch itself has divided
+    known = isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1)
+    return float(other) or None if known else None
