@@ -287,6 +287,17 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def whole_arguments(func: Callable, kwargs: dict) -> dict:
+    """The arguments by name that a function was called with: ``l1_loss`` keeps its weight from modes (torch 2.13)."""
+    if func is not nn.functional.l1_loss or "weight" in kwargs:
+        return kwargs
+    code, frame = nn.functional.l1_loss.__code__, sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return kwargs if weight is None else {**kwargs, "weight": weight}
+
+
 def function_modes() -> list[TorchFunctionMode]:
     """The torch function modes of this thread, outermost first."""
     return list(torch.overrides._get_current_function_mode_stack())

@@ -19,7 +19,7 @@ from ._engine.context import perex
 from ._first_run import Seen, first_run
 from ._looks import holds, noting
 from ._precision import full_precision, reduced
-from ._private import named_parameters, version
+from ._private import named_parameters, version, whole_arguments
 from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
@@ -455,7 +455,7 @@ class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
                 f"This step cannot be recorded: the model or its loss looks at values ({func.__name__}). Run it as "
                 f"usual."
             )
-        return func(*args, **(kwargs or {}))
+        return func(*args, **whole_arguments(func, kwargs or {}))
 
 
 __all__ = ["RecordedStep", "as_usual"]

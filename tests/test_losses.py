@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perexample import CrossExampleError, LossError, extend, perex
+from perexample import CrossExampleError, LossError, RecordedStep, extend, perex
 from perexample._engine import couplings, graph
 from perexample.extensions import BatchGrad
 
@@ -55,6 +55,34 @@ def test_ignored_targets_with_a_mean_of_each_example():
 def test_a_sum_declared_as_mean_is_refused():
     with pytest.raises(LossError, match="loss_reduction='sum'"):
         run(lambda out: F.cross_entropy(out, TARGET, reduction="sum"))
+
+
+class Weighted(nn.Module):
+    """Losses of each example, of which torch keeps the weights from those who look on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, x, y, weight):
+        return F.l1_loss(self.inner(x), y, reduction="none", weight=weight)
+
+
+@pytest.mark.parametrize("where", ["in a loss", "in a model", "recorded"])
+def test_weights_of_absolute_errors(where):
+    model, y, weight = Weighted().double(), torch.zeros(5, 4).double(), torch.arange(20.0).double().view(5, 4)
+    x = torch.randn(5, 3).double()
+    wanted = [torch.autograd.grad((model.inner(x[i]).abs() * weight[i]).sum(), model.inner.weight)[0] for i in range(5)]
+    extend(model)
+    if where == "recorded":
+        RecordedStep(model, lambda *args: model(*args).sum(1), x, y, weight, extensions=BatchGrad())(x, y, weight)
+    else:
+        with perex(BatchGrad()):
+            of_each = model(x, y, weight)
+            if where == "in a loss":
+                of_each = F.l1_loss(model.inner(x), y, reduction="none", weight=weight)
+            of_each.sum(1).mean().backward()
+    torch.testing.assert_close(model.inner.weight.grad_batch, torch.stack(wanted))
 
 
 LABELS = torch.tensor([[0, 1], [2, -100], [3, 1], [-100, -100], [0, -100]])  # -100 is left out

@@ -463,6 +463,30 @@ def test_function_modes_are_listed_outermost_first():
     assert not _private.function_modes()
 
 
+def test_modes_are_given_all_arguments():
+    """If the first of these holds no more, torch hands the weight on itself, and the function can go."""
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (F.l1_loss, F.mse_loss):
+                seen.append((kwargs or {}, _private.whole_arguments(func, kwargs or {})))
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
+    with Mode():
+        for function in (F.l1_loss, F.mse_loss):
+            function(x, -x, weight=weight)
+            function(x, -x, None, None, "sum")
+    assert [("weight" in given, whole.get("weight") is weight) for given, whole in seen] == [
+        (False, True),
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+    assert all(whole["reduction"] == given["reduction"] for given, whole in seen)
+
+
 def test_a_mode_can_be_taken_off_by_others():
     """As after an interrupt: the innermost one ends without its own ``with``."""
     first, second = Noting(), Noting()

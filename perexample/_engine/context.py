@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._arguments import flag, is_word, positive, real, shown
-from .._private import loss_reduction_of, sums_losses, undispatched
+from .._private import loss_reduction_of, sums_losses, undispatched, whole_arguments
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import ROOM, Choice
@@ -115,7 +115,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             return self._autograd_backward(*args, **(kwargs or {}))
         if func in HOOKING:  # a user's hook is not called more than once
             STATE.once = True
-        return func(*args, **(kwargs or {}))
+        return func(*args, **whole_arguments(func, kwargs or {}))
 
     def _autograd_backward(
         self,

@@ -23,6 +23,7 @@ from .._private import (
     inside_functorch,
     saves_otherwise,
     undispatched,
+    whole_arguments,
     whole_base,
     without_dispatch,
 )
@@ -104,7 +105,7 @@ class Follow(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the function; note what its result depends on, and leave a tap where parameters meet data."""
-        kwargs = kwargs or {}
+        kwargs = whole_arguments(func, kwargs or {})
         traits = TRAITS.get(func) or traits_of(func)
         if not args and kwargs and traits.kind in _BY_THE_FIRST:
             kwargs = dict(kwargs)
