@@ -131,6 +131,9 @@ N, MASK = 5, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
 CLASSES, AIMS = torch.tensor([0, 3, 1, 2, 3]), torch.linspace(-1, 1, 20).view(5, 4)
 
 
+TWO = torch.arange(10) % 2
+
+
 def each(out):
     return F.cross_entropy(out, CLASSES, reduction="none")
 
@@ -163,6 +166,15 @@ COUPLED = {
     "root of the mean of a stack": lambda out: torch.stack([each(out)[i] for i in range(N)]).mean().sqrt(),
     "one of two": lambda out: torch.stack([F.mse_loss(out, AIMS).sqrt(), each(out).mean()]).sum(),
     "those that are there": lambda out: torch.stack([each(out)[i] for i in (0, 2, 3)]).mean(),
+    "the first of two kinds": lambda out: F.cross_entropy(out[:2], CLASSES[:2]) + F.mse_loss(out[2:], AIMS[2:]) / N,
+    "all but the last": lambda out: each(out)[:-2].mean(),
+    "rows across examples": lambda out: F.cross_entropy(out.reshape(-1, 2)[:-1], TWO[1:]),
+    "parts": lambda out: sum(part.mean() for part in out.split(2)) / 3,
+    "sum of a part, by its size": lambda out: each(out)[:3].sum() / 3,
+    "soft labels over a mask": lambda out: F.cross_entropy(out[MASK > 0], AIMS[MASK > 0].softmax(1)),
+    "sum of errors over a mask, by its size": lambda out: (
+        F.mse_loss(out[MASK > 0], AIMS[MASK > 0], reduction="sum") / int(MASK.sum())
+    ),
     "all tokens of those": lambda out: torch.cat([out[0, :3], out[2], out[3, :1]]).mean(),
 }
 LINEAR = {
@@ -188,6 +200,9 @@ LINEAR = {
         [(each(out) * CLASSES.eq(c)).mean() for c in (0, 1, 2)]
     ).mean(),
     "a mean of several, of all": lambda out: torch.stack([each(out).mean(), out.mean(), F.mse_loss(out, AIMS)]).mean(),
+    "two views of each": lambda out: each(out.repeat(2, 1)[:5]).mean() + out.repeat(2, 1)[5:].square().mean(),
+    "parts one by one": lambda out: sum(out[i : i + 1, :3].mean() for i in range(N)) / N,
+    "own tokens of each": lambda out: sum(out.flatten()[4 * i : 4 * i + 3].mean() for i in range(N)) / N,
     "as many of each": lambda out: torch.cat([out[i, :2] for i in range(N)]).mean(),
     "choices one by one": lambda out: sum(out[i][MASK[:4] > 0].mean() for i in range(N)) / N,
 }
@@ -433,6 +448,12 @@ def test_examples_that_meet_on_another_axis():
         model(x)[0].softmax(2).log().mean().backward()  # of each
         with pytest.raises(CrossExampleError, match="couples examples"):
             model(x)[0].softmax(1).log().mean().backward()
+
+
+def test_a_part_of_another_axis_is_no_part_of_the_examples():
+    model, x = extend(nn.LSTM(3, 4), batch_dim=1), torch.randn(2 * N, N, 3)
+    with perex(BatchGrad()):
+        (model(x)[0][1:].square().mean() + model(x)[0].transpose(1, 2)[1:].mean()).backward()
 
 
 def test_two_forwards_of_the_same_examples_may_meet():

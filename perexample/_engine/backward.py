@@ -34,7 +34,7 @@ from .between import check_between
 from .broadcasts import check_broadcasts
 from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
-from .joins import check_joins
+from .joins import check_cuts, check_joins
 from .shares import check_shares, refuse_means
 from .shortcuts import shortcut
 from .state import STATE, plain
@@ -130,6 +130,7 @@ class Backward:
         check_between(self.found, self.n)
         check_joins(loss, self.found, self.n)
         check_couplings(loss, self.found, self.n)
+        check_cuts(loss, self.found, self.n)
 
     def _most_held(self) -> int:
         """At most how many bytes will be held for the end, as far as can be told now."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from .._private import metadata, output_shapes, saved
@@ -46,6 +46,13 @@ def dims_of(node: Node, axes: int) -> set[int]:
         return set(range(axes))
     wrapped = [dims] if isinstance(dims, int) else dims
     return {(d - 2**64 if d >= 2**63 else d) % axes for d in wrapped}
+
+
+def number_of(node: Node) -> float | None:
+    """What a product or quotient is multiplied with or divided by, if it is a single number, be it a tensor."""
+    other = saved(node, "other")  # no tensor where torch itself has divided
+    known = isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1)
+    return float(other) if known else None
 
 
 def nearest_taps(edge: GradientEdge) -> Iterator[Near]:

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .._private import is_python_number, loss_reduction_of, metadata, ones_for, saved
 from ..errors import LossError
 from ..place import Place
-from .graph import kind_of, nearest_taps, shape_of
+from .graph import dims_of, kind_of, nearest_taps, number_of, shape_of
 from .kinds import names
 from .tap import KEY
 from .walk import Walk
@@ -30,6 +30,7 @@ _BENT = names(
     "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
 )
 _CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
+_CUTS = names("Slice Split SplitWithSizes")
 _VIEWS = names("View UnsafeView Reshape Flatten Unflatten Squeeze Unsqueeze")
 _TURNS = names("Transpose T Permute")
 _GATHERS = names("IndexAdd IndexCopy IndexPut IndexReduce Scatter ScatterAdd ScatterReduce MaskedScatter SegmentReduce")
@@ -51,8 +52,27 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2:
         return
-    doubts = ((node, why) for node in _single_numbers(loss) if (why := _doubt(node, n) or _uneven(node, found, n)))
-    for node, why in itertools.islice(doubts, _MOST):
+    _refuse(((node, _doubt(node, n) or _uneven(node, found, n)) for node in _single_numbers(loss)), found)
+
+
+def check_cuts(loss: Tensor, found: Walk, n: int) -> None:
+    """The same for means over some of the rows, by their places, where that is no other error.
+
+    Args:
+        loss: The loss.
+        found: The graph below it.
+        n: Number of examples.
+
+    Raises:
+        LossError: If there is such a mean.
+    """
+    if n > 1:
+        _refuse(((node, _over_a_part(node, n)) for node in _single_numbers(loss)), found)
+
+
+def _refuse(doubts: Iterator[tuple[Node, str]], found: Walk) -> None:
+    """Raise for the first of these that several examples meet in."""
+    for node, why in itertools.islice(((node, why) for node, why in doubts if why), _MOST):
         together = max((examples_of(edge, found) for edge in _inputs(node)), default=0)
         if together > 1:
             raise LossError(
@@ -118,17 +138,38 @@ def _doubt(node: Node, n: int) -> str:
         if isinstance(divisor, Tensor) and divisor.numel() == 1 and not is_python_number(divisor):
             value = float(divisor)
             return "" if _multiple(value, n) else f"divides by a tensor, {value:g}"
-        before = inputs[0][0]
-        if isinstance(divisor, Tensor) and before is not None and kind_of(before) == "Sum":
-            rows = _chosen(*before.next_functions[0], n)
-            if rows % n and rows == float(divisor):
-                return f"divides by {rows}, the number of entries that were chosen"
+        over = _averaged(node)
+        rows = 0 if over is None else _chosen(*over, n)
+        if rows % n:
+            return f"divides by {number_of(node):g}, the number of entries that were chosen"
     if loss_reduction_of(node) is not None and inputs[0][0] is not None and _entries(*inputs[0]) == 1:
         return "is computed from a mean over the examples"
     if kind == "Mean" or loss_reduction_of(node) == "mean":
         rows = _chosen(*inputs[0], n)
         return f"takes the mean of {rows} entries that were chosen" if rows else ""
     return ""
+
+
+def _over_a_part(node: Node, n: int) -> str:
+    """What is wrong with a mean over rows that were cut out of all, if it is one."""
+    mean = kind_of(node) == "Mean" or loss_reduction_of(node) == "mean"
+    over = node.next_functions[0] if mean else _averaged(node)
+    rows = 0 if over is None else _cut(*over, n)
+    return f"takes the mean of {rows} rows that are cut out of all" if rows else ""
+
+
+def _averaged(node: Node) -> tuple[Node | None, int] | None:
+    """What a number is the sum of, that is divided by how many rows or entries it has; ``None`` if it is none."""
+    if kind_of(node) != "Div":
+        return None
+    summed = node.next_functions[0][0]
+    while summed is not None and kind_of(summed) == "Neg":
+        summed = summed.next_functions[0][0]
+    if summed is None or (kind_of(summed) != "Sum" and loss_reduction_of(summed) != "sum"):
+        return None
+    over = summed.next_functions[0]
+    shape = shape_of(*over)
+    return over if shape and number_of(node) in (shape[0], shape.numel()) else None
 
 
 def _uneven(node: Node, found: Walk, n: int) -> str:
@@ -189,6 +230,34 @@ def _chosen(node: Node | None, number: int, n: int) -> int:
         shape = shape_of(node, number)
         if kind in _TURNS or (kind in _VIEWS and shape and shape[0] != whole[0]):
             whole, laid_out = shape, True
+    return 0
+
+
+def _cut(node: Node | None, number: int, n: int) -> int:
+    """How many rows were cut out of those of all examples on the way to a mean, by their places.
+
+    Returns:
+        Their number; 0 if none were, or such a part as a half, which may be one of two views of each example.
+    """
+    cut, shape = 0, shape_of(node, number)
+    for _ in range(_LOOKED_THROUGH):
+        if node is None or not shape:
+            return 0
+        tapped = metadata(node).get(KEY, {}).get(number)
+        if tapped is not None:
+            place = tapped[0].places[tapped[1]]
+            return cut if place.axis == 0 and place.outer == 1 else 0
+        kind, rows, cuts = kind_of(node), shape[0], not cut and dims_of(node, len(shape)) == {0}
+        if kind in _TURNS or _moves_rows(node):
+            return 0
+        node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
+        shape = shape_of(node, number)
+        if kind in _CUTS and cuts and shape:
+            cut = rows
+            if shape[0] % n or cut % n == 0 or shape[0] % cut == 0:
+                return 0
+        elif kind not in _VIEWS and (not shape or shape[0] != rows):
+            return 0
     return 0
 
 

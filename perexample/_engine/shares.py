@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .._private import loss_reduction_of, metadata, saved
+from .._private import loss_reduction_of, metadata
 from ..errors import LossError
-from .graph import dims_of, kind_of, shape_of
+from .graph import dims_of, kind_of, number_of, shape_of
 from .kinds import names
 from .tap import KEY
 
@@ -141,8 +141,8 @@ def _shares(loss: Tensor) -> Iterator[_Share]:
             shape = shape_of(*join.next_functions[0]) if join.next_functions else None
             yield _Share(factor, _kind(join), 0 if shape is None else shape.numel())
             continue
-        by = _number(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
-        if by is not None:
+        by = number_of(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
+        if by:
             factor = factor * by if kind_of(node) == "Mul" else factor / by
         stack += [(*edge, factor) for edge in before]
 
@@ -165,10 +165,3 @@ def _join(node: Node) -> Node:
 def _kind(node: Node) -> str:
     """Whether a node is a sum or a mean, as far as it tells."""
     return {"Sum": "sum", "Mean": "mean"}.get(kind_of(node), loss_reduction_of(node) or "")
-
-
-def _number(node: Node) -> float | None:
-    """What a single number is multiplied with or divided by, be it a tensor, such as the number of targets."""
-    other = saved(node, "other")  # no tensor where torch itself has divided
-    known = isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1)
-    return float(other) or None if known else None
