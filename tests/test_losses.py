@@ -129,8 +129,6 @@ def test_a_sum_over_tokens_may_be_divided_by_a_constant():
 
 N, MASK = 5, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
 CLASSES, AIMS = torch.tensor([0, 3, 1, 2, 3]), torch.linspace(-1, 1, 20).view(5, 4)
-
-
 TWO = torch.arange(10) % 2
 
 
@@ -200,6 +198,9 @@ LINEAR = {
         [(each(out) * CLASSES.eq(c)).mean() for c in (0, 1, 2)]
     ).mean(),
     "a mean of several, of all": lambda out: torch.stack([each(out).mean(), out.mean(), F.mse_loss(out, AIMS)]).mean(),
+    "classes by their numbers": lambda out: out.t()[torch.tensor([0, 1, 3])].mean(),
+    "classes by their numbers, elsewhere": lambda out: out[:, :3].t().index_select(1, NEXT).mean(),
+    "the largest classes": lambda out: out.t().topk(3, 0).values.mean(),
     "two views of each": lambda out: each(out.repeat(2, 1)[:5]).mean() + out.repeat(2, 1)[5:].square().mean(),
     "parts one by one": lambda out: sum(out[i : i + 1, :3].mean() for i in range(N)) / N,
     "own tokens of each": lambda out: sum(out.flatten()[4 * i : 4 * i + 3].mean() for i in range(N)) / N,
@@ -450,10 +451,21 @@ def test_examples_that_meet_on_another_axis():
             model(x)[0].softmax(1).log().mean().backward()
 
 
+def test_chosen_rows_may_have_as_many_entries_as_there_are_examples():
+    model = extend(nn.Linear(3, 2))
+    with perex(BatchGrad()):
+        (model(torch.randn(6, 3))[torch.tensor([0, 2, 3])].square().sum() / 6).backward()
+        with pytest.raises(LossError, match="divides by 8"):
+            (model(torch.randn(6, 3))[torch.tensor([0, 2, 3, 5])].square().sum() / 8).backward()
+
+
 def test_a_part_of_another_axis_is_no_part_of_the_examples():
     model, x = extend(nn.LSTM(3, 4), batch_dim=1), torch.randn(2 * N, N, 3)
     with perex(BatchGrad()):
         (model(x)[0][1:].square().mean() + model(x)[0].transpose(1, 2)[1:].mean()).backward()
+        model(x)[0][torch.tensor([0, 3, 4])].square().mean().backward()  # steps of time
+        model(x)[0].index_select(1, torch.tensor([1, 0, 2, 4, 3])).square().mean().backward()
+        (model(x)[0][torch.tensor([0, 3, 4])].square().sum() / 60).backward()
 
 
 def test_two_forwards_of_the_same_examples_may_meet():

@@ -30,6 +30,7 @@ _BENT = names(
     "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
 )
 _CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
+_ALONG_AN_AXIS = names("IndexSelect Topk")
 _CUTS = names("Slice Split SplitWithSizes")
 _VIEWS = names("View UnsafeView Reshape Flatten Unflatten Squeeze Unsqueeze")
 _TURNS = names("Transpose T Permute")
@@ -139,9 +140,9 @@ def _doubt(node: Node, n: int) -> str:
             value = float(divisor)
             return "" if _multiple(value, n) else f"divides by a tensor, {value:g}"
         over = _averaged(node)
-        rows = 0 if over is None else _chosen(*over, n)
-        if rows % n:
-            return f"divides by {number_of(node):g}, the number of entries that were chosen"
+        divisor = number_of(node)
+        if over is not None and divisor is not None and divisor % n and _chosen(*over, n) % n:
+            return f"divides by {divisor:g}, the number of entries that were chosen"
     if loss_reduction_of(node) is not None and inputs[0][0] is not None and _entries(*inputs[0]) == 1:
         return "is computed from a mean over the examples"
     if kind == "Mean" or loss_reduction_of(node) == "mean":
@@ -222,11 +223,11 @@ def _chosen(node: Node | None, number: int, n: int) -> int:
         if tapped is not None:
             return _rows_unlike(tapped[0].places[tapped[1]], n)
         kind = kind_of(node)
-        if kind in _CHOOSES:
-            return 0 if laid_out or shape[0] % n == 0 else shape[0]
+        if kind in _CHOOSES and (kind not in _ALONG_AN_AXIS or dims_of(node, len(shape)) == {0}):
+            return 0 if laid_out or shape[0] % n == 0 or _of_another_axis(node, len(shape)) else shape[0]
         if _moves_rows(node) or (kind in _TURNS and shape.numel() != whole.numel()):
             return 0
-        node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
+        node, number = _first_input(node)
         shape = shape_of(node, number)
         if kind in _TURNS or (kind in _VIEWS and shape and shape[0] != whole[0]):
             whole, laid_out = shape, True
@@ -239,26 +240,60 @@ def _cut(node: Node | None, number: int, n: int) -> int:
     Returns:
         Their number; 0 if none were, or such a part as a half, which may be one of two views of each example.
     """
-    cut, shape = 0, shape_of(node, number)
+    shape = shape_of(node, number)
     for _ in range(_LOOKED_THROUGH):
-        if node is None or not shape:
+        if node is None or not shape or number in metadata(node).get(KEY, {}):
             return 0
+        kind, rows, cuts = kind_of(node), shape[0], dims_of(node, len(shape)) == {0}
+        if kind in _TURNS or _moves_rows(node):
+            return 0
+        node, number = _first_input(node)
+        shape = shape_of(node, number)
+        if kind in _CUTS and cuts and shape:
+            even = rows % n == 0 or (rows and shape[0] % rows == 0)
+            return 0 if even or shape[0] % n or not _holds_examples(node, number, 0) else rows
+        if kind not in _VIEWS and (not shape or shape[0] != rows):
+            return 0
+    return 0
+
+
+def _of_another_axis(node: Node, axes: int) -> bool:
+    """Whether rows were chosen along an axis that holds no examples, such as steps of time."""
+    before = _first_input(node)
+    shape = shape_of(*before)
+    return shape is not None and len(shape) == axes and _holds_examples(*before, 0) is False
+
+
+def _holds_examples(node: Node | None, number: int, axis: int) -> bool | None:
+    """Whether an axis of a tensor holds the examples, by the place of the nearest tap; ``None`` if that is not seen."""
+    folded = False
+    for _ in range(_LOOKED_THROUGH):
+        shape = shape_of(node, number)
+        if node is None or not shape:
+            return None
         tapped = metadata(node).get(KEY, {}).get(number)
         if tapped is not None:
             place = tapped[0].places[tapped[1]]
-            return cut if place.axis == 0 and place.outer == 1 else 0
-        kind, rows, cuts = kind_of(node), shape[0], not cut and dims_of(node, len(shape)) == {0}
-        if kind in _TURNS or _moves_rows(node):
-            return 0
-        node, number = next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
-        shape = shape_of(node, number)
-        if kind in _CUTS and cuts and shape:
-            cut = rows
-            if shape[0] % n or cut % n == 0 or shape[0] % cut == 0:
-                return 0
-        elif kind not in _VIEWS and (not shape or shape[0] != rows):
-            return 0
-    return 0
+            leads = place.axis == axis and (place.outer == 1 or not folded)
+            return leads or (None if folded or place.axis is None else False)
+        kind, size, along = kind_of(node), shape[axis], node
+        if kind in _TURNS:
+            dims = saved(node, "dims") or sorted(dims_of(node, len(shape)))
+            axis = dims[axis] if kind == "Permute" else {dims[0]: dims[-1], dims[-1]: dims[0]}.get(axis, axis)
+        node, number = _first_input(node)
+        before = shape_of(node, number)
+        if saved(along, "dim") is not None and before and axis in dims_of(along, len(before)):
+            return None
+        if kind in _VIEWS and axis == 0:
+            folded = folded or not before or before[0] != size
+        elif not before or axis >= len(before) or before[axis] != size or (axis and len(before) != len(shape)):
+            return None
+    return None
+
+
+def _first_input(node: Node) -> tuple[Node | None, int]:
+    """The first that an operation was given of what has a graph."""
+    return next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
 
 
 def _rows_unlike(place: Place, n: int) -> int:

@@ -112,8 +112,7 @@ def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int,
             continue
         if not math.isclose(weight, was * (n / m) ** power, rel_tol=1e-6):
             return False
-        unclear = not one.joins or (not over and one.joins == ("sum" if mean else "mean"))
-        if unclear and power == (-1 if mean else 1):
+        if not (over and one.joins) and power == (-1 if mean else 1):
             return False  # it may be a sum over the examples that becomes their mean so, or a mean their sum
         changed = True
     return changed
