@@ -141,8 +141,10 @@ def _shares(loss: Tensor) -> Iterator[_Share]:
             yield _Share(factor, _kind(join), 0 if shape is None else shape.numel())
             continue
         by = number_of(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
-        if by:
-            factor = factor * by if kind_of(node) == "Mul" else factor / by
+        if by is not None and kind_of(node) == "Mul":
+            factor *= by
+        elif by:
+            factor /= by
         stack += [(*edge, factor) for edge in before]
 
 
