@@ -995,7 +995,13 @@ LOSSES_INSIDE = {
         h[:, :2], h.detach()[:, 2:].sigmoid(), pos_weight=y.bincount(minlength=2)[:2].float()
     ),
 }
+SCALED_INSIDE = {
+    "by their accuracy": lambda h, y: (1.5 - (h.argmax(1) == y).float().mean()) * F.cross_entropy(h, y),
+    "by its own size": lambda h, y: F.cross_entropy(h, y) * F.cross_entropy(h, y).detach().reciprocal(),
+    "of each, by that of all": lambda h, y: sum(F.cross_entropy(h[i], y[i]) * h.detach().std() for i in range(6)) / 6,
+}
 OWN_INSIDE = {
+    "times one over their number": lambda h, y: F.cross_entropy(h, y, reduction="sum") * (y > -1).float().sum() ** -1,
     "added up one by one": lambda h, y: sum(F.cross_entropy(a, b) for a, b in zip(h, y, strict=True)) / len(h),
     "added up in place": lambda h, y: added_up(h, y),
     "cross-entropy": lambda h, y: F.cross_entropy(h, y),
@@ -1020,6 +1026,13 @@ class WithLoss(nn.Module):
 
     def forward(self, x, y):
         return self.loss(self.layer(x), y)
+
+
+@pytest.mark.parametrize("name", SCALED_INSIDE)
+def test_losses_inside_of_a_model_that_are_scaled_by_what_all_change(name):
+    model = extend(WithLoss(SCALED_INSIDE[name]))
+    with perex(BatchGrad()), pytest.raises(CrossExampleError, match=r"`mul` in .* another that all change"):
+        model(torch.randn(6, 3), torch.arange(6) % 4).backward()
 
 
 @pytest.mark.parametrize("name", LOSSES_INSIDE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._looks import blind
 from .._private import dispatched, inside_functorch, metadata, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
 from ..errors import ConfigurationError, UnsupportedModuleError
@@ -33,6 +35,7 @@ _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
 _FORMS: dict[Any, list[Form]] = {}
 _REDUCED: set[Any] = set()  # forms of losses in which examples do not meet before they are joined
 _MOST_FORMS = 20_000
+_TIMES = names("mul rmul imul multiply")
 _ADDS = names("add add_ sub sub_ rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ sum subtract subtract_")
 
 
@@ -95,6 +98,9 @@ class Operation:
             return out
         if self.lost is not None:
             several = any(isinstance(place, Lost) and t.numel() > 1 for t, place in self.tracked)
+            if self._scales():
+                self.lost = self._lost("mixes examples: it multiplies one number with another that all change", True)
+                several = True
             lose(outputs, self.lost, meets=several)
             for t, place in before:
                 self.record.wrote |= place is None
@@ -123,6 +129,14 @@ class Operation:
             if chosen:
                 leave([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
         return out
+
+    def _scales(self) -> bool:
+        """Whether it multiplies a loss with a single number that was found out from several examples."""
+        if self.name.strip("_") not in _TIMES or any(t.numel() != 1 for t in self.given) or blind():
+            return False
+        factors = [float(t) for t, place in self.tracked if isinstance(place, Lost) and not t.requires_grad]
+        n = self.record.space.rows
+        return len(factors) < len(self.given) and not all(f == 0 or f == 1 or _is_share(f, n) for f in factors)
 
     def _statistics(self) -> list[tuple[Tensor, int]]:
         """Running statistics that the call may change, and how often they were written to."""
@@ -481,6 +495,12 @@ def _chooses_across(index: Tensor, place: Any, values: list[Tensor]) -> bool:
         if not rest and torch.equal(chosen, torch.arange(size, device=index.device).repeat_interleave(times)):
             return False
     return True
+
+
+def _is_share(factor: float, n: int) -> bool:
+    """Whether a number is one over so many entries of each of n examples."""
+    entries = round(1 / factor) if math.isfinite(1 / factor) else 0
+    return entries > 0 and entries % n == 0 and math.isclose(1 / factor, entries, rel_tol=1e-6)
 
 
 def _of_nobody(place: Any) -> bool:
