@@ -7,7 +7,10 @@ each form is tried once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -27,6 +30,7 @@ _FEW = (3, 5)  # rows; powers of two would hide rotations
 _UNCHECKED = {"lstm"}  # reads beyond its states if these have fewer rows than its input: no other numbers of rows
 
 
+_TRYING = threading.RLock()
 _UNTRIED = "cannot be tried on other values"
 
 
@@ -199,8 +203,16 @@ def forms_of(
         A form for each output, and whether what few rows have shown holds for any number of them.
     """
     func = _WITHOUT_CHANCE.get(base_name(func), func)
-    with looking():
+    with looking(), _silent():
         return _forms_of(func, args, kwargs, outputs, rows, only_few=only_few)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No warnings, which would be about made-up values; one thread at a time, as what is put back is all threads'."""
+    with _TRYING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _forms_of(
