@@ -28,6 +28,7 @@ FOLLOWING = {
     "of summed classes": lambda losses: losses.sum(0).mean() / B,
     "by an einsum": lambda losses: torch.einsum("nc,nc->n", losses, losses).mean() * len(losses),
     "negative": lambda losses: -(losses.mean() * -len(losses)),
+    "one minus": lambda losses: 1 - losses.sum() / B,
     "of some": lambda losses: some(losses).sum() / B,
     "by a tensor": lambda losses: losses.mean() * torch.tensor(len(losses) / B),
     "twice": lambda losses: losses.sum() / len(losses) ** 2,
@@ -117,4 +118,5 @@ def test_a_mean_that_is_to_be_clipped_was_not_said_to_be_a_sum(loss):
         with pytest.raises(LossError, match="is a mean over 5 examples, but perex was told loss_reduction='sum'"):
             backwards(lambda z, s=scale: s * loss(z), (5,), loss_reduction="sum", loss_scale=scale)
     backwards(loss, (1,), loss_reduction="sum")
+    backwards(lambda z: len(z) * (loss(z) + 0.2 * z.mean()), (5,), loss_reduction="sum")
     backwards(loss, (5,), extension=BatchGrad, loss_reduction="sum")  # BackPACK's quantities

@@ -24,7 +24,7 @@ from .tap import KEY
 _KEPT = 2  # losses of a model that are remembered, of different numbers of examples
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 256  # nodes
-_PASSED = names("Mul Div Add Sub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
+_PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ def refuse_means(loss: Tensor, n: int, scale: float) -> None:
     Raises:
         LossError: If it is a mean.
     """
-    for share in _shares(loss):
-        whole = n > 1 and share.joins == "mean" and share.entries % n == 0
-        if whole and math.isclose(share.factor, scale, rel_tol=1e-9):
-            raise LossError(
-                f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
-                f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
-                f"loss_reduction out, or sum the losses."
-            )
+    if n < 2:
+        return
+    factors = [share.factor for share in _shares(loss) if share.joins == "mean" and share.entries % n == 0]
+    if factors and math.isclose(max(factors), scale, rel_tol=1e-9):  # a smaller one may be n / B by chance
+        raise LossError(
+            f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
+            f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
+            f"loss_reduction out, or sum the losses."
+        )
 
 
 def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -> None:
