@@ -112,3 +112,49 @@ def test_in_a_forward_it_is_known_what_belongs_to_examples():
     with perex(BatchGrad()):
         model(torch.randn(N, 4), torch.rand(N)).mean().backward()
     assert model.linear.weight.grad_batch.shape == (N, 1, 4)
+
+
+def keys(z):
+    """Of another view, by a model without gradients."""
+    return z.detach().roll(1, 1).tanh()
+
+
+IN_BATCH = {
+    "negatives": lambda z: F.cross_entropy(z @ keys(z).T, torch.arange(len(z))),
+    "the other way round": lambda z: F.cross_entropy((keys(z) @ z.T).T, torch.arange(len(z))),
+    "by an einsum": lambda z: F.cross_entropy(torch.einsum("nc,mc->nm", z, keys(z)), torch.arange(len(z))),
+    "by a layer": lambda z: F.cross_entropy(F.linear(z, keys(z)), torch.arange(len(z))),
+    "distances": lambda z: torch.cdist(z, keys(z)).exp().mean(),
+    "cosines": lambda z: F.cosine_similarity(z[:, None], keys(z)[None], dim=2).exp().mean(),
+    "of two kinds": lambda z: (z @ torch.cat([keys(z), keys(z).flip(1)]).T).logsumexp(1).mean(),
+}
+OF_EACH = {
+    "a part that is picked": lambda z: (z @ keys(z).T).diagonal().exp().mean(),
+    "distances that are picked": lambda z: torch.cdist(z, keys(z)).diagonal().exp().mean(),
+    "their own candidates": lambda z: (z[:, None] @ keys(z)[:, :, None].expand(-1, -1, 3)).logsumexp(2).mean(),
+    "prototypes": lambda z: F.cross_entropy(z @ torch.ones(3, 6), torch.arange(len(z)) % 6),
+    "sums over the batch": lambda z: (torch.ones(2, len(z)) @ z.exp()).mean() / len(z),
+    "grids": lambda z: (z[:, :, None].expand(-1, -1, 6) - torch.arange(6.0)).exp().mean(),
+}
+
+
+@pytest.mark.parametrize("name", IN_BATCH)
+def test_what_each_output_is_compared_with_must_not_follow_the_batch(name):
+    model = extend(nn.Linear(4, 3))
+    backward(model, lambda z, y: IN_BATCH[name](z), 6)
+    for n in (7, 9, 9):
+        with pytest.raises(CrossExampleError, match=rf"as many others .* in batches of 6 and {n}: \w+ gives \[.*{n}"):
+            backward(model, lambda z, y: IN_BATCH[name](z), n)
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_what_does_not_follow_the_batch_may_be_as_large(name):
+    model = extend(nn.Linear(4, 3))
+    for n in (6, 12, 3, 6, 5):
+        backward(model, lambda z, y: OF_EACH[name](z), n)
+
+
+def test_candidates_of_another_number_in_each_batch():
+    model = extend(nn.Linear(4, 3))
+    for n, count in ((6, 6), (8, 16), (4, 8), (5, 10)):
+        backward(model, lambda z, y, k=count: (z[:, None] @ torch.ones(len(z), 3, k)).logsumexp(2).mean(), n)
