@@ -267,6 +267,15 @@ def solved(out, right=None):
     )
 
 
+def pairs(out):
+    return 0.1 - (out[:, None, 0] - out[None, :, 0])
+
+
+def written(out):
+    out[out < 0] = 0.0
+    return out
+
+
 MEETING = {
     "contrastive": lambda out: F.cross_entropy(similarities(out).fill_diagonal_(-9.0), NEXT),
     "two sides": lambda out: F.cross_entropy(out[:, :2] @ out[:, 2:].T, torch.arange(N)),
@@ -316,7 +325,19 @@ MEETING = {
     "systems of neighbours": lambda out: solved(F.pad(out, (0, 1)), F.pad(out.roll(1, 0), (0, 1))).square().mean(),
     "beside what is infinite": lambda out: out[1] @ out[3] + (out * WEIGHTS).square().sum(1).mean(),
 }
+MEETING |= {  # at kinks that are made of masks
+    "hinges of pairs, by a product": lambda out: (pairs(out) * (pairs(out) > 0)).mean(),
+    "hinges of pairs, written": lambda out: written(pairs(out)).mean(),
+    "hinges of pairs, filled": lambda out: pairs(out).masked_fill(pairs(out) < 0, 0.0).mean(),
+    "hinges of pairs, or zero": lambda out: torch.where(pairs(out) > 0, pairs(out), 0.0).mean(),
+    "hinges of pairs, chosen": lambda out: pairs(out).masked_select(pairs(out) > 0).sum() / N,
+    "hinges of neighbours": lambda out: (lambda d: d * (d > 0).float())(out - out.roll(1, 0)).mean(),
+    "some of the pairs": lambda out: ((CLASSES[:, None] > CLASSES[None]) * pairs(out)).sum() / N,
+}
 APART = {
+    "a part of the pairs": lambda out: (out @ out.T * torch.eye(N)).sum().mul(0.1) / N,
+    "hinges by masks": lambda out: (out * (out > 0)).mean() + written(out * 1.0).mean(),
+    "sums over all, some of them": lambda out: (out.mean(0) * torch.tensor([1.0, 0.0, 1.0, 1.0])).sum(),
     "roots of each": lambda out: (out - AIMS).square().mean(1).sqrt().mean(),
     "trace": lambda out: (out.T @ out / N).trace(),
     "mixed targets": lambda out: 0.3 * each(out).mean() + 0.7 * F.cross_entropy(out, CLASSES[NEXT]),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import ones_for, options_of
+from .._private import ones_for, options_of, saved
 from ..errors import CrossExampleError
 from ..place import Place
 from .graph import EACH, Near, Seldom, dims_of, kind_of, live_taps, nearest_taps, nodes_to_taps, shape_of
@@ -56,6 +56,7 @@ _SMOOTH = names(  # what examples do to each other in these shows in second deri
     "NativeGroupNorm ScaledDotProductFlashAttentionForCpu"
 )
 _NOT_KINKED = _LINEAR | _SMOOTH
+_MASKS = names("Where MaskedFill MaskedSelect IndexPut")
 _ORDERING = names("Amax Amin Aminmax Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin Mode")
 _FEW = 2**22  # entries of the largest tensor up to which a loss is differentiated twice
 _MOST = 4096  # nodes, and forms that are remembered
@@ -269,15 +270,21 @@ def _meet_at_kinks(nodes: list[Node], loss: Tensor, taps: list[Near], found: Wal
     Returns:
         Whether they do.
     """
-    kinked = [node for node in nodes if _is_kinked(node)]
-    inputs = {node: [GradientEdge(one, at) for one, at in node.next_functions if one is not None] for node in kinked}
+    kinked, masks = [node for node in nodes if _is_kinked(node)], [node for node in nodes if _masks(node)]
+    inputs = {
+        node: [GradientEdge(one, at) for one, at in node.next_functions if one is not None] for node in kinked + masks
+    }
     edges = {_key(e): e for node in kinked for e in (*inputs[node], GradientEdge(node, 0)) if _is_large(e)}
+    masked = {_key(e): e for node in masks for e in inputs[node] if _is_large(e)}
+    looked, edges = set(edges), masked | edges
     if not edges:
         return False
     gradients = torch.autograd.grad(loss, list(edges.values()), retain_graph=True, allow_unused=True)
     used = {key: g != 0 for key, g in zip(edges, gradients, strict=True) if g is not None}
     moved = _moved([edges[key] for key in used], taps, n)
-    if any(_entry_meets(edges[key], used[key], found) for key in used.keys() - moved.keys()):
+    if any(_entry_meets(edges[key], used[key], found) for key in (used.keys() - moved.keys()) & looked):
+        return True
+    if any(_meets_partly(moved[key], used[key]) for key in masked.keys() & moved.keys()):
         return True
     return any(_meet_in(node, [_key(e) for e in inputs[node]], moved, used) for node in kinked)
 
@@ -289,6 +296,25 @@ def _is_kinked(node: Node) -> bool:
     if shape.numel() == 1:  # these have a check of their own
         return kind_of(node) in _LOSSES and len(given) > 1
     return (len(given) > 1 and kind_of(node) == "Where") or kind_of(node) not in _NOT_KINKED
+
+
+def _masks(node: Node) -> bool:
+    """Whether an operation leaves some entries of what it is given, such as those above zero, and no others."""
+    given = [one for one, _ in node.next_functions if one is not None]
+    if len(given) != 1 or kind_of(node) != "Mul":
+        return len(given) == 1 and kind_of(node) in _MASKS
+    other = saved(node, "other")  # or the one in front
+    other = saved(node, "self") if other is None else other
+    if not isinstance(other, Tensor) or other.numel() < 2:
+        return False
+    shown = other == 1
+    return bool(((other == 0) | shown).all() & shown.any() & ~shown.all())
+
+
+def _meets_partly(sides: Sides, used: Tensor) -> bool:
+    """Whether an entry changes with several examples and not with all, as differences of two do, and no sums of all."""
+    both = torch.stack([a & b for a, b in sides]) if sides else used.new_zeros((1, *used.shape))
+    return bool((both.any(0) & ~both.all(0) & used).any())
 
 
 Key = tuple[Node, int]
