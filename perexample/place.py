@@ -231,7 +231,7 @@ def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: boo
     Returns:
         The place; ``None`` if more than one axis is needed to tell the examples.
     """
-    if whole.rows == 1:
+    if whole.rows <= 1:
         return Place(whole, None)
     known = owner[owner >= 0]
     written = known.numel() < owner.numel() and not one_example

@@ -1384,6 +1384,20 @@ def _mixture_of_experts(m, x):
     return (out * m.p).view_as(x)
 
 
+def nodes_and_edges(n: int) -> tuple:
+    """Features of nodes, and the two ends of each graph's edges."""
+    return rand(n, T, D), torch.randint(T, (n, 2, 7))
+
+
+def _messages(m, x, edges):
+    """Two rounds of messages, the nodes of all graphs in one list."""
+    h = x.flatten(0, 1)
+    sources, goals = (edges + torch.arange(len(x)).view(-1, 1, 1) * T).transpose(0, 1).flatten(1)
+    for _ in range(2):
+        h = m.cell(torch.zeros_like(h).index_add_(0, goals, m.a(h[sources])), h)
+    return h.view_as(x) * m.p
+
+
 def _windows_major(m, x):
     """Pieces of the positions one after the other in the batch, all examples' first pieces first."""
     h = torch.cat(x.chunk(3, dim=1), 0)
@@ -1455,6 +1469,10 @@ def _norm() -> nn.LayerNorm:
     return nn.LayerNorm(D)
 
 
+def _cell() -> nn.GRUCell:
+    return nn.GRUCell(D, D)
+
+
 def _conv() -> nn.Conv2d:
     return nn.Conv2d(6, 6, 3, padding=1)
 
@@ -1520,6 +1538,7 @@ LAYOUTS = [
     net("packed-by-nonzero", _packed_by_nonzero, masked_tokens, a=linear, p=(D,)),
     net("packed-by-scatter", _packed_by_scatter, masked_tokens, a=linear, p=(D,)),
     net("mixture-of-experts", _mixture_of_experts, router=lambda: linear(D, 3), layers=_layers, p=(D,)),
+    net("messages-along-edges", _messages, nodes_and_edges, cell=_cell, a=linear, p=(D,), empty=True),
     net("windows-major", _windows_major, lambda n: (rand(n, 9, D),), a=linear, p=(D,), traps=(3, 9)),
     net("windows-major-stack", _windows_major_stack, lambda n: (rand(n, 9, D),), w=(D, D), p=(D,), traps=(3, 9)),
     net("unfold", _unfolded, image, w=(54, D), places=(6, D), traps=(6,), empty=True),
