@@ -482,6 +482,13 @@ TOKENS = [
     ),
     net("table-by-embedding_bag", lambda m, i: F.embedding_bag(i, m.p, mode="mean").sin(), words, p=(V, D)),
     net("table-by-two-indices", lambda m, i: m.p[i, torch.arange(T)].sin(), words, p=(V, T, D)),
+    net(
+        "table-by-indices-of-two-shapes",
+        lambda m, x, i, y: x * m.p[i, y.unsqueeze(1)].unsqueeze(-1),
+        lambda n: (rand(n, 6, D), torch.randint(6, (n, 6)), torch.randint(4, (n,))),
+        p=(6, 6),
+        traps=(6,),
+    ),
     net("scalar-by-index", lambda m, i: m.p[i].sin(), words, p=(V,), traps=(3, 7)),
     net(
         "class-conditional-gain",
@@ -1398,6 +1405,32 @@ def _messages(m, x, edges):
     return h.view_as(x) * m.p
 
 
+def _marks(write: Callable) -> Callable:
+    """A mask of the outputs that is made by writing ones among zeros where the data says."""
+    return lambda m, x: (h := m.a(x) * m.p) * write(h, torch.zeros_like(h.detach()))
+
+
+def _mark_flat(h, marks):
+    """The largest of each example by their number in all."""
+    largest = h.flatten(1).topk(30, 1).indices + torch.arange(len(h)).unsqueeze(1) * T * D
+    return marks.flatten().index_fill(0, largest.flatten(), 1.0).view_as(h)
+
+
+def _mark_examples(h, marks):
+    marks[(h.mean((1, 2)) > 0).nonzero().squeeze(1)] = 1.0
+    return marks
+
+
+def _mark_entries(h, marks):
+    rows, columns = torch.where(h[:, 0] > 0)
+    return marks.index_put((rows, torch.zeros_like(rows), columns), torch.ones(()).double())
+
+
+def rare_words(n: int) -> tuple:
+    """Labels, none of which is in the head of an adaptive softmax."""
+    return rand(n, D), torch.randint(3, 10, (n,))
+
+
 def _windows_major(m, x):
     """Pieces of the positions one after the other in the batch, all examples' first pieces first."""
     h = torch.cat(x.chunk(3, dim=1), 0)
@@ -1538,6 +1571,17 @@ LAYOUTS = [
     net("packed-by-nonzero", _packed_by_nonzero, masked_tokens, a=linear, p=(D,)),
     net("packed-by-scatter", _packed_by_scatter, masked_tokens, a=linear, p=(D,)),
     net("mixture-of-experts", _mixture_of_experts, router=lambda: linear(D, 3), layers=_layers, p=(D,)),
+    net("marks-by-flat-numbers", _marks(_mark_flat), a=linear, p=(D,)),
+    net("marks-on-examples", _marks(_mark_examples), a=linear, p=(D,)),
+    net("marks-on-entries", _marks(_mark_entries), a=linear, p=(D,)),
+    net(
+        "adaptive-softmax",
+        lambda m, x, y: m.s(m.a(x), y).output,
+        rare_words,
+        a=linear,
+        s=lambda: nn.AdaptiveLogSoftmaxWithLoss(D, 10, [3, 6], div_value=2.0),
+        traps=(3, 5, 7),
+    ),
     net("messages-along-edges", _messages, nodes_and_edges, cell=_cell, a=linear, p=(D,), empty=True),
     net("windows-major", _windows_major, lambda n: (rand(n, 9, D),), a=linear, p=(D,), traps=(3, 9)),
     net("windows-major-stack", _windows_major_stack, lambda n: (rand(n, 9, D),), w=(D, D), p=(D,), traps=(3, 9)),
@@ -1857,6 +1901,26 @@ def _pairs_compared(m, x):
     return (h - h.mean(0)).view_as(x)
 
 
+def _chosen(function: Callable) -> Callable:
+    """What an example makes of the number that another one has chosen."""
+    return lambda m, x: function(m.a(x).flatten(1), x.flatten(1).argmax(1).flip(0) % D).view(len(x), -1) * m.p[:1]
+
+
+def _read_for_another(h, y):
+    return h[torch.arange(len(h)), y]
+
+
+def _written_for_another(h, y):
+    return torch.zeros_like(h).scatter(1, y.unsqueeze(1), h[:, :1]) + h
+
+
+def _marked_for_another(h, y):
+    rows = (y >= 0).flip(0).nonzero().squeeze(1)
+    marks = torch.zeros_like(h.detach())
+    marks[rows, y] = 1.0
+    return h * marks
+
+
 def _gram(m, x):
     return (x @ x.T) @ m.a(x) * m.p
 
@@ -1880,6 +1944,16 @@ MIXED = [
     mixing("mirror", lambda m, x: m.a(x + x.flip(0)) * m.p, match="flip"),
     mixing("first-example", lambda m, x: m.a(x) * m.p + x[:1], match="getitem"),
     mixing("first-example-of-the-output", lambda m, x: (h := m.a(x) * m.p) - h[:1], match="getitem"),
+    mixing("gathered-for-another", _chosen(lambda h, y: h.gather(1, y.unsqueeze(1))), match="gather"),
+    mixing("read-for-another", _chosen(_read_for_another), match="getitem"),
+    mixing("written-for-another", _chosen(_written_for_another), match="scatter"),
+    mixing("marked-for-another", _chosen(_marked_for_another), match="setitem|mul"),
+    mixing(
+        "table-of-pairs",
+        lambda m, x: m.a(x) * m.p * m.t[(y := x.flatten(1).argmax(1) % D), y.flip(0)].view(-1, 1, 1),
+        match="getitem",
+        t=lambda: torch.rand(D, D, dtype=torch.float64),
+    ),
     mixing("sorted", lambda m, x: m.a(x.sort(0).values) * m.p, match="sort"),
     mixing("maximum-of-all", lambda m, x: m.a(x / x.amax(0)) * m.p, match="amax"),
     mixing("gain-from-the-batch", lambda m, x: m.a(x) * (m.p * x.mean((0, 1))).exp(), match="mean|mul"),

@@ -24,9 +24,10 @@ from ..place import Lost, Place, Space, reshaped
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .arithmetic import simple_place
+from .choosing import index_of
 from .kinds import Kind, Traits, names, traits_of
 from .oracle import Form, fits, form_key, forms_of
-from .owners import FINDS, INTO, MOVERS, moved, values_of
+from .owners import FINDS, INTO, MOVERS, ForeignError, moved, values_of
 from .state import STATE, quiet
 from .table import origin_of, place_of, put, wrote
 from .tap import LOST, Tap
@@ -189,6 +190,11 @@ class Operation:
                 return [simple]
         if self._moves_by_data() or self._finds():
             return self._moved(self.args, outputs)
+        if self.name in INTO and index_of(self.func, self.args, self.kwargs) is not None:  # constants among constants
+            places = self._moved(self.args, outputs)
+            lost = [place for place in places if isinstance(place, Lost)]
+            told = self._tried(outputs, space.rows) if lost else places  # that they meet, where a trial shows it
+            return told if all(isinstance(place, Lost) for place in told) else places
         return self._at_what_masks_show(outputs) or self._met_before(outputs) or self._tried(outputs, space.rows)
 
     def _met_before(self, outputs: list[Tensor]) -> list[Any] | None:
@@ -232,7 +238,7 @@ class Operation:
 
     def _apart(self, outputs: list[Tensor]) -> list[Any]:
         """Arguments that hold different rows can only be put beside each other."""
-        if self.kind is Kind.MOVE or self.name in MOVERS:
+        if (self.kind is Kind.MOVE or self.name in MOVERS) and self._moves_what_is_owned():
             return self._moved(self.args, outputs)
         made = next((place.space.made for _, place in self.tracked if place.space.made), "")
         by = f" (from {made})" if made else ""
@@ -246,6 +252,10 @@ class Operation:
         """Whether the entries' new order may differ from call to call."""
         if self.kind is not Kind.MOVE and not (self.name == "__getitem__" and _has_index(self.args[1])):
             return False
+        return self._moves_what_is_owned()
+
+    def _moves_what_is_owned(self) -> bool:
+        """Whether any of the entries belong to examples, and not only what chooses them."""
         return any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs))
 
     def _finds(self) -> bool:
@@ -282,6 +292,9 @@ class Operation:
                 places = moved(self.func, args, self.kwargs, outputs, self.record.space, self._called())
             except ConfigurationError:  # of a step that is recorded
                 raise
+            except ForeignError:
+                why = "mixes examples: an index that belongs to one of them chooses what is another's"
+                return [self._lost(why, True)] * len(outputs)
             except Exception:  # noqa: BLE001 - whatever an operation raises on integers
                 places = [None] * len(outputs)
         return [p or self._lost("leaves no axis that tells the examples apart", False) for p in places]

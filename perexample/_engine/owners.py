@@ -6,6 +6,7 @@ This is exact whatever indices, masks or orders the operation was given, and whe
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from .._looks import blind, found_out, holds, looking
 from .._tree import map_tensors, tensors_in
 from ..place import Lost, Place, Space, entry_owners, from_owners
+from .choosing import Index, index_of, own, read_by, written_by
 from .kinds import base_name, names
 from .table import place_of
 
@@ -57,6 +59,10 @@ def values_of(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     return list(tensors_in(chosen))
 
 
+class ForeignError(Exception):
+    """An index of one example has chosen what is another's."""
+
+
 def moved(
     func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor], space: Space, made: str
 ) -> list[Place | None]:
@@ -72,17 +78,26 @@ def moved(
 
     Returns:
         The place of each output, ``None`` where the entries of one example cannot be told by one axis.
+
+    Raises:
+        ForeignError: If an example has chosen what is another's.
     """
-    recorded = blind()
+    recorded, index = blind(), index_of(func, args, kwargs)
+    if index is not None and not any(place_of(t) is not None for t in values_of(func, args, kwargs)):
+        after = partial(written_by if base_name(func) in INTO else read_by, index, args[0], space.rows)
+    else:
+        after = partial(owners_after, func, args, kwargs)
 
     def found() -> tuple[list[Tensor], list[Tensor]]:
-        results = owners_after(func, args, kwargs)
+        results = after()
         return results, [t.cpu() for t in results] if recorded else results
 
     owners, on_host = found_out(found)
     shapes = [t.shape for t in outputs][: len(owners)]
     if not owners or [t.shape for t in owners] != shapes:
         return [None] * len(outputs)
+    if index is not None and not _own(func, args, kwargs, index, owners, space):
+        raise ForeignError
     with looking():
         into = base_name(func) in INTO
         stays = _stays(args[0], on_host[0]) if into else None
@@ -90,9 +105,19 @@ def moved(
         if stays is None:
             places = [from_owners(one, space, made, one_example=not into) for one in on_host]
     if recorded:
-        for again, before, place in zip(owners_after(func, args, kwargs), owners, places, strict=True):
+        for again, before, place in zip(after(), owners, places, strict=True):
             holds(_at(again, before, place))
     return places
+
+
+def _own(func: Callable, args: tuple, kwargs: dict, index: Index, owners: list[Tensor], space: Space) -> bool:
+    """Whether what an index chooses, to be read or written, is of those that choose it."""
+    places = [(t, place_of(t)) for t in values_of(func, args, kwargs)]
+    sizes = {t.shape[p.axis] for t, p in places if isinstance(p, Place) and p.axis is not None}
+    known = places[0][1]
+    tables = [entry_owners(places[0][0], known if isinstance(known, Place) else None)]
+    tables += owners[:1] if base_name(func) in INTO else []
+    return own(index, tables, space.rows, sizes)
 
 
 def _at(again: Tensor, before: Tensor, place: Place | None) -> Tensor:
