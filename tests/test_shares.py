@@ -120,3 +120,12 @@ def test_a_mean_that_is_to_be_clipped_was_not_said_to_be_a_sum(loss):
     backwards(loss, (1,), loss_reduction="sum")
     backwards(lambda z: len(z) * (loss(z) + 0.2 * z.mean()), (5,), loss_reduction="sum")
     backwards(loss, (5,), extension=BatchGrad, loss_reduction="sum")  # BackPACK's quantities
+
+
+def test_a_sum_and_a_mean_of_one_model_are_two_losses():
+    """As of a recorded step beside a usual one."""
+    model = extend(nn.Linear(3, 2).double())
+    for n, reduction in ((11, "sum"), (1, "mean"), (13, "mean"), (1, "sum")):
+        losses = model(torch.randn(n, 3).double()).square().sum(1)
+        with perex(ClippedGrad(1.0), grad=False, loss_reduction=reduction):
+            (losses.sum() if reduction == "sum" else losses.mean()).backward()

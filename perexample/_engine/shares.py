@@ -48,7 +48,7 @@ class _Share:
         return self.factor / n if self.joins == "mean" else self.factor
 
 
-_SHARES: WeakKeyDictionary[nn.Module, list[tuple[int, list[_Share]]]] = WeakKeyDictionary()
+_SHARES: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[int, list[_Share]]]]] = WeakKeyDictionary()
 
 
 def refuse_means(loss: Tensor, n: int, scale: float) -> None:
@@ -88,7 +88,8 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
     if model is None:
         return
     shares = list(_shares(loss))
-    before = [(m, others) for m, others in _SHARES.get(model, []) if m != n and len(others) == len(shares)]
+    known = _SHARES.setdefault(model, {})  # a sum and a mean of one model are two losses
+    before = [(m, others) for m, others in known.get(mean, []) if m != n and len(others) == len(shares)]
     for power in (1, -1):
         alike = [m for m, others in before if _follow(shares, others, n, m, power, mean=mean)]
         if len(alike) == _KEPT or (len(alike) == len(before) and any(not _is_plain(n, m) for m in alike)):
@@ -99,7 +100,7 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
                 f"their number, or their sum with loss_reduction='sum'; the divisor of a batch is the optimizer's "
                 f"expected_batch_size."
             )
-    _SHARES[model] = [*before, (n, shares)][-_KEPT:]
+    known[mean] = [*before, (n, shares)][-_KEPT:]
 
 
 def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int, *, mean: bool) -> bool:
