@@ -150,8 +150,8 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
         return UnsupportedModuleError(f"{where} {COMPUTES_WITH_PARTS}.")
     if found.compiled:
         return UncoveredParameterError(
-            f"{where} ({kind}) is used inside a compiled region, where no tap can lie; "
-            f"run the extended model without torch.compile."
+            f"{where} ({kind}) is used inside or behind a compiled region, through which nothing can be followed; "
+            f"run the extended model, and the functions that it calls, without torch.compile."
         )
     if not has_hook(module, Enter):
         return UncoveredParameterError(
