@@ -24,16 +24,23 @@ Key = tuple[str, str, str]
 State = dict[Key, Any]
 
 
-def names_read(functions: Iterable[tuple[Any, type | None]]) -> frozenset[str]:
-    """Names of attributes that functions may read, and the methods and properties that they may call.
+def names_read(losses: Any, model: nn.Module, called: Iterable[nn.Module]) -> frozenset[str]:
+    """Names of attributes that a step may read: of its function, forwards, hooks, and what these may call.
 
     Args:
-        functions: Each with the class that it is a method of.
+        losses: The function.
+        model: The model.
+        called: The modules of it that are called.
 
     Returns:
         The names, and others.
     """
-    found, seen, waiting = set[str](), set[CodeType](), list(functions)
+    modules = list(model.modules())
+    hooks = [(hook, type(m)) for m in modules for _, _, hook in _hooks_of(m)]
+    forwards = [(vars(m).get("forward", type(m).forward), type(m)) for m in called]
+    classes = {type(m) for m in modules}
+    found, looked, seen = set[str](), set[str](), set[CodeType]()
+    waiting = [_with_owner(losses), *hooks, *forwards]
     while waiting:
         function, owner = waiting.pop()
         for name in ("fget", "func", "__func__"):  # of properties, partials, static methods and those of a class
@@ -43,20 +50,37 @@ def names_read(functions: Iterable[tuple[Any, type | None]]) -> frozenset[str]:
             continue
         seen.add(code)
         found.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
+        own = [(name, owner) for name in code.co_names if owner is not None]
+        # Methods of other modules, but names that may be those of tensors.
+        others = [(n, c) for n in {*code.co_names} - looked if not hasattr(Tensor, n) for c in classes]
+        methods = ((inspect.getattr_static(kind, name, None), kind) for name, kind in own + others)
+        waiting += [(method, kind) for method, kind in methods if method is not None]
         waiting += [(one, owner) for one in code.co_consts if isinstance(one, CodeType)]
-        waiting += [(one, None) for one in _helpers(function, code)]
-        if owner is not None:
-            methods = (inspect.getattr_static(owner, name, None) for name in code.co_names)
-            waiting += [(method, owner) for method in methods if method is not None]
+        waiting += _helpers(function, code)
+        looked.update(code.co_names)
     return frozenset(found)
 
 
-def _helpers(function: Any, code: CodeType) -> list[Any]:
-    """Functions of the user's that a function may call, by their names or from around it."""
+def _hooks_of(module: nn.Module) -> list[tuple[str, int, Any]]:
+    """Those of the user's: the name of their kind, their number, and themselves."""
+    own = vars(module)
+    return [(name, n, hook) for name in _HOOKS_OF_TORCH for n, hook in own[name].items() if type(hook) not in _OURS]
+
+
+def _helpers(function: Any, code: CodeType) -> list[tuple[Any, type | None]]:
+    """What a function of the user's may call, by its name or from around it."""
     space = getattr(function, "__globals__", {})
     around = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
     found = [space.get(name) for name in code.co_names] + around
-    return [one for one in found if isinstance(one, FunctionType) and not one.__module__.startswith("torch.")]
+    return [_with_owner(one) for one in found if not str(getattr(one, "__module__", "torch.")).startswith("torch.")]
+
+
+def _with_owner(one: Any) -> tuple[Any, type | None]:
+    """A function, or that of an object which may be called, and the class that it is a method of."""
+    if isinstance(one, MethodType):
+        return one, type(one.__self__)
+    call = inspect.getattr_static(type(one), "__call__", None)
+    return (call, type(one)) if isinstance(call, FunctionType) else (one, None)
 
 
 def _is_filled(cell: CellType) -> bool:
@@ -82,8 +106,7 @@ def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | Non
     for path, module in model.named_modules():
         kind, own = type(module).__name__, vars(module)
         found[path, kind, ""] = id(module)
-        hooks = [(name, key) for name in _HOOKS_OF_TORCH for key, hook in own[name].items() if type(hook) not in _OURS]
-        found[path, kind, _HOOKS] = hooks, own.get("forward")
+        found[path, kind, _HOOKS] = [(name, number) for name, number, _ in _hooks_of(module)], own.get("forward")
         found[path, kind, _PARTS] = [
             _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
         ]

@@ -257,8 +257,7 @@ class RecordedStep:
             lambda more: self._usual(self._batch.own, more), self.model, self._parameters, self._asked, self._batch.own,
             self._device,
         )  # fmt: skip
-        forwards = ((vars(m).get("forward", type(m).forward), type(m)) for m in self._seen.called)
-        self._names = names_read([(self.losses, type(getattr(self.losses, "__self__", None))), *forwards])
+        self._names = names_read(self.losses, self.model, self._seen.called)
         self._usual(self._batch.own)
         for _ in range(2):
             self._before = None

@@ -304,6 +304,61 @@ def test_settings_that_a_forward_of_the_object_reads():
         step(X, Y)
 
 
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(7, 5), 1.0
+
+    def encode(self, x):
+        return self.layer(x) * self.scale
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, x):
+        return self.encoder.encode(x)
+
+
+class Criterion:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, y):
+        return cross_entropy(self.model.encoder.layer(x) * self.model.encoder.scale, y)
+
+
+def hooked(model):
+    model.encoder.layer.register_forward_hook(lambda layer, x, out: out * model.encoder.scale)
+    return lambda x, y: cross_entropy(model.encoder(x), y)
+
+
+READERS = {
+    "a method that the loss calls": lambda model: lambda x, y: cross_entropy(model.encoder.encode(x), y),
+    "a bound one": lambda model: (lambda encode: lambda x, y: cross_entropy(encode(x), y))(model.encoder.encode),
+    "a method of another module": per_class,
+    "an object that is called": Criterion,
+    "one that the loss calls": lambda model: (lambda f: lambda x, y: f(x, y))(Criterion(model)),
+    "a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_settings_that_are_read_elsewhere_than_in_forwards(name):
+    torch.manual_seed(0)
+    model = extend(Around().to(DEVICE))
+    step = RecordedStep(model, READERS[name](model), X, Y, extensions=BatchGrad())
+    step(X, Y)
+    model.encoder.scale = 3.0
+    with pytest.raises(StaleGradientError, match="`scale` of `encoder`"):
+        step(X, Y)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_any_kind(name):
     torch.manual_seed(0)
