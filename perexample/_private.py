@@ -34,6 +34,11 @@ def dispatch_modes_active() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def dispatch_is_off() -> bool:
+    """Whether torch hides from dispatch modes what it does now, as while it makes a tensor of a list of others."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+
+
 def inside_functorch(tensor: Tensor) -> bool:
     """Whether the tensor is a wrapper of ``torch.func`` (vmap, grad, ...), where hooks must stay silent."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

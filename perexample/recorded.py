@@ -19,7 +19,7 @@ from ._engine.context import perex
 from ._first_run import Seen, first_run
 from ._looks import holds, noting
 from ._precision import full_precision, reduced
-from ._private import named_parameters, version, whole_arguments
+from ._private import dispatch_is_off, named_parameters, version, whole_arguments
 from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
@@ -442,18 +442,26 @@ def _joined(losses: Tensor, outputs: Any) -> Any:
 
 _OFTEN = 10
 _HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # past all operations
+_NUMBERS = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
+_OF_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
 
 
 class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
     """What takes values to the host past all operations is an error."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Let everything else pass."""
-        if func in _HOST_READS or (func is torch.tensor_split and any(isinstance(a, Tensor) for a in args[1:])):
+        """Let everything else pass; what a tensor is made of is looked at before, so that it is noted."""
+        unseen = func in _NUMBERS and dispatch_is_off()  # as by torch.Tensor([t])
+        split = func is torch.tensor_split and any(isinstance(a, Tensor) for a in args[1:])
+        if func in _HOST_READS or unseen or split:
             raise ConfigurationError(
                 f"This step cannot be recorded: the model or its loss looks at values ({func.__name__}). Run it as "
                 f"usual."
             )
+        if func in _OF_LISTS:
+            for t in tensors_of([a for a in (*args, *(kwargs or {}).values()) if isinstance(a, (list, tuple))]):
+                for number in t.detach().flatten().unbind():
+                    number.item()
         return func(*args, **whole_arguments(func, kwargs or {}))
 
 

@@ -69,6 +69,20 @@ def test_dispatch_modes_are_seen():
         assert not _private.dispatch_modes_active()
 
 
+def test_what_torch_does_unseen_by_dispatch_modes():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.__float__:
+                seen.append(_private.dispatch_is_off())
+            return func(*args, **(kwargs or {}))
+
+    seen, one = [], torch.ones(())
+    with Mode():
+        float(one)
+        torch.Tensor([one])
+    assert seen == [False, True]
+
+
 def test_named_parameters_are_those_of_the_module():
     inner = nn.Linear(2, 2)
     model = nn.Sequential(inner, nn.ModuleDict({"again": inner, "bare": nn.PReLU()}), nn.MultiheadAttention(4, 2))

@@ -389,6 +389,44 @@ def test_numbers_that_are_written_in_the_code_may_be_written_to():
     same_as_usual(step, losses, (X[:3], Y[:3]), "grad_batch")
 
 
+class Factor(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.make = nn.Linear(7, 5), make
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return self.layer(x) * self.make(self.scale)
+
+
+LISTS = {
+    "tensor": lambda scale: torch.tensor([scale, 2.0])[0],
+    "as tensor": lambda scale: torch.as_tensor([scale]),
+    "nested": lambda scale: torch.tensor(data=[(2.0, scale)])[0, 1],
+    "like another": lambda scale: scale.new_tensor([scale]),
+    "itself": torch.tensor,
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA graph cannot be asked")
+@pytest.mark.filterwarnings("ignore:To copy construct")
+@pytest.mark.parametrize("name", LISTS)
+def test_tensors_that_are_made_of_others(name):
+    torch.manual_seed(0)
+    model = extend(Factor(LISTS[name]))
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    same_as_usual(step, per_class(model), (X, Y), "grad_batch")
+    model.scale.fill_(3.0)
+    same_as_usual(step, per_class(model), (X, Y), "grad_batch")
+    assert step.repeated == (name != "itself")
+
+
+def test_tensors_that_are_made_of_others_unseen_are_refused():
+    model = extend(Factor(lambda scale: torch.Tensor([scale])).to(DEVICE))
+    with pytest.raises((ConfigurationError, RuntimeError), match=r"looks at values \(__float__\)|captur"):
+        RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+
+
 def test_random_numbers_of_python_are_refused():
     model = mlp()
     for draw in (random.random, np.random.rand):
