@@ -87,11 +87,11 @@ class Comparison:
     def _with_usual(self, n: int, context: Callable[[], Any]) -> None:
         batch = self.batch.others(n)
         with context():
-            seed(_SEED, self.device)
+            seed(SEED, self.device)
             self.batch.fill(batch)
             found = self.replay()
             drawn = random_states(self.device)
-            seed(_SEED, self.device)
+            seed(SEED, self.device)
             wanted = self.usual(batch)
             alike = n < self.batch.size or not self.drew or drawn == random_states(self.device)
         if not found.held.item() or wanted is None:
@@ -104,7 +104,7 @@ class Comparison:
         found = []
         for fill in (lambda: self.batch.fill(self.batch.others(n)), self.batch.refill):
             fill()
-            seed(_SEED, self.device)
+            seed(SEED, self.device)
             found.append(map_tensors(Tensor.clone, self.replay()))
         one, other = found
         if not (one.held.item() and other.held.item()):
@@ -135,6 +135,25 @@ class Comparison:
             yield near([a], [b], like)
 
 
+def refuse_memory(losses: Tensor, again: Tensor, *, coarse: bool) -> None:
+    """Whether two runs on the same batch, with the same random numbers, give the same.
+
+    Args:
+        losses: Of the one.
+        again: Of the other.
+        coarse: Whether something is computed in less than float32.
+
+    Raises:
+        ConfigurationError: If they do not.
+    """
+    if not near([again], [losses], _COARSE if coarse else _REPEATED):
+        raise ConfigurationError(
+            "This step cannot be recorded: the same batch has other losses in a second run. The model or its loss goes "
+            "on with what a run before has left (counters, schedules, states), which would be that of the recording "
+            "for ever. Give it with the batch, or run the step as usual."
+        )
+
+
 def _refuse(what: str) -> NoReturn:
     raise ConfigurationError(
         f"This step cannot be recorded: for other {what} it gives something else than as usual. The model or its loss "
@@ -144,10 +163,10 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-_SEED = 0x5EED0F7E57  # one that no model is likely to set itself
+SEED = 0x5EED0F7E57  # one that no model is likely to set itself
 # Relative to the largest entry of a tensor, and to that of all. Other numbers of examples are rounded otherwise, and
 # take other sides of some kinks; in 16 bits, or with products in less than float32, much so.
-_ROUNDED, _COARSE, _SAME = (1e-2, 1e-4), (3e-2, 3e-2), (1e-4, 1e-6)
+_ROUNDED, _COARSE, _SAME, _REPEATED = (1e-2, 1e-4), (3e-2, 3e-2), (1e-4, 1e-6), (1e-5, 0.0)
 
 
 def near(found: Sequence[Tensor], wanted: Sequence[Tensor], like: tuple[float, float]) -> bool:

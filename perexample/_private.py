@@ -212,6 +212,16 @@ def global_forward_hooks() -> bool:
     return bool(torch.nn.modules.module._global_forward_hooks)
 
 
+def global_hooks() -> list[list[int]]:
+    """The numbers of the hooks on all modules, by their kinds."""
+    every = torch.nn.modules.module
+    kinds = (
+        every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks,
+        every._global_backward_pre_hooks,
+    )  # fmt: skip
+    return [list(hooks) for hooks in kinds]
+
+
 def calls_under_way(module: nn.Module) -> int:
     """How many calls of a module are on the Python stack."""
     frame, count = sys._getframe(1), 0

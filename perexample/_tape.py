@@ -48,6 +48,8 @@ _OTHER_SHAPE = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_
 class Tape(TorchDispatchMode):
     """Records what a function does, once, and does it again.
 
+    A run of the function with another tape around it, just before, shows what one run leaves to the next.
+
     Tensors that were there before are the same in each replay, and are read and written to where they lie; all others
     are made anew, and let go when nothing needs them any more. Views that show the same, and operations on the same
     tensors, are done once.
@@ -62,6 +64,7 @@ class Tape(TorchDispatchMode):
         self._written: set[int] = set()  # memory that an operation writes to
         self._shown: dict[Any, int] = {}  # views by memory and layout
         self._kept: list[Tensor] = []  # constants, whose addresses stand for them
+        self._left: set[int] = set()  # memory of those that were made on another tape
         self._wanted: Any = None
         self._program: tuple[list[Call], int, list[int]] | None = None
         self._code: Callable[..., tuple] | None = None
@@ -95,6 +98,7 @@ class Tape(TorchDispatchMode):
         self._wanted = map_tensors(self._named, found)
         wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
         calls = needed(once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
+        self._refuse_left(calls)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             calls = folded(calls, self._roots, self._written, set(wanted))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
@@ -262,13 +266,26 @@ class Tape(TorchDispatchMode):
         number = self._slot(t)
         if number is not None:
             return Slot(number)
-        view_of_constant = getattr(t, _SLOT, (None,))[0] is self
-        if not view_of_constant and (not t.is_leaf or ((memory := memory_of(t)) in self._memories and memory)):
+        tape, number = getattr(t, _SLOT, (None, _CONSTANT))
+        if tape is not self and (not t.is_leaf or ((memory := memory_of(t)) in self._memories and memory)):
             raise ConfigurationError(
                 f"This step cannot be recorded: a tensor of shape {list(t.shape)} was made in a way that operations do "
                 f"not show (as_subclass, nn.Parameter of a result), or before the recording. Run it as usual."
             )
+        if tape is not self and number != _CONSTANT:
+            self._left.add(memory_of(t))
+            self._kept.append(t)
         return Slot(-1, t)
+
+    def _refuse_left(self, calls: Sequence[Call]) -> None:
+        """What the run before has made would be made anew by each run."""
+        for slot in slots_of([(call.args, call.kwargs) for call in calls]):
+            if slot.tensor is not None and memory_of(slot.tensor) in self._left:
+                raise ConfigurationError(
+                    f"This step cannot be recorded: it reads a tensor of shape {list(slot.tensor.shape)} that the run "
+                    f"before has left, which would be that of the recording for ever. Give such a state with the "
+                    f"batch, or run the step as usual."
+                )
 
     @staticmethod
     def _shows(func: Any, found: Any, given: Sequence[Tensor]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._engine.record import Enter, Exit
+from ._private import global_hooks, gradient_hooks
 from .extension import Extension
 
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -101,7 +102,7 @@ def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | Non
     Returns:
         It.
     """
-    found: State = {("", "autocast", ""): _autocast(device)}
+    found: State = {("", _AUTOCAST, ""): _autocast(device), ("", _EVERYWHERE, ""): global_hooks()}
     seen: dict[int, Any] = {}
     for path, module in model.named_modules():
         kind, own = type(module).__name__, vars(module)
@@ -130,6 +131,7 @@ def settings_of(extensions: Sequence[Extension]) -> State:
 
 
 _HOOKS, _PARTS = "a hook or the forward", "a parameter or buffer"
+_AUTOCAST, _EVERYWHERE = "the precision of autocast", "the list of hooks on all modules"
 
 
 def what_differs(now: State, before: State, except_for: frozenset[Key] = frozenset()) -> Key | None:
@@ -145,8 +147,6 @@ def what_differs(now: State, before: State, except_for: frozenset[Key] = frozens
 def described(key: Key) -> str:
     """What a part of the state is, for a message."""
     path, kind, name = key
-    if kind == "autocast":
-        return "the precision of autocast"
     where = f"`{path}` ({kind})" if path else kind
     if not name:
         return where
@@ -189,7 +189,7 @@ def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
 
 def _identity(t: Tensor) -> tuple[Any, ...]:
     place = t.data_ptr() if t.layout is torch.strided else 0
-    return id(t), place, t.requires_grad, t.shape, t.stride() if place else ()
+    return id(t), place, t.requires_grad, t.shape, t.stride() if place else (), bool(gradient_hooks(t))
 
 
 def _autocast(device: torch.device) -> Any:

@@ -6,15 +6,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._arguments import flag, losses_of, shown
-from ._chance import random_states, set_random_states
-from ._compared import Comparison, Found
+from ._chance import random_states, seed, set_random_states
+from ._compared import SEED, Comparison, Found, refuse_memory
 from ._engine.context import perex
 from ._first_run import Seen, first_run
 from ._looks import holds, noting
@@ -253,15 +253,22 @@ class RecordedStep:
 
     def _warm_up(self) -> None:
         """What is measured and looked at once, and what a loss is looked at for twice."""
-        self._seen = first_run(
-            lambda more: self._usual(self._batch.own, more), self.model, self._parameters, self._asked, self._batch.own,
-            self._device,
-        )  # fmt: skip
+        own, device, losses = self._batch.own, self._device, []
+
+        def run(*more: Extension) -> None:
+            losses.append(cast(Found, self._usual(own, *more)).losses)
+
+        seed(SEED, device)
+        self._seen = first_run(run, self.model, self._parameters, self._asked, own, device)
         self._names = names_read(self.losses, self.model, self._seen.called)
-        self._usual(self._batch.own)
-        for _ in range(2):
+        seed(SEED, device)
+        run()
+        refuse_memory(*losses, coarse=self._seen.half or reduced([device.type]))
+        # What a run leaves to the next one is marked by a tape of its own.
+        for rehearsal in (nullcontext(), nullcontext() if device.type == "cuda" else Tape()):
             self._before = None
-            self._run()
+            with rehearsal:
+                self._run()
 
     def _again(self) -> Found:
         try:

@@ -69,6 +69,13 @@ def test_dispatch_modes_are_seen():
         assert not _private.dispatch_modes_active()
 
 
+def test_hooks_on_all_modules():
+    assert _private.global_hooks() == [[], [], [], []]
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    assert _private.global_hooks() == [[], [handle.id], [], []]
+    handle.remove()
+
+
 def test_what_torch_does_unseen_by_dispatch_modes():
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):

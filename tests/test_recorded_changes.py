@@ -359,6 +359,71 @@ def test_settings_that_are_read_elsewhere_than_in_forwards(name):
         step(X, Y)
 
 
+def test_hooks_on_all_modules_and_on_parameters():
+    model = mlp()
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    kinds = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    for kind in kinds:
+        handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+        with pytest.raises(StaleGradientError, match="the list of hooks on all modules has changed"):
+            step(X, Y)
+        handle.remove()
+    handle = model[0].bias.register_hook(lambda g: 2 * g)
+    with pytest.raises(StaleGradientError, match="a parameter or buffer of `0`"):
+        step(X, Y)
+    handle.remove()
+    step(X, Y)
+
+
+class Stateful(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.layer, self.state, self.after = nn.Linear(7, 5), torch.ones((), device=DEVICE), after
+
+    def forward(self, x):
+        h = self.layer(x) * self.state
+        self.state = self.after(self, x, h.detach())
+        return h
+
+
+AFTER = {
+    "states of the examples": lambda m, x, h: h.tanh(),
+    "a mean over the steps": lambda m, x, h: 0.99 * m.state + 0.01,
+    "weights of the step before": lambda m, x, h: m.layer.weight.detach().norm(),
+    "a schedule, half way": lambda m, x, h: (torch.ones((), device=DEVICE) if m.state.dim() else m.state) + 1e-3,
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_a_run_leaves_to_the_next_is_refused(name):
+    torch.manual_seed(0)
+    model = extend(Stateful(AFTER[name]).to(DEVICE))
+    with pytest.raises(ConfigurationError, match=r"has other losses in a second run|that the run before has left"):
+        RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+
+
+def test_a_counter_that_changes_little():
+    model, calls = mlp(), [5000]
+
+    def losses(x, y):
+        calls[0] += 1
+        return cross_entropy(model(x), y) * (calls[0] / 10000)
+
+    with pytest.raises(ConfigurationError, match=r"goes on with what a run before has left"):
+        RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+
+
+def test_what_is_left_for_others_to_read_is_no_state():
+    model, left = mlp(), {}
+
+    def losses(x, y):
+        left["output"] = model(x)
+        left["mean"] = left.get("mean", 0.0) * 0.9 + 0.1 * left["output"].detach().mean()  # which no loss depends on
+        return cross_entropy(left["output"], y)
+
+    RecordedStep(model, losses, X, Y, extensions=BatchGrad())(X[:3], Y[:3])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_any_kind(name):
     torch.manual_seed(0)
