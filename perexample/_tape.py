@@ -42,7 +42,10 @@ _LOOKS = {
     "unique_dim", "unique_consecutive", "bincount", "allclose", "repeat_interleave",
 }  # fmt: skip
 _COMPARED = {"_local_scalar_dense", "equal"}  # of these, those that may be looked at with a note
-_OTHER_SHAPE = {"set_", "resize_", "resize_as_", "t_", "transpose_", "unsqueeze_", "squeeze_", "as_strided_"}
+_VIEWS: dict[str, Callable[..., Tensor]] = {
+    "t_": torch.t, "transpose_": torch.transpose, "unsqueeze_": torch.unsqueeze, "squeeze_": torch.squeeze,
+}  # fmt: skip
+_OTHER_SHAPE = {"set_", "resize_", "resize_as_", "as_strided_", *_VIEWS}
 
 
 class Tape(TorchDispatchMode):
@@ -164,6 +167,11 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         given = tensors_of((args, kwargs))
+        if name in _VIEWS and self._slot(args[0]) is not None:
+            with self:
+                view = _VIEWS[name](*args, **kwargs)
+            setattr(args[0], _SLOT, getattr(view, _SLOT))  # it shows from now on what that shows
+            return func(*args, **kwargs)
         if any(self._may_change(t) for t in given):
             if name in _COMPARED and self._looked(name, args, found := func(*args, **kwargs)):
                 return found

@@ -666,6 +666,21 @@ def test_a_field_of_a_parameter_that_is_frozen_now():
     assert model[0].bias.grad_batch.shape == (2, 9)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="cuDNN cannot be asked")
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_frozen_recurrent_layers_turn_their_outputs_in_place(layer):
+    torch.manual_seed(0)
+    frozen, head = layer(7, 6, batch_first=True).requires_grad_(False), nn.Linear(6, 5)
+    model = extend(nn.ModuleList([frozen, head]))
+
+    def losses(x, y):
+        return cross_entropy(head(frozen(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1]), y)
+
+    step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    same_as_usual(step, losses, (X[:3].exp(), Y[:3]), "grad_batch")
+    assert step.repeated == 0
+
+
 # ------------------------------------------------------------------------------------------ batches and what comes back
 
 

@@ -58,6 +58,14 @@ def read_again(x):
     return first, (y + 1).sum()
 
 
+def turned(x):
+    y, z = x.clone(), x.exp()
+    first = y.view(-1)
+    y.t_().add_(1)
+    z.unsqueeze_(1).squeeze_().transpose_(0, 1)
+    return first.sum(), y @ x, y.t() * x, y.t_() + x, z.sum(0), z.t() * x
+
+
 def made_again(x):
     a = x * 2
     a.add_(1)
@@ -90,7 +98,7 @@ def left_out(x):
     return (y**2).sum()
 
 
-FUNCTIONS = [in_place, written_between, read_again, made_again, into, lists, constant, left_out]
+FUNCTIONS = [in_place, written_between, read_again, made_again, turned, into, lists, constant, left_out]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -271,7 +279,7 @@ LOOKS = {
     "unique": lambda x: x.unique(),
     "equal": lambda x: x * torch.equal(x, x),
     "resize": lambda x: x.clone().resize_(2),
-    "transposed in place": lambda x: x.clone().t_(),
+    "transposed in place": lambda x: BEFORE.view(1, 3).t_() * x.sum(),
 }
 
 
