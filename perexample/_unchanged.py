@@ -107,7 +107,8 @@ def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | Non
     for path, module in model.named_modules():
         kind, own = type(module).__name__, vars(module)
         found[path, kind, ""] = id(module)
-        found[path, kind, _HOOKS] = [(name, number) for name, number, _ in _hooks_of(module)], own.get("forward")
+        hooks = [(name, number) for name, number, _ in _hooks_of(module)]
+        found[path, kind, _HOOKS] = hooks, own.get("forward", type(module).forward)
         found[path, kind, _PARTS] = [
             _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
         ]

@@ -375,6 +375,14 @@ def test_hooks_on_all_modules_and_on_parameters():
     step(X, Y)
 
 
+def test_a_forward_that_is_replaced_in_its_class(monkeypatch):
+    model = mlp()
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: torch.sin(x))
+    with pytest.raises(StaleGradientError, match="a hook or the forward of `1`"):
+        step(X, Y)
+
+
 class Stateful(nn.Module):
     def __init__(self, after):
         super().__init__()
