@@ -21,13 +21,16 @@ from ._private import dispatch_modes_active, undispatched
 from .errors import ConfigurationError
 
 _Options = dict[str, str | int | bool | Callable[..., Any]]
-# Random numbers as without it; layouts as in the recording, as others lead convolutions to slow ways; and no Python
-# between the operations, which short ones would wait for.
-OPTIONS: _Options = {"fallback_random": True, "layout_optimization": False, "cpp_wrapper": True}
+# Random numbers as without it; what is rounded to 16 bits stays so, and overflows, also between operations that are
+# fused; layouts as in the recording, as others lead convolutions to slow ways; and no Python between the operations,
+# which short ones would wait for.
+OPTIONS: _Options = {
+    "fallback_random": True, "emulate_precision_casts": True, "layout_optimization": False, "cpp_wrapper": True,
+}  # fmt: skip
 # Tensors are those of the recording, or lie as they did; other settings are looked at by `Fused`.
 _UNGUARDED: _Options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
 _INDICES = "may take indices, which compiled code must not be given where they are wrong"
-_OTHERWISE = {"grid_sampler_2d", "grid_sampler_3d"}
+_OTHERWISE = {"grid_sampler_2d", "grid_sampler_3d", "softshrink"}
 _WRITES = 16  # into one tensor; each would become a copy of all of it
 _TURNS, _SECONDS = 9, 10.0  # of each, in which they are timed
 

@@ -707,6 +707,25 @@ def test_grid_samplers_are_not_compiled(dims):
     assert f"grid_sampler_{dims}d may find numbers where there is NaN" in tape.fuse([x, grid], always=True)
 
 
+def test_shrinking_keeps_nan():
+    x = torch.tensor([[float("nan"), 1.0]])
+    tape, _ = recorded(F.softshrink, x)
+    assert "softshrink may find numbers where there is NaN" in tape.fuse([x], always=True)
+    assert tape.replay([x])[0, 0].isnan()
+
+
+def test_what_is_rounded_to_16_bits_is_rounded_and_overflows():
+    def function(x):
+        return [(x.to(dtype) * 3).float() for dtype in (torch.bfloat16, torch.float16)]
+
+    x = torch.tensor([[1.001, 1e5, -3.3333]])
+    tape, _ = recorded(function, x)
+    assert tape.fuse([x], always=True) is None
+    found = tape.replay([x])
+    assert all(map(torch.equal, found, function(x)))
+    assert found[1][0, 1].isinf()
+
+
 def test_what_torch_compile_cannot_write_down_is_not_compiled():
     x = torch.randn(3, 4)
     default = torch.default_generator
