@@ -629,7 +629,7 @@ def test_threads_agree_and_leave_nothing():
 def test_without_dp_accounting_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting.rdp", None)
     accounting._cost.cache_clear()
-    with pytest.raises(ImportError, match=r'pip install dp-accounting'):
+    with pytest.raises(ImportError, match=r"pip install dp-accounting"):
         cost(1e-5, 1.3, None, 10, RDP)
 
 
