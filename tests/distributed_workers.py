@@ -24,6 +24,11 @@ from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.privacy import PoissonBatchSampler, Processes
 
 TIMEOUT = 120.0  # of a job; a process waits for the others half as long
+_CONNECTIONS = 3  # that are tried
+
+
+class _NotConnectedError(Exception):
+    """The processes did not find each other, so that nothing of a job has run."""
 
 
 class Pool:
@@ -35,6 +40,14 @@ class Pool:
 
     def run(self, job: Callable[..., Any], size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """What ``job(*args)`` returns in each of ``size`` processes; one that hangs is an error."""
+        for _ in range(_CONNECTIONS - 1):  # on a busy machine Gloo fails to connect now and then
+            try:
+                return self._run(job, size, *args, timeout=timeout)
+            except _NotConnectedError:
+                continue
+        return self._run(job, size, *args, timeout=timeout)
+
+    def _run(self, job: Callable[..., Any], size: int, *args: Any, timeout: float) -> list[Any]:
         if not self.workers:
             self.workers = [self._start() for _ in range(self.size)]
             for _, pipe in self.workers:  # all have imported what they need, however busy the machine is
@@ -45,14 +58,12 @@ class Pool:
             pipe.send((job.__name__, rank, size, str(store), args))
         answers = []
         for rank, (_, pipe) in enumerate(self.workers[:size]):
-            try:
-                answered = pipe.poll(timeout)
-                done, answer = pipe.recv() if answered else (False, f"no answer within {timeout} s")
-            except EOFError:
-                done, answer = False, "the process has died"
+            done, answer = _answer(pipe, timeout)
             if not done:
+                connected = all(_answer(other, 1.0)[0] is not None for _, other in self.workers[rank + 1 : size])
                 self.stop()
-                raise AssertionError(f"{job.__name__} in process {rank} of {size}: {answer}")
+                kind = AssertionError if connected and done is False else _NotConnectedError
+                raise kind(f"{job.__name__} in process {rank} of {size}: {answer}")
             answers.append(answer)
         return answers
 
@@ -73,6 +84,14 @@ class Pool:
         self.workers = []
 
 
+def _answer(pipe: Any, timeout: float) -> tuple[bool | None, Any]:
+    """Whether a process has done its job, ``None`` if it was not connected, and what it returned or raised."""
+    try:
+        return pipe.recv() if pipe.poll(timeout) else (False, f"no answer within {timeout} s")
+    except EOFError:
+        return False, "the process has died"
+
+
 def _serve(pipe: Any) -> None:
     """Run jobs until the other end is closed."""
     torch.set_num_threads(1)
@@ -83,12 +102,14 @@ def _serve(pipe: Any) -> None:
             name, rank, size, store, args = pipe.recv()
         except EOFError:
             os._exit(0)
+        answer: tuple[bool | None, Any] = None, ""
         try:
             seconds = datetime.timedelta(seconds=TIMEOUT / 2)
             dist.init_process_group("gloo", f"file://{store}", seconds, size, rank)
+            answer = False, ""
             answer = True, globals()[name](*args)
         except Exception:  # noqa: BLE001 - told to the test
-            answer = False, traceback.format_exc()
+            answer = answer[0], traceback.format_exc()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
