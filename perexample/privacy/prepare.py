@@ -384,7 +384,7 @@ class _Once(Iterator[Any]):
             raise
 
 
-class _Some(Dataset):
+class _NeverAskedForNone(Dataset):
     """A dataset that gives several examples at once, and cannot give none; it is not asked for these."""
 
     def __init__(self, dataset: Any) -> None:
@@ -419,7 +419,7 @@ class _Loader(DataLoader):
 def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[str, Any]) -> DataLoader:
     # A loader draws a number when an iteration begins: not from the stream that a resumed run continues.
     options = {"generator": system_generator(), **options}
-    dataset = _Some(dataset) if _cannot_give_none(dataset) else dataset
+    dataset = _NeverAskedForNone(dataset) if _cannot_give_none(dataset) else dataset
     try:
         return _Loader(dataset, batch_sampler=batches, collate_fn=collate, **options)
     except (TypeError, ValueError) as error:
