@@ -47,12 +47,14 @@ class Call:
         args: With tensors as slots.
         kwargs: The same.
         results: Numbers of the tensors that it makes; -1 for what is left out, or one of the arguments.
+        direct: What does the same in less time.
     """
 
     function: Any
     args: tuple
     kwargs: dict[str, Any]
     results: list[int]
+    direct: Callable[..., Any]
 
     def uses(self) -> Iterator[int]:
         """Numbers of the tensors that it is given."""
@@ -231,7 +233,7 @@ def code_of(calls: list[Call], inputs: int, wanted: list[int]) -> Callable[..., 
     names: dict[str, Any] = {}
     lines = [f"def replay({', '.join(f't{slot}' for slot in range(inputs))}):"]
     for place, call in enumerate(calls):
-        names[f"f{place}"] = call.function
+        names[f"f{place}"] = call.direct
         given = [_source(a, names) for a in call.args] + [f"{k}={_source(v, names)}" for k, v in call.kwargs.items()]
         lines.append(f"    {_target(call)}f{place}({', '.join(given)})")
         if place in gone:

@@ -29,6 +29,13 @@ def dispatched() -> AbstractContextManager:
     return torch._C._EnableTorchFunction()
 
 
+def operation_without_frame(operation: Any) -> Callable[..., Any]:
+    """What an operation of `torch.ops` does, without the frame of a Python function for each call."""
+    if type(operation).__call__ is not torch._ops.OpOverload.__call__:
+        return cast("Callable[..., Any]", operation)
+    return cast("Callable[..., Any]", operation._op)
+
+
 def dispatch_modes_active() -> bool:
     """Whether there are dispatch modes, such as one that counts operations; none see into compiled code."""
     return torch._C._len_torch_dispatch_stack() > 0

@@ -27,10 +27,11 @@ from ._calls import (
     slots_of,
     written_by,
 )
+from ._direct import direct
 from ._fused import DoesNotHold, Fused, is_faster, why_not_fused
 from ._graph import graph_of
 from ._looks import model_looks, trying
-from ._private import is_default_generator
+from ._private import is_default_generator, undispatched
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 
@@ -156,7 +157,7 @@ class Tape(TorchDispatchMode):
         """
         assert self._code is not None
         code = self._code if self._fused is None or not self._fused.fits else self._fused
-        with torch.no_grad():
+        with undispatched(), torch.no_grad():
             values = iter(code(*inputs))
         return map_tensors(lambda slot: next(values) if slot.number >= 0 else slot.tensor, self._wanted, Slot)
 
@@ -180,7 +181,7 @@ class Tape(TorchDispatchMode):
         found = func(*args, **kwargs)
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
             copy = torch.ops.aten.clone.default
-            self._calls.append(Call(copy, (Slot(-1, found.clone()),), {}, [self._number(found)]))
+            self._calls.append(Call(copy, (Slot(-1, found.clone()),), {}, [self._number(found)], torch.clone))
             return found
         if self._shows(func, found, given) and self._is_known(found, given[0]):
             return found
@@ -202,7 +203,7 @@ class Tape(TorchDispatchMode):
             self._changing.update(roots)
         if drawn or any(self._comes_from_batch(t) for t in given):
             self._of_batch.update(roots)
-        self._calls.append(Call(func, own_args, own_kwargs, results))
+        self._calls.append(Call(func, own_args, own_kwargs, results, direct(func, args, kwargs)))
         return found
 
     def _looked(self, name: str, args: tuple, found: Any) -> bool:

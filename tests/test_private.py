@@ -69,6 +69,13 @@ def test_dispatch_modes_are_seen():
         assert not _private.dispatch_modes_active()
 
 
+def test_operations_without_the_frame_of_a_python_function():
+    add, x = torch.ops.aten.add.Tensor, torch.ones(2)
+    assert type(add).__call__.__code__.co_names == ("_op",)
+    assert _private.operation_without_frame(add)(x, x, alpha=2).tolist() == [3.0, 3.0]
+    assert _private.operation_without_frame(torch.ops.higher_order.cond) is torch.ops.higher_order.cond
+
+
 def test_hooks_on_all_modules():
     assert _private.global_hooks() == [[], [], [], []]
     handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
