@@ -27,7 +27,8 @@ TURN = 0.05
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 # Seconds are taken with freed memory kept by the process, as allocators for GPUs keep it. glibc's default gives blocks
 # of some MiB back, or keeps them, by chance; the system clears what it hands out again, which takes as long as a layer.
-KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# No mappings at all: a threshold for them has a limit of 32 MiB, and per-example gradients of a layer are larger.
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def keep_memory() -> None:

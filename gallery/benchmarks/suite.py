@@ -146,9 +146,9 @@ MEANING = (
     "float32. Recorded: by RecordedStep, and the plain step recorded in the same way; compiled: the same with "
     "compiled=True, each where that is faster than without. Roomy: perex(room=1e6) lets "
     "per-example gradients be kept where that is faster, as most peers keep them. "
-    "Before it is timed each is checked against one backward per example. Freed blocks of more than 32 MiB go "
-    "back to the system, and are cleared, in each step: that slows BatchGrad and all that hold per-example gradients "
-    "of large layers."
+    "Before it is timed each is checked against one backward per example. Memory that is freed is kept by the "
+    "process, as on a GPU; the system would clear it again in each step, which slows all that hold per-example "
+    "gradients of large layers."
 )
 MEMORY = "Peak memory over that between steps, as a ratio to the plain step's."
 
