@@ -1,10 +1,17 @@
-"""The tables of the tests on a GPU, against one backward per example on the CPU: ``pytest tests/test_gpu.py``."""
+"""The tables of the tests on a GPU, against one backward per example on the CPU: ``pytest tests/test_gpu.py``.
+
+Where there is no GPU, `test_elsewhere` runs the tables on a device that is made of the CPU.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+from pathlib import Path
 
 import cases
+import elsewhere
 import harness
 import pytest
 import reference
@@ -24,13 +31,19 @@ from perexample.extensions import (
     SumGradSquared,
     Variance,
 )
-from perexample.privacy import Noise
+from perexample.privacy import Noise, PoissonBatchSampler
 from perexample.terms import Dense
 
-if not torch.cuda.is_available():
+if elsewhere.LIBRARY in os.environ:
+    elsewhere.load(Path(os.environ[elsewhere.LIBRARY]))
+    DEVICE = elsewhere.NAME
+elif torch.cuda.is_available():
+    DEVICE = "cuda"
+else:
     pytest.skip("needs a GPU", allow_module_level=True)
 
 TOLERANCE = 1e-9
+of_gpus = pytest.mark.skipif(DEVICE != "cuda", reason="about GPUs, not about where tensors lie")
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
@@ -46,7 +59,8 @@ def ids(case):
 
 
 def on_gpu(model: nn.Module, inputs: tuple) -> tuple[nn.Module, tuple]:
-    return model.cuda(), reference.rebuilt(inputs, [t.cuda() for t in reference.tensors(inputs)])
+    model = model.cuda() if DEVICE == "cuda" else elsewhere.moved(model)
+    return model, reference.rebuilt(inputs, [t.to(DEVICE) for t in reference.tensors(inputs)])
 
 
 def skip_what_makes_tensors_on_the_cpu(run) -> None:
@@ -65,7 +79,7 @@ def on_cpu_too(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    assert all(t.is_cuda for t in tensors.values())
+    assert all(t.device.type == DEVICE for t in tensors.values())
     return {name: t.cpu() for name, t in tensors.items()}
 
 
@@ -171,6 +185,7 @@ def tf32(request):
     torch.set_float32_matmul_precision("highest")
 
 
+@of_gpus
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_method_is_in_full_float32(name, tf32):
     torch.manual_seed(0)
@@ -192,6 +207,7 @@ def test_every_method_is_in_full_float32(name, tf32):
 LOST = 0.49 * 2.0**-23
 
 
+@of_gpus
 @pytest.mark.parametrize("make", [lambda: nn.Linear(64, 64, bias=False), lambda: nn.Conv1d(64, 64, 1, bias=False)])
 @pytest.mark.parametrize("kind", ["alike", "small after large", "cancelling"])
 @pytest.mark.parametrize("length", [64, 512, 4096])
@@ -218,6 +234,7 @@ def test_norms_are_not_too_small(make, kind, length, tf32):
     assert ratio.max() < 1e-4
 
 
+@of_gpus
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     torch.manual_seed(0)
@@ -241,6 +258,7 @@ def test_autocast(dtype):
         assert (found - wanted).norm() / wanted.norm() < 2e-2, name
 
 
+@of_gpus
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("training", [True, False])
 def test_recurrent_layers_of_cudnn(kind, training):
@@ -261,45 +279,46 @@ def test_recurrent_layers_of_cudnn(kind, training):
 
 
 def test_private_steps_go_on_from_a_checkpoint():
+    x, y = torch.randn(64, 20, device=DEVICE), torch.randint(4, (64,), device=DEVICE)
+
     def made(seed=0):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)).cuda()
+        model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)).to(DEVICE)
+        sampler = PoissonBatchSampler(64, 0.25, steps=6, generator=torch.Generator().manual_seed(7 + seed))
         clipping = ClippedGrad(1.0)
         optimizer = privatize(
             torch.optim.Adam(extend(model).parameters(), 1e-2),
             clipping=clipping,
+            sampler=sampler,
             noise_multiplier=0.7,
             expected_batch_size=16,
-            generator=torch.Generator("cuda").manual_seed(5 + seed),
+            generator=torch.Generator(DEVICE).manual_seed(5 + seed),
         )
-        return model, clipping, optimizer
+        return model, clipping, optimizer, sampler
 
-    def step(model, clipping, optimizer, x, y):
-        with perex(clipping, grad=False):
-            F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def train(model, clipping, optimizer, sampler, steps):
+        for rows in itertools.islice(sampler, steps):
+            with perex(clipping, grad=False):
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    batches = [(torch.randn(16, 20, device="cuda"), torch.randint(4, (16,), device="cuda")) for _ in range(6)]
     whole, first, second = made(), made(), made(1)
-    for x, y in batches:
-        step(*whole, x, y)
-    for x, y in batches[:3]:
-        step(*first, x, y)
+    train(*whole, 6)
+    train(*first, 3)
     second[0].load_state_dict(first[0].state_dict())
     second[2].load_state_dict(first[2].state_dict())
-    for x, y in batches[3:]:
-        step(*second, x, y)
-    assert all(p.is_cuda for p in whole[0].parameters())
+    train(*second, 3)
+    assert all(p.device.type == DEVICE for p in whole[0].parameters())
     for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_on_a_gpu():
-    zeros = torch.zeros(1_000_000, device="cuda")
-    for noise in (Noise(), Noise(source="os"), Noise(torch.Generator("cuda").manual_seed(0))):
+    zeros = torch.zeros(1_000_000, device=DEVICE)
+    for noise in (Noise(), Noise(source="os"), Noise(torch.Generator(DEVICE).manual_seed(0))):
         drawn = noise.like(zeros, 2.0)
-        assert drawn.is_cuda
+        assert drawn.device.type == DEVICE
         assert abs(drawn.std().item() / 2.0 - 1) < 5e-3
         assert abs(drawn.mean().item()) < 1e-2
     assert not torch.equal(Noise().like(zeros, 1.0), Noise().like(zeros, 1.0))
@@ -307,12 +326,13 @@ def test_noise_on_a_gpu():
 
 def test_check_on_a_gpu():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)).cuda()
-    x, y = torch.randn(4, 3, 8, 8, device="cuda"), torch.randint(10, (4,), device="cuda")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)).to(DEVICE)
+    x, y = torch.randn(4, 3, 8, 8, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
     check(model, F.cross_entropy, x, y)
-    assert all(p.is_cuda for p in model.parameters())
+    assert all(p.device.type == DEVICE for p in model.parameters())
 
 
+@of_gpus
 def test_memory_of_clipped_sums_is_near_that_of_a_plain_backward():
     torch.manual_seed(0)
     width = 1024
@@ -348,10 +368,10 @@ def test_a_model_on_two_devices_names_neither():
     class Split(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3).cuda()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3).to(DEVICE)
 
         def forward(self, x):
-            return self.b(self.a(x).cuda())
+            return self.b(self.a(x).to(DEVICE))
 
     torch.manual_seed(0)
     model, x = Split().double(), torch.randn(6, 4, dtype=torch.float64)
@@ -365,6 +385,7 @@ def test_a_model_on_two_devices_names_neither():
         assert p.clipped_sum.device == p.device
 
 
+@of_gpus
 def test_products_are_in_full_precision_inside_only():
     a = torch.randn(256, 256, device="cuda")
     exact = a.double() @ a.double()
