@@ -24,7 +24,10 @@ TOLERANCE = 1e-3
 MIB = 2**20
 TURN = 0.05
 # Memory that is freed goes back at once: every tensor of 64 KiB or more is a mapping of its own.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
 # Seconds are taken with freed memory kept by the process, as allocators for GPUs keep it. glibc's default gives blocks
 # of some MiB back, or keeps them, by chance; the system clears what it hands out again, which takes as long as a layer.
 # No mappings at all: a threshold for them has a limit of 32 MiB, and per-example gradients of a layer are larger.
