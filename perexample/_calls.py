@@ -84,7 +84,7 @@ class Call:
     @property
     def of_torch(self) -> bool:
         """Whether it is one of torch's own."""
-        return self.function._schema.name.partition("::")[0] in _OF_TORCH
+        return is_of_torch(self.function)
 
     @property
     def makes_several(self) -> bool:
@@ -105,6 +105,11 @@ class Call:
         if self.named().get("check_errors"):  # it may raise
             return False
         return torch.Tag.nondeterministic_seeded not in self.function.tags
+
+
+def is_of_torch(function: Any) -> bool:
+    """Whether an operation is one of torch's own."""
+    return function._schema.name.partition("::")[0] in _OF_TORCH
 
 
 def written_by(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._private import operation_without_frame, undispatched
+from ._calls import is_of_torch
+from ._private import dispatched, operation_without_frame, undispatched
 
 
 def direct(function: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -29,12 +30,24 @@ def direct(function: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[..., 
 
     Returns:
         A function of torch, if one is seen to call this operation, of the same arguments and nothing else; the
-        operation without what Python does around it, if there is none.
+        operation without what Python does around it, if there is none; an operation of others as they wrote it.
     """
+    if not is_of_torch(function):  # whose name tells nothing of what it does
+        return _of_others(function)
     for other in _named_alike(function._schema.name.partition("::")[2]):
         if isinstance(other, _COMPILED) and _is_the_same(_first_call(other, args, kwargs), (function, args, kwargs)):
             return other
     return operation_without_frame(function)
+
+
+def _of_others(function: Any) -> Callable[..., Any]:
+    """An operation that may be written in Python, where modes and subclasses that it uses must see what they do."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with dispatched():
+            return function(*args, **kwargs)
+
+    return called
 
 
 _COMPILED = (BuiltinFunctionType, MethodDescriptorType)  # and not written in Python, which takes longer

@@ -70,6 +70,42 @@ def test_no_function_mode_sees_a_replay():
     assert found.tolist() == [3.0, 3.0]
 
 
+@torch.library.custom_op("perexample_tests::set_num_threads", mutates_args=())
+def named_alike(number: int) -> Tensor:
+    """Of numbers alone, and of a name and with arguments that a function of torch has, which does something else."""
+    return torch.full((2,), float(number))
+
+
+def test_a_function_of_torch_named_like_an_operation_of_others_is_not_called():
+    tape, x, before = Tape(), torch.ones(2), torch.get_num_threads()
+    tape.record(lambda: x * named_alike(before + 1))
+    assert torch.get_num_threads() == before
+    assert tape.replay().tolist() == [before + 1.0] * 2
+
+
+class Added(Tensor):
+    """A subclass whose relu is another."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found + 1 if func is torch.relu else found
+
+
+@torch.library.custom_op("perexample_tests::with_a_mode_inside", mutates_args=())
+def with_a_mode_inside(x: Tensor) -> Tensor:
+    """Written in Python with a device context, which is a function mode, and with a subclass."""
+    with torch.device("meta"):
+        factor = 2.0 if torch.empty(1).is_meta else 1.0
+    return factor * torch.relu(x.as_subclass(Added)).as_subclass(Tensor)
+
+
+def test_operations_of_others_may_use_function_modes_and_subclasses():
+    tape, x = Tape(), torch.randn(5)
+    first = tape.record(lambda: with_a_mode_inside(x) + 1, [x])
+    assert tape.replay([x]).equal(first)
+
+
 def test_no_operation_is_a_python_function_call():
     tape, x = Tape(), torch.randn(4, 4, requires_grad=True)
 
