@@ -36,6 +36,11 @@ def operation_without_frame(operation: Any) -> Callable[..., Any]:
     return cast("Callable[..., Any]", operation._op)
 
 
+def is_operation(function: Any) -> bool:
+    """Whether a function is one of `torch.ops`, which others may have registered, and written in Python."""
+    return isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+
+
 def dispatch_modes_active() -> bool:
     """Whether there are dispatch modes, such as one that counts operations; none see into compiled code."""
     return torch._C._len_torch_dispatch_stack() > 0

@@ -76,6 +76,12 @@ def test_operations_without_the_frame_of_a_python_function():
     assert _private.operation_without_frame(torch.ops.higher_order.cond) is torch.ops.higher_order.cond
 
 
+def test_operations_are_told_from_functions():
+    assert _private.is_operation(torch.ops.aten.add.Tensor)
+    assert _private.is_operation(torch.ops.aten.add)
+    assert not _private.is_operation(torch.add)
+
+
 def test_hooks_on_all_modules():
     assert _private.global_hooks() == [[], [], [], []]
     handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)

@@ -847,6 +847,21 @@ def test_an_operator_of_a_library_by_whatever_name():
         square(model, rand(5, 6)).backward()
 
 
+@torch.library.custom_op("perexample_tests::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    with torch.device("meta"):  # a function mode
+        return x * (0.5 if torch.empty(1).is_meta else 1.0)
+
+
+halved.register_autograd(lambda ctx, g: halved(g))
+
+
+def test_an_operator_of_a_library_may_use_function_modes():
+    x = rand(5, 6)
+    assert extend(Calls(lambda m, x: halved(x * m.w), w=torch.ones(6).double()))(x).equal(0.5 * x)
+    exact(Calls(lambda m, x: halved(x * m.w), w=rand(6)), square, x)
+
+
 SECOND = {
     "an axis as a tensor": (lambda x: x.transpose(0, 1).cumsum(torch.tensor(0)).transpose(0, 1),
                             lambda x: x.transpose(0, 1).cumsum(torch.tensor(1)).transpose(0, 1)),

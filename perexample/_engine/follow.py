@@ -64,7 +64,7 @@ class Follow(TorchFunctionMode):
 
     def _run(self, func: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
         """Run a function, past the modes below if none of them has anything to do with it."""
-        if not self.alone or (types and any(kind is not Tensor for kind in types)):
+        if not self.alone or TRAITS[func].operation or (types and any(kind is not Tensor for kind in types)):
             return func(*args, **kwargs)
         with undispatched():
             return func(*args, **kwargs)

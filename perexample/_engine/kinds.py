@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._private import is_operation
 from .parts import PARTS
 
 
@@ -130,18 +131,20 @@ class Traits:
         in_place: Whether it writes into its first argument, by torch's naming.
         plain: Whether it only makes new tensors of those it is given, all of which it reads; of what is ignored,
             whether no mode needs to see it.
+        operation: Whether it may be written in Python, with modes of its own that must see what it does.
     """
 
-    __slots__ = ("in_place", "kind", "name", "plain")
+    __slots__ = ("in_place", "kind", "name", "operation", "plain")
 
     def __init__(self, func: Any) -> None:
         """Look at the name."""
         self.kind, self.name, self.in_place = _classify(func), base_name(func), _writes_in_place(func)
+        self.operation = is_operation(func)
         special = (Kind.FILL, Kind.SET, Kind.MOVE, Kind.DERIVED, Kind.COMPOSITE)
         if self.kind is Kind.IGNORED:
             self.plain = self.name not in ("backward", "requires_grad_", "__set__")
         else:
-            self.plain = not self.in_place and self.kind not in special
+            self.plain = not self.in_place and not self.operation and self.kind not in special
 
 
 TRAITS: dict[Any, Traits] = {}
