@@ -181,7 +181,9 @@ class Tape(TorchDispatchMode):
         found = func(*args, **kwargs)
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
             copy = torch.ops.aten.clone.default
-            self._calls.append(Call(copy, (Slot(-1, found.clone()),), {}, [self._number(found)], torch.clone))
+            self._calls.append(
+                Call(copy, (Slot(-1, found.clone()),), {}, [self._number(found)], direct(copy, (found,), {}))
+            )
             return found
         if self._shows(func, found, given) and self._is_known(found, given[0]):
             return found
