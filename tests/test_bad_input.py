@@ -346,7 +346,7 @@ def bad_dataset_without_a_length():
     private(dataset=Unsized())
 
 
-@case(ConfigurationError, "dataset must have __len__ and __getitem__, and DataLoader", "index")
+@case(ConfigurationError, "dataset must have __len__ and __getitem__, and DataLoader", r"Give loader\.dataset")
 def bad_loader_in_place_of_a_dataset():
     private(dataset=DataLoader(data()))
 
@@ -525,7 +525,7 @@ def bad_sampler_option():
     private(sampler=PoissonBatchSampler(N, 0.5))
 
 
-@case(ConfigurationError, "unexpected keyword argument 'num_worker'", "torch.utils.data.DataLoader.*names")
+@case(ConfigurationError, "no option 'num_worker', and torch.utils.data.DataLoader", "migration")
 def bad_option_that_does_not_exist():
     private(num_worker=2)
 

@@ -905,6 +905,8 @@ def test_a_divisor_that_counts_the_examples_is_an_error():
 def test_the_name_of_another_library_is_told_apart():
     with pytest.raises(ConfigurationError, match="Was max_norm meant, of make_private"):
         private(max_grad_norm=1.0)
+    with pytest.raises(ConfigurationError, match=r"no option 'max_grad_norm'.*Was max_norm meant, of make_private"):
+        private(max_grad_norm=1.0, max_norm=None, public_size=None)
 
 
 def test_a_second_training_of_a_model_is_not_all_of_it(tmp_path):

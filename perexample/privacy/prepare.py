@@ -126,6 +126,7 @@ def make_private(
         >>> private.steps, private.epsilon() <= 3.0
         (10, True)
     """
+    _check_options(loader_options)
     _check_model(model, loss_reduction, strategy)
     generators = {"sampling_generator": sampling_generator, "noise_generator": noise_generator}
     target_epsilon, target_delta = _budget(target_epsilon, target_delta)
@@ -423,22 +424,32 @@ def _loader(dataset: Any, batches: Any, collate: EmptyBatches, options: Mapping[
     try:
         return _Loader(dataset, batch_sampler=batches, collate_fn=collate, **options)
     except (TypeError, ValueError) as error:
-        own = inspect.signature(make_private).parameters
-        unknown = options.keys() - inspect.signature(DataLoader).parameters.keys()
-        close = [match for name in sorted(unknown) for match in difflib.get_close_matches(name, own, 1)]
-        meant = f" Was {' or '.join(close)} meant, of make_private?" if close else ""
         raise ConfigurationError(
             f"make_private hands all options that are not its own to torch.utils.data.DataLoader, and it failed: "
-            f"{error}. See there for their names and values.{meant}"
+            f"{error}. See there for their values."
         ) from error
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Names that nobody knows: before anything is missed that was given under them."""
+    own = inspect.signature(make_private).parameters
+    for name in sorted(options.keys() - inspect.signature(DataLoader).parameters.keys()):
+        close = difflib.get_close_matches(name, own, 1)
+        meant = f" Was {close[0]} meant, of make_private?" if close else ""
+        raise ConfigurationError(
+            f"make_private has no option {name!r}, and torch.utils.data.DataLoader, which is handed those that are not "
+            f"its own, has none either.{meant} What takes the place of options of Opacus is listed in "
+            f"docs/migration.rst."
+        )
 
 
 def _check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:
     sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, (IterableDataset, DataLoader, Mapping)) or not sized:
+        given = " Give loader.dataset, and batch_size and collate_fn here." if isinstance(dataset, DataLoader) else ""
         raise ConfigurationError(
             f"dataset must have __len__ and __getitem__, and {type(dataset).__name__} is no such thing; Poisson "
-            f"sampling draws every example by its index."
+            f"sampling draws every example by its index.{given}"
         )
     if len(dataset) == 0:
         raise ConfigurationError("dataset is empty; give one with an example, from which the form of a batch is known.")
