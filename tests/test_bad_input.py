@@ -717,6 +717,12 @@ def bad_closure():
     optimizer.step(lambda: 1.0)
 
 
+@case(PerExampleError, r"SGD\.step got a tensor.*no backward", r"losses\.mean\(\)\.backward\(\)")
+def bad_loss_given_to_step():
+    *_, optimizer = private_sgd()
+    optimizer.step(loss=torch.ones(3))
+
+
 @case(StaleGradientError, "private SGD cannot be pickled or copied", r"load optimizer\.state_dict\(\) into it")
 def bad_copy_of_an_optimizer():
     copy.deepcopy(private_sgd()[2])

@@ -241,7 +241,14 @@ def _deviation(share: float, sensitivity: float, noise_multiplier: float) -> flo
 
 
 def _refuse_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
+    given = [value for value in (*args[1:], *kwargs.values()) if value is not None]  # args[0] is the optimizer
+    if any(isinstance(value, Tensor) for value in given):
+        raise PerExampleError(
+            f"{type(optimizer).__name__}.step got a tensor, as private-transformers and FastDP take a loss. Here a "
+            f"step runs no backward: call losses.mean().backward() in perex(clipping), or in `with private:`, and then "
+            f"step() without arguments. Without a step after them, several backwards add up (virtual_step)."
+        )
+    if given:
         raise PerExampleError(
             f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
             f"was added; run the backward before, and call step() without arguments. Lightning's optimizers always "
