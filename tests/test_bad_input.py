@@ -597,7 +597,12 @@ def bad_context_in_a_context():
         pass
 
 
-@case(StaleGradientError, "parameter 0 .*no clipped sum", r"perex\(clipping\)")
+@case(StaleGradientError, "A batch came, and no backward", "cannot be unpacked: model, optimizer, and loader are its")
+def bad_unpacking():
+    _model, _optimizer, _loader = private()
+
+
+@case(StaleGradientError, "parameter 0 .*no clipped sum", r"perex\(clipping\), which `with private:` is")
 def bad_backward_outside_of_the_context():
     p = private()
     x, y = next(iter(p.loader))

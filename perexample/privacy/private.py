@@ -105,7 +105,8 @@ class Private:
                         "A batch came, and no backward in `with private:` and no private.step() followed before the "
                         "next was asked for; that would take its place, and what is drawn would not be what is "
                         "accounted. Take the step of every batch, also of an empty one. To begin this one anew, as "
-                        "after an error, begin a new loop over the Private."
+                        "after an error, begin a new loop over the Private. It cannot be unpacked: model, optimizer, "
+                        "and loader are its attributes."
                     )
                 if self.steps >= self.planned_steps:
                     return
