@@ -192,6 +192,22 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_opacus_are_loaded_as_the_migration_page_says():
+    layers = pytest.importorskip("opacus.layers")
+    from opacus.grad_sample import GradSampleModule
+
+    text = (ROOT / "docs" / "migration.rst").read_text()
+    ((strip, load),) = re.findall(r"``(state = \{[^`]+)`` for the same.*?``(model\.load[^`]+)``", text, re.S)
+    theirs = layers.DPLSTM(4, 5, num_layers=2, bidirectional=True)
+    space = {"state": GradSampleModule(theirs).state_dict(), "model": torch.nn.LSTM(4, 5, 2, bidirectional=True)}
+    exec(strip, space)
+    theirs.load_state_dict(space["state"])
+    exec(load, space)
+    x = torch.randn(6, 3, 4)
+    torch.testing.assert_close(space["model"](x)[0], theirs(x)[0])
+
+
 def test_the_errors_page_has_every_exception_and_its_code_says_what_it_should():
     pytest.importorskip("dp_accounting")
     raised = {

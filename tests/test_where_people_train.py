@@ -7,6 +7,7 @@ is a plain loop that knows neither hooks nor trainers: for every example of a ba
 import contextlib
 import copy
 import importlib.util
+import itertools
 import math
 import pathlib
 import re
@@ -36,6 +37,7 @@ BOUNDS = {  # median norms, about, so that some gradients are clipped and others
     "Language models": 2.2,
     "LoRA with peft": 0.2,
     "timm": 8.6,
+    "Discriminators and critics": 9.0,
 }
 
 
@@ -628,6 +630,27 @@ def test_augmentation_multiplicity(run, made):
 
     space = run("Augmentation multiplicity")
     assert_equal(parameters(space["model"]), made[0].train(both_ways))
+
+
+def test_critic(run, made):
+    """As on the page; the reference is given the pairs that the critic has seen, which depend on the steps before."""
+    section, seen = "Discriminators and critics", []
+    space = run(f"{section}|1")
+
+    def watched(*inputs):
+        seen.append([t.detach().clone() for t in inputs])
+        return space["model"](*inputs)
+
+    space["watched"] = watched
+    exec(blocks(section)[1].replace("model(x, ", "watched(x, "), space)
+    assert len(seen) == 10
+    sizes = [len(batch[0]) for batch in seen]
+    made[0].data = [example for batch in seen for example in zip(*batch, strict=True)]
+    reference = made[0].train(
+        lambda model, example: model(*(t[None] for t in example)).mean(),
+        batches=[range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)],
+    )
+    assert_equal(parameters(space["model"]), reference)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
