@@ -429,8 +429,9 @@ def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
             f"parameter name."
         )
     if result.keys() != call.params.keys():
+        names = sorted("a tensor itself" if isinstance(name, Tensor) else str(name) for name in result)
         raise RuleContractError(
-            f"{_where(rule, call, kind)} returned the names {sorted(map(str, result))}, but the parameters that need a "
+            f"{_where(rule, call, kind)} returned the names {names}, but the parameters that need a "
             f"gradient are {sorted(call.params)} (`call.params`); return exactly these."
         )
 
@@ -483,7 +484,11 @@ def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
 
     def decorate(rule_class: R) -> R:
         if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
-            raise RuleContractError(f"{rule_class!r} is no class of rules; derive it from perexample.Rule.")
+            raise RuleContractError(
+                f"{rule_class!r} is no class of rules; derive it from perexample.Rule. What a function computes from a "
+                f"module, its input and a gradient (a grad sampler of Opacus) goes into grad_batch(self, call, g): it "
+                f"has call.module and call.x, and returns a dict with the parameters' names."
+            )
         try:
             rule_class()
         except TypeError as error:

@@ -316,6 +316,27 @@ def test_rules_for_functions_that_cannot_be_seen(target):
 def test_a_rule_is_a_class_of_rules():
     with pytest.raises(RuleContractError, match=r"NoRule.* is no class of rules; derive it from perexample\.Rule"):
         register_rule(nn.Softplus)(type("NoRule", (), {"grad_batch": lambda self, call, g: {}}))
+    with pytest.raises(RuleContractError, match=r"grad sampler of Opacus\) goes into grad_batch\(self, call, g\)"):
+        register_rule(nn.Softplus)(lambda layer, activations, backprops: {})
+
+
+def test_gradients_under_parameters_in_place_of_names_are_not_written_out():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.gain
+
+    @register_rule(Scaled)
+    class Keyed(Rule):
+        def grad_batch(self, call, g):
+            return {call.module.gain: g * call.x}
+
+    model = extend(nn.Sequential(Scaled()))
+    with pytest.raises(RuleContractError, match=r"\['a tensor itself'\], but .* are \['gain'\]"), perex(BatchGrad()):
+        model(torch.ones(2, 3)).sum(1).mean().backward()
 
 
 @case(ExtensionError, r"open already in this thread; contexts do not nest.*perex\(BatchGrad\(\), ClippedGrad")
