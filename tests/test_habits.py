@@ -1227,3 +1227,17 @@ def _one_after_the_other(m, x):
 
 def test_tensors_put_after_each_other_on_the_axis_of_the_examples():
     assert_exact(jittered(Net(_one_after_the_other, linear=nn.Linear(4, 4), gain=par(4))), (rand(5, 4),))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_trained_model_is_traced_as_it_is_and_not_scripted():
+    """With gradients recorded too: torch runs it twice, and compares what it has written down."""
+    model, x = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), torch.randn(5, 3)
+    with perex(BatchGrad()):
+        model(x).square().sum(1).mean().backward()
+    traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x[:2]), model(x[:2]))
+    with pytest.raises(AttributeError, match=r"cannot be scripted.*perexample\.unextend\(model\) before"):
+        torch.jit.script(model)
+    torch.jit.script(unextend(model))

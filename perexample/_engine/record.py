@@ -309,7 +309,7 @@ class Enter:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what is called, and whether a tap is to be left; returns other arguments if some are to be tapped."""
-        if STATE.quiet or torch.compiler.is_compiling():
+        if STATE.quiet or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         if STATE.frames and not self.root and owns_nothing(module):
             frame = self._inner(module)
@@ -458,9 +458,17 @@ def _answers(
 class Exit:
     """Forward hook: closes the frame and leaves the tap; runs after a failed forward too."""
 
+    @property
+    def __name__(self) -> str:
+        """What `torch.jit.script` asks a hook for, before it would compile it."""
+        raise AttributeError(
+            "An extended model cannot be scripted, as its hooks would be compiled with it: call "
+            "perexample.unextend(model) before, and extend(model) to train it again."
+        )
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Leave a tap if a rule answers for this module and its output carries gradients."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         frames = STATE.frames
         if STATE.quiet or not frames:
