@@ -96,7 +96,7 @@ def _refuse(path: str, module: Any) -> None:
         raise UnsupportedModuleError(
             f"`{path}` ({kind}) is scripted, so its forward cannot be seen; extend the original."
         )
-    if kind == "OptimizedModule":
+    if kind == "OptimizedModule" or module._compiled_call_impl is not None:  # module.compile()
         raise UnsupportedModuleError(f"`{path}` is a compiled model; extend the model itself, without torch.compile.")
     if kind == "FullyShardedDataParallel":
         raise UnsupportedModuleError(
