@@ -423,6 +423,11 @@ def may_be_parametrized(module: nn.Module) -> bool:
     return "parametrizations" in module._modules
 
 
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, whose forward cannot be seen."""
+    return module._compiled_call_impl is not None
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether a module has no tensors of its own, be it with parts that have."""
     return not module._parameters and not module._buffers

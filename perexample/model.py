@@ -11,7 +11,7 @@ from ._arguments import whole
 from ._engine.backward import FIELDS
 from ._engine.coverage import COMPUTES_WITH_PARTS
 from ._engine.record import ROOTS, Enter, Exit
-from ._private import has_hook, remove_hooks, shards
+from ._private import compiled_in_place, has_hook, remove_hooks, shards
 from ._shards import is_sharded
 from .errors import ConfigurationError, UnsupportedModuleError
 from .rule import can_refuse, refusal
@@ -96,7 +96,7 @@ def _refuse(path: str, module: Any) -> None:
         raise UnsupportedModuleError(
             f"`{path}` ({kind}) is scripted, so its forward cannot be seen; extend the original."
         )
-    if kind == "OptimizedModule" or module._compiled_call_impl is not None:  # module.compile()
+    if kind == "OptimizedModule" or compiled_in_place(module):
         raise UnsupportedModuleError(f"`{path}` is a compiled model; extend the model itself, without torch.compile.")
     if kind == "FullyShardedDataParallel":
         raise UnsupportedModuleError(

@@ -76,6 +76,13 @@ def test_operations_without_the_frame_of_a_python_function():
     assert _private.operation_without_frame(torch.ops.higher_order.cond) is torch.ops.higher_order.cond
 
 
+def test_modules_that_are_compiled_in_place():
+    module = nn.Linear(2, 2)
+    assert not _private.compiled_in_place(module)
+    module.compile()
+    assert _private.compiled_in_place(module)
+
+
 def test_operations_are_told_from_functions():
     assert _private.is_operation(torch.ops.aten.add.Tensor)
     assert _private.is_operation(torch.ops.aten.add)
