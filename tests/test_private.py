@@ -76,6 +76,7 @@ def test_operations_without_the_frame_of_a_python_function():
     assert _private.operation_without_frame(torch.ops.higher_order.cond) is torch.ops.higher_order.cond
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about its own parts
 def test_modules_that_are_compiled_in_place():
     module = nn.Linear(2, 2)
     assert not _private.compiled_in_place(module)
