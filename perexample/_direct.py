@@ -1,4 +1,4 @@
-"""How a recorded operation is called: by torch's own function, which takes half as long as `torch.ops` does.
+"""How a recorded operation is called: by torch's own function, which takes less time than `torch.ops` does.
 
 A call of `torch.ops` is also a Python function's. From a long recorded step, whose variables may fill what Python keeps
 for them to the last bit, each such call makes Python ask the system for memory and give it back, which takes far longer
@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._calls import is_of_torch
 from ._private import dispatched, operation_without_frame, undispatched
+
+_COMPILED = (BuiltinFunctionType, MethodDescriptorType)  # and not written in Python, which takes longer
 
 
 def direct(function: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -48,9 +50,6 @@ def _of_others(function: Any) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return called
-
-
-_COMPILED = (BuiltinFunctionType, MethodDescriptorType)  # and not written in Python, which takes longer
 
 
 def _named_alike(name: str) -> Iterator[Any]:

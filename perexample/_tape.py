@@ -129,7 +129,7 @@ class Tape(TorchDispatchMode):
         calls, number, wanted = self._program
         if (why := why_not_fused(calls, self._roots, self._forms)) is not None:
             return why
-        with torch.no_grad():
+        with undispatched(), torch.no_grad():  # both are timed as `replay` does them
             try:
                 fused = Fused(graph_of(calls, self._forms, number, wanted), inputs)
             except DoesNotHold:
@@ -157,7 +157,7 @@ class Tape(TorchDispatchMode):
         """
         assert self._code is not None
         code = self._code if self._fused is None or not self._fused.fits else self._fused
-        with undispatched(), torch.no_grad():
+        with undispatched(), torch.no_grad():  # function modes, as a default device, have been recorded
             values = iter(code(*inputs))
         return map_tensors(lambda slot: next(values) if slot.number >= 0 else slot.tensor, self._wanted, Slot)
 

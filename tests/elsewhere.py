@@ -27,7 +27,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """Compile it, which takes most of a minute."""
+    """Compile it, which takes some seconds."""
     library, found = folder / "elsewhere.so", compiler()
     assert found is not None
     torch_libraries = Path(torch.__file__).parent / "lib"
