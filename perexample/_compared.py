@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._chance import random_states, seed
+from ._chance import random_bytes, seed
 from ._first_run import Seen
 from ._precision import reduced
 from ._static import StaticBatch
@@ -87,13 +87,13 @@ class Comparison:
     def _with_usual(self, n: int, context: Callable[[], Any]) -> None:
         batch = self.batch.others(n)
         with context():
-            seed(SEED, self.device)
+            seed(SEED, [self.device])
             self.batch.fill(batch)
             found = self.replay()
-            drawn = random_states(self.device)
-            seed(SEED, self.device)
+            drawn = random_bytes(self.device)
+            seed(SEED, [self.device])
             wanted = self.usual(batch)
-            alike = n < self.batch.size or not self.drew or drawn == random_states(self.device)
+            alike = n < self.batch.size or not self.drew or drawn == random_bytes(self.device)
         if not found.held.item() or wanted is None:
             return
         if not alike or not all(self._alike(found, wanted, n)):
@@ -104,7 +104,7 @@ class Comparison:
         found = []
         for fill in (lambda: self.batch.fill(self.batch.others(n)), self.batch.refill):
             fill()
-            seed(SEED, self.device)
+            seed(SEED, [self.device])
             found.append(map_tensors(Tensor.clone, self.replay()))
         one, other = found
         if not (one.held.item() and other.held.item()):

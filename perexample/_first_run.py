@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._chance import random_states
+from ._chance import random_bytes
 from ._private import version
 from ._tree import tensors_of
 from ._watched import Watched
@@ -75,7 +75,7 @@ def first_run(
             step has to be run as usual, or depends on parameters of another model.
         ExtensionError: If an extension keeps something of it.
     """
-    states, watched, reached = random_states(device), Watched(), _Reached()
+    states, watched, reached = random_bytes(device), Watched(), _Reached()
     buffers = {name: version(b) for name, b in model.named_buffers()}
     kept = {name: (p.detach().clone(), version(p)) for name, p in parameters.items()}
     attributes = [dict(vars(extension)) for extension in extensions]
@@ -102,7 +102,7 @@ def first_run(
     for extension, before in zip(extensions, attributes, strict=True):
         _refuse_remembering(extension, before)
     drew = watched.drew
-    return Seen(drew or random_states(device) != states, drew, watched.half, tuple(called))
+    return Seen(drew or random_bytes(device) != states, drew, watched.half, tuple(called))
 
 
 def _other_generators() -> Any:

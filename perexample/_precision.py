@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -83,3 +83,13 @@ def reduced(devices: Iterable[str]) -> bool:
     if _LOWERED.users:
         return True
     return any(float32_precision(*setting) not in _FULL for kind in devices for setting in _SETTINGS.get(kind, ()))
+
+
+@contextlib.contextmanager
+def without_autocast(devices: Iterable[str]) -> Iterator[None]:
+    """Operations on these kinds of devices compute in the types that they are given."""
+    with contextlib.ExitStack() as stack:
+        for kind in devices:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -559,7 +559,11 @@ _MT_STATE = slice(24, 24 + 8 * 624)  # where the bytes of a CPU generator's stat
 def is_default_generator(generator: torch.Generator) -> bool:
     """Whether numbers are drawn from this generator where none is given; dispatch modes are given another object."""
     kind, given = generator.device.type, cast("Any", generator)
-    defaults: Any = (torch.default_generator,) if kind == "cpu" else torch.cuda.default_generators
+    module: Any = torch if kind == "cpu" else torch.get_device_module(kind)
+    if kind == "mps":
+        defaults = [module._get_default_mps_generator()]
+    else:
+        defaults = [torch.default_generator] if kind == "cpu" else getattr(module, "default_generators", [])
     return any(given._cdata == default._cdata for default in defaults)
 
 

@@ -31,6 +31,7 @@ from ._direct import direct
 from ._fused import DoesNotHold, Fused, is_faster, why_not_fused
 from ._graph import graph_of
 from ._looks import model_looks, trying
+from ._precision import without_autocast
 from ._private import is_default_generator, undispatched
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
@@ -103,7 +104,7 @@ class Tape(TorchDispatchMode):
         wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
         calls = needed(once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
         self._refuse_left(calls)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), without_autocast({"cpu", *(t.device.type for t in inputs)}):
             calls = folded(calls, self._roots, self._written, set(wanted))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
         self._program = calls, len(inputs), wanted

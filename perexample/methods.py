@@ -258,6 +258,8 @@ def _now(device: torch.device) -> float:
     """The time when all work that was begun is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._arguments import flag, losses_of, shown
-from ._chance import random_states, seed, set_random_states
+from ._chance import random_kept, random_states, seed, set_random_states
 from ._compared import SEED, Comparison, Found, refuse_memory
 from ._engine.context import perex
 from ._first_run import Seen, first_run
 from ._looks import holds, noting
-from ._precision import full_precision, reduced
+from ._precision import full_precision, reduced, without_autocast
 from ._private import dispatch_is_off, named_parameters, version, whole_arguments
 from ._shards import is_sharded
 from ._static import StaticBatch
@@ -32,10 +32,10 @@ from .extension import Extension
 class RecordedStep:
     """A forward and a backward in a context, recorded once: a call replays them without what Python takes for them.
 
-    On a GPU they become a CUDA graph: a step of a small or middle-sized model takes longer on the host, which launches
+    With CUDA they become a graph: a step of a small or middle-sized model takes longer on the host, which launches
     hundreds of short operations, than on the GPU, and with per-example quantities there are two to three times as many;
-    a graph is launched as one. On a CPU the operations are run again one by one, without the Python, the hooks and
-    autograd around them. ``step(*batch)`` leaves what these lines leave, up to rounding::
+    a graph is launched as one. On a CPU, and on any other device, the operations are run again one by one, without the
+    Python, the hooks and autograd around them. ``step(*batch)`` leaves what these lines leave, up to rounding::
 
         with perex(*extensions, loss_reduction="sum", grad=False):
             losses(*batch).sum().backward()
@@ -120,8 +120,8 @@ class RecordedStep:
         self._device = self._only_device()
         self._batch = StaticBatch(batch, self._device)
         self._asked = [extension.recording() for extension in self.extensions]
-        kept = torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
         before = state_of(self.model, self._device, None)
+        kept = random_kept([self._device])
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
             self._replay = self._captured() if self._device.type == "cuda" else self._taped()
             self._compare()
@@ -169,13 +169,13 @@ class RecordedStep:
             for extension, asked in zip(self.extensions, self._asked, strict=True):
                 extension.prepare(asked)
             # What a model looks at may say something of the whole batch, and would not if that is filled up.
-            random = random_states(self._device) if self._seen.random else None
+            random = random_states([self._device]) if self._seen.random else None
             found = None if self._by_model and 0 < n < self.size else self._replayed_if_it_can()
             if found is None or not found.held.item():
                 self.repeated += 1
                 self._warn()
                 if random is not None:  # or what happens to be drawn would decide whether it is drawn again
-                    set_random_states(random, self._device)
+                    set_random_states(random, [self._device])
                 return self.as_usual(*batch)
             self._take_over(found, n)
             return _joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
@@ -243,12 +243,11 @@ class RecordedStep:
         self.compiled = False
         warnings.warn(f"RecordedStep: its operations are replayed as they are, not compiled: {why}.", stacklevel=4)
 
-    @staticmethod
     @contextmanager
-    def _as_replayed() -> Iterator[None]:
+    def _as_replayed(self) -> Iterator[None]:
         """What autocast does is on the tape; products are in full, also the model's own, which cannot be told apart."""
-        full = full_precision() if reduced(["cpu"]) else nullcontext()
-        with full, torch.autocast("cpu", enabled=False):
+        full = full_precision() if reduced([self._device.type]) else nullcontext()
+        with full, without_autocast({"cpu", self._device.type}):
             yield
 
     def _warm_up(self) -> None:
@@ -258,10 +257,10 @@ class RecordedStep:
         def run(*more: Extension) -> None:
             losses.append(cast(Found, self._usual(own, *more)).losses)
 
-        seed(SEED, device)
+        seed(SEED, [device])
         self._seen = first_run(run, self.model, self._parameters, self._asked, own, device)
         self._names = names_read(self.losses, self.model, self._seen.called)
-        seed(SEED, device)
+        seed(SEED, [device])
         run()
         refuse_memory(*losses, coarse=self._seen.half or reduced([device.type]))
         # What a run leaves to the next one is marked by a tape of its own.
@@ -318,7 +317,7 @@ class RecordedStep:
 
     def _run(self) -> Found:
         """The step without a look at any value; what it was taken to be is noted."""
-        with noting(everywhere=self._device.type == "cuda", before=self._before) as notes, self._context():
+        with noting(everywhere=self._device.type != "cpu", before=self._before) as notes, self._context():
             losses, outputs = _parted(self.losses(*self._batch.own))
             self._check(losses, outputs)
             torch.where(self._batch.real, losses, torch.zeros_like(losses)).sum().backward()

@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/NativeFunctions.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -33,6 +34,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<KIND> {
   c10::Device getDevice() const override { return HERE; }
   c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, HERE); }
   c10::Stream getNewStream(c10::Device, int = 0) const override { return c10::Stream(c10::Stream::DEFAULT, HERE); }
+  void synchronizeDevice(const c10::DeviceIndex) const override {}
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, HERE); }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
@@ -41,15 +43,17 @@ struct Random final : at::CPUGeneratorImpl {
   Random() : at::CPUGeneratorImpl(c10::default_rng_seed_val) { device_ = HERE; }
 };
 
+at::Generator& random_here() {
+  static at::Generator random = at::make_generator<Random>();
+  return random;
+}
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
-    static at::Generator random = at::make_generator<Random>();
-    return random;
-  }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return random_here(); }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Random>(); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t n) const override {
     auto* impl = storage.unsafeGetStorageImpl();
@@ -125,6 +129,48 @@ int64_t attention(const Tensor&, const Tensor&, const Tensor&, const std::option
   return 0;  // by matrix products
 }
 
+// The cells of recurrent layers, which torch takes to be one operation each on what is no CPU.
+using Pair = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Maybe = std::optional<Tensor>;
+
+Tensor or_zeros(const Maybe& t, const Tensor& like) { return t.has_value() && t->defined() ? *t : at::zeros_like(like); }
+
+Tensor with(const Tensor& gates, const Maybe& bias) {
+  return bias.has_value() && bias->defined() ? gates + *bias : gates;
+}
+
+Three lstm_cell(const Tensor& of_x, const Tensor& of_h, const Tensor& c, const Maybe& bias, const Maybe& more) {
+  auto gates = (with(of_x, bias) + with(of_h, more)).chunk(4, 1);
+  auto i = gates[0].sigmoid(), f = gates[1].sigmoid(), g = gates[2].tanh(), o = gates[3].sigmoid();
+  auto after = f * c + i * g;
+  return {o * after.tanh(), after, at::cat({i, f, g, o}, 1)};
+}
+
+Three lstm_cell_backward(const Maybe& of_h, const Maybe& of_c, const Tensor& c, const Tensor& after,
+                         const Tensor& workspace, bool has_bias) {
+  auto gates = workspace.chunk(4, 1);
+  auto i = gates[0], f = gates[1], g = gates[2], o = gates[3], t = after.tanh();
+  auto gh = or_zeros(of_h, c), gc = or_zeros(of_c, c) + gh * o * (1 - t * t);
+  auto grad = at::cat({gc * g * i * (1 - i), gc * c * f * (1 - f), gc * i * (1 - g * g), gh * t * o * (1 - o)}, 1);
+  return {grad, gc * f, has_bias ? grad.sum(0) : Tensor()};
+}
+
+Pair gru_cell(const Tensor& of_x, const Tensor& of_h, const Tensor& h, const Maybe& bias, const Maybe& more) {
+  auto x = with(of_x, bias).chunk(3, 1), y = with(of_h, more).chunk(3, 1);
+  auto r = (x[0] + y[0]).sigmoid(), z = (x[1] + y[1]).sigmoid(), n = (x[2] + r * y[2]).tanh();
+  return {n + z * (h - n), at::cat({r, z, n, h, y[2]}, 1)};
+}
+
+Five gru_cell_backward(const Tensor& g, const Tensor& workspace, bool has_bias) {
+  auto kept = workspace.chunk(5, 1);
+  auto r = kept[0], z = kept[1], n = kept[2], h = kept[3], y = kept[4];
+  auto gz = g * (h - n) * z * (1 - z), gn = g * (1 - z) * (1 - n * n), gr = gn * y * r * (1 - r);
+  auto of_x = at::cat({gr, gz, gn}, 1), of_h = at::cat({gr, gz, gn * r}, 1);
+  return {of_x, of_h, g * z, has_bias ? of_x.sum(0) : Tensor(), has_bias ? of_h.sum(0) : Tensor()};
+}
+
 bool may_mix(const std::string& name) {  // indices may be on the CPU
   return name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
 }
@@ -143,7 +189,7 @@ void elsewhere(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   TORCH_CHECK(!(own && others) || may_mix(op.schema().name()), "Expected all tensors to be on the same device, but ",
               op.schema().name(), " is given some of the CPU.");
-  std::vector<std::pair<at::Generator, at::Generator>> drawn;  // random numbers are those of the CPU
+  std::vector<std::pair<at::Generator, at::Generator>> drawn;  // by generators of the CPU that stand for those of here
   for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
     if (!value.isGenerator() || value.toGenerator().device().is_cpu()) continue;
@@ -152,7 +198,14 @@ void elsewhere(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     drawn.emplace_back(value.toGenerator(), random);
     value = random;
   }
+  auto random = at::detail::getDefaultCPUGenerator();
+  auto before = op.hasTag(at::Tag::nondeterministic_seeded) ? random.get_state() : Tensor();
+  if (before.defined()) random.set_state(random_here().get_state());
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
+  if (before.defined()) {
+    random_here().set_state(random.get_state());
+    random.set_state(before);
+  }
   for (auto& [from, random] : drawn) from.set_state(random.get_state());
 }
 
@@ -179,13 +232,39 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
   m.impl("_fused_sdp_choice", attention);
+  m.impl("_thnn_fused_lstm_cell", lstm_cell);
+  m.impl("_thnn_fused_lstm_cell_backward_impl", lstm_cell_backward);
+  m.impl("_thnn_fused_gru_cell", gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", gru_cell_backward);
+}
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(group_norm, fp32)
+  KERNEL_PRIVATEUSEONE(layer_norm, fp32)
 }
 
 // Copying is what makes conjugates and negatives real ones.
 TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 
-// Called by Python once the library is loaded.
+// Called by Python.
+extern "C" void random_state(void* bytes) {
+  auto state = random_here().get_state();
+  std::memcpy(bytes, state.data_ptr(), state.nbytes());
+}
+
+extern "C" void set_random_state(const void* bytes) {
+  auto state = random_here().get_state();
+  std::memcpy(state.data_ptr(), bytes, state.nbytes());
+  random_here().set_state(state);
+}
+
 extern "C" void begin() {
   static Hooks hooks;
   at::RegisterPrivateUse1HooksInterface(&hooks);

@@ -5,7 +5,9 @@ It is built of ``elsewhere.cpp`` by the C++ compiler that `torch.compile` needs 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -41,8 +43,9 @@ def build(folder: Path) -> Path:
 def load(library: Path) -> None:
     """Make the device known; nothing takes that back."""
     torch.utils.rename_privateuse1_backend(NAME)
-    ctypes.CDLL(str(library)).begin()
-    torch._register_device_module(NAME, _module())
+    calls = ctypes.CDLL(str(library))
+    calls.begin()
+    torch._register_device_module(NAME, _module(calls))
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -57,15 +60,37 @@ def moved(model: nn.Module) -> nn.Module:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-def _module() -> types.ModuleType:
+def device() -> str:
+    """Where tests that may run on any device are to run: here in a process that is to have it, else on a GPU."""
+    if LIBRARY in os.environ:
+        if not hasattr(torch, NAME):
+            load(Path(os.environ[LIBRARY]))
+        return NAME
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _module(calls: ctypes.CDLL) -> types.ModuleType:
     """What torch asks a device's module for."""
     module = types.ModuleType(f"torch.{NAME}")
+
+    def state(device: object = 0) -> torch.Tensor:
+        found = torch.empty_like(torch.get_rng_state())
+        calls.random_state(ctypes.c_void_p(found.data_ptr()))
+        return found
+
+    def set_state(state: torch.Tensor, device: object = 0) -> None:
+        calls.set_random_state(ctypes.c_void_p(state.contiguous().data_ptr()))
+
+    module._initialized = True  # type: ignore[attr-defined]
+    module.device = contextlib.nullcontext  # type: ignore[attr-defined]
     module.is_available = lambda: True  # type: ignore[attr-defined]
     module.device_count = lambda: 1  # type: ignore[attr-defined]
     module.current_device = lambda: 0  # type: ignore[attr-defined]
     module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
-    module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
-    module.get_rng_state = lambda device=0: torch.get_rng_state()  # type: ignore[attr-defined]
-    module.set_rng_state = lambda state, device=0: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    module.manual_seed_all = lambda seed: set_state(  # type: ignore[attr-defined]
+        torch.Generator().manual_seed(seed).get_state()
+    )
+    module.get_rng_state = state  # type: ignore[attr-defined]
+    module.set_rng_state = set_state  # type: ignore[attr-defined]
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
     return module

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-from pathlib import Path
 
 import cases
 import elsewhere
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from operation_cases import ROWS
 from torch import Tensor, nn
 
-from perexample import check, extend, perex, privatize
+from perexample import check, extend, perex, plan, privatize, register_rule
 from perexample._precision import full_precision
 from perexample.extension import Extension
 from perexample.extensions import (
@@ -32,14 +30,11 @@ from perexample.extensions import (
     Variance,
 )
 from perexample.privacy import Noise, PoissonBatchSampler
+from perexample.rules.generic import GenericRule
 from perexample.terms import Dense
 
-if elsewhere.LIBRARY in os.environ:
-    elsewhere.load(Path(os.environ[elsewhere.LIBRARY]))
-    DEVICE = elsewhere.NAME
-elif torch.cuda.is_available():
-    DEVICE = "cuda"
-else:
+DEVICE = elsewhere.device()
+if DEVICE == "cpu":
     pytest.skip("needs a GPU", allow_module_level=True)
 
 TOLERANCE = 1e-9
@@ -314,6 +309,48 @@ def test_private_steps_go_on_from_a_checkpoint():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return F.dropout(x @ self.first.T, 0.5) * self.second
+
+
+class Owner(Twice):
+    pass
+
+
+register_rule(Owner)(GenericRule)  # repeats its forward as a whole
+
+
+DRAWING = {
+    "functions": Twice,
+    "a module": Owner,
+    **{
+        kind.__name__: lambda kind=kind: kind(8, 5, 2, dropout=0.5, batch_first=True)
+        for kind in (nn.RNN, nn.GRU, nn.LSTM)
+    },
+    "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_is_repeated_draws_the_same_numbers(name):
+    """A device has a generator of its own; per-example gradients add up to the gradient of the same forward."""
+    torch.manual_seed(0)
+    model, x = (
+        extend(DRAWING[name]().to(DEVICE, torch.float64)),
+        torch.randn(4, 3, 8, device=DEVICE, dtype=torch.float64),
+    )
+    with perex(BatchGrad()):
+        out = model(x)
+        (out if isinstance(out, torch.Tensor) else out[0]).square().flatten(1).sum(1).mean().backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.mean(0), p.grad)
+
+
 def test_noise_on_a_gpu():
     zeros = torch.zeros(1_000_000, device=DEVICE)
     for noise in (Noise(), Noise(source="os"), Noise(torch.Generator(DEVICE).manual_seed(0))):
@@ -330,6 +367,11 @@ def test_check_on_a_gpu():
     x, y = torch.randn(4, 3, 8, 8, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
     check(model, F.cross_entropy, x, y)
     assert all(p.device.type == DEVICE for p in model.parameters())
+
+
+def test_plan_on_a_gpu():
+    model = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).to(DEVICE)
+    assert [row.path for row in plan(model, torch.randn(4, 8, device=DEVICE))] == ["0", "2"]
 
 
 @of_gpus

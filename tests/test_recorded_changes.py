@@ -8,6 +8,7 @@ import threading
 import warnings
 from typing import Any
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ from perexample._looks import blind, holds, noting
 from perexample._watched import without_chance
 from perexample.extensions import BatchGrad, BatchL2Grad, Clip, ClippedGrad, SumGradSquared, Variance
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = elsewhere.device()
 N = 6
 X, Y = torch.linspace(-1, 1, 7 * N).view(N, 7).sin().to(DEVICE), (torch.arange(N) % 5).to(DEVICE)
 
@@ -474,7 +475,7 @@ class Factor(nn.Module):
 
 LISTS = {
     "tensor": lambda scale: torch.tensor([scale, 2.0])[0],
-    "as tensor": lambda scale: torch.as_tensor([scale]),
+    "as tensor": lambda scale: torch.as_tensor([scale], device=scale.device),
     "nested": lambda scale: torch.tensor(data=[(2.0, scale)])[0, 1],
     "like another": lambda scale: scale.new_tensor([scale]),
     "itself": torch.tensor,
@@ -486,7 +487,7 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_tensors_that_are_made_of_others(name):
     torch.manual_seed(0)
-    model = extend(Factor(LISTS[name]))
+    model = extend(Factor(LISTS[name]).to(DEVICE))
     step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
     same_as_usual(step, per_class(model), (X, Y), "grad_batch")
     model.scale.fill_(3.0)
@@ -495,7 +496,7 @@ def test_tensors_that_are_made_of_others(name):
 
 
 def test_tensors_that_are_made_of_others_unseen_are_refused():
-    model = extend(Factor(lambda scale: torch.Tensor([scale])).to(DEVICE))
+    model = extend(Factor(lambda scale: torch.Tensor([scale]).to(scale)).to(DEVICE))
     with pytest.raises((ConfigurationError, RuntimeError), match=r"looks at values \(__float__\)|captur"):
         RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
 
@@ -679,7 +680,7 @@ def test_a_field_of_a_parameter_that_is_frozen_now():
 def test_frozen_recurrent_layers_turn_their_outputs_in_place(layer):
     torch.manual_seed(0)
     frozen, head = layer(7, 6, batch_first=True).requires_grad_(False), nn.Linear(6, 5)
-    model = extend(nn.ModuleList([frozen, head]))
+    model = extend(nn.ModuleList([frozen, head]).to(DEVICE))
 
     def losses(x, y):
         return cross_entropy(head(frozen(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1]), y)
@@ -718,7 +719,7 @@ def test_batches_in_dataclasses():
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [((X.to_sparse(), Y), "torch.sparse_coo"), ((X, Y, torch.ones((), device=DEVICE)), "one is a number")],
+    [((X.cpu().to_sparse(), Y), "torch.sparse_coo"), ((X, Y, torch.ones((), device=DEVICE)), "one is a number")],
 )
 def test_batches_of_other_tensors(batch, message):
     model = mlp()
@@ -766,8 +767,8 @@ def test_indices_from_the_end(offset):
 @pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA graph reads what is there")
 def test_what_cannot_be_replayed_is_run_as_usual():
     model = nn.Sequential(nn.Embedding(11, 8), nn.Flatten(), nn.Linear(32, 5))
-    extend(model)
-    ids = torch.randint(11, (N, 4))
+    extend(model.to(DEVICE))
+    ids = torch.randint(11, (N, 4), device=DEVICE)
     step = RecordedStep(model, per_class(model), ids, Y, extensions=Variance())
     step(ids, Y)
     before = model[0].weight.variance

@@ -67,6 +67,7 @@ class Backward:
     def __init__(self, context: Context, loss: Tensor, found: Walk) -> None:
         """Find out all that can be wrong before anything is computed."""
         self.context, self.found, self.retain = context, found, False
+        self.listener = STATE.listener  # of this thread; autograd computes for devices in threads of its own
         self.names = parameter_names(found)
         check_coverage(found, self.names)
         self.n = number_of_examples(found)
@@ -300,8 +301,8 @@ class Backward:
             evaluate(terms)
         if owner is not None:
             terms = {name: term.regrouped(owner, self.n) for name, term in terms.items()}
-        if STATE.listener is not None:
-            STATE.listener(tap, tap.rule, terms)
+        if self.listener is not None:
+            self.listener(tap, tap.rule, terms)
         grams = self.grams or None
         for name, term in terms.items():
             term.grams = grams

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._chance import drawing_devices, random_kept, seed
 from .._looks import looking
 from .._tree import PLAIN, map_tensors, tensors_in
 from ..place import Place
@@ -148,10 +149,7 @@ class _Made:
 
     def _seed(self) -> None:
         """Let a random function draw the same numbers each time; other devices are left alone."""
-        torch.default_generator.manual_seed(0)
-        for device in {t.device for t in self.tracked if t.device.type == "cuda"}:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
+        seed(0, drawing_devices(self.tracked))
 
     def _constant(self, t: Tensor) -> Tensor:
         """What does not depend on the batch: in general, and not as it happens to be, since a zero would hide much."""
@@ -252,8 +250,7 @@ def _over_trials(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor
 
 def _confirmed(func: Callable, args: tuple, kwargs: dict, forms: list[Form], rows: int) -> bool:
     """Whether it holds for the real values too: with half of the rows exchanged among each other, the others stay."""
-    devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), random_kept(drawing_devices(tensors_in((args, kwargs)))):
         made = _Made(args, kwargs, rows, _TRIALS)
         exchanged = torch.arange(rows) % 2 == 0
         try:
@@ -300,8 +297,7 @@ def fits(form: Form, t: Tensor, rows: int) -> bool:
 
 
 def _tried(func: Callable, args: tuple, kwargs: dict, rows: int, trial: int) -> list[Form]:
-    devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), random_kept(drawing_devices(tensors_in((args, kwargs)))):
         made = _Made(args, kwargs, rows, trial)
         base = made.call(func, made.values)
         numbers = torch.arange(rows)

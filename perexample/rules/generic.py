@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from .._chance import drawing_devices, random_kept, random_states, set_random_states
 from .._looks import holds, look, looking
 from .._private import kept_state, version, without_forward_hooks
 from .._tree import map_tensors, tensors_in
@@ -40,8 +41,7 @@ def graded(output: Any) -> list[Tensor]:
 
 def random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
     """State of the random generators that a forward on these tensors could have used."""
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in sorted(devices, key=str))]
+    return random_states(drawing_devices(tensors))
 
 
 class GenericRule(Rule):
@@ -324,11 +324,9 @@ def _only(g: Tensor, axis: int, n: int) -> Tensor:
 @contextmanager
 def restored(states: list[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
     """The random generators as they were, for the time of a repetition."""
-    devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(states[0])
-        for device, state in zip(devices, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+    devices = drawing_devices(tensors)
+    with random_kept(devices):
+        set_random_states(states, devices)
         yield
 
 
