@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import elsewhere
 import pytest
 import reference
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from perexample import PerExampleError, UnsupportedModuleError, extend, perex
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 
+DEVICE = elsewhere.device()
 V = 19  # size of the vocabularies
 Inputs = Callable[[int], dict[str, Any]]
 
@@ -128,6 +130,9 @@ def mixing(row: Row) -> tuple[float, str]:
 def measure(row: Row) -> tuple[nn.Module, ClippedGrad, dict[str, Tensor]]:
     """One backward in the library's context; the reference is made before, on the same model."""
     model, inputs = row.model(), row.inputs(row.n)
+    if DEVICE != "cpu":
+        model = elsewhere.moved(model) if DEVICE == elsewhere.NAME else model.to(DEVICE)
+        inputs = reference.rebuilt(inputs, [t.to(DEVICE) for t in reference.tensors(inputs)])
     wanted = {} if row.refused else alone(row, model, inputs)
     clipping = ClippedGrad(reference.bound_near_median(wanted, row.n))
     extend(model)
@@ -159,7 +164,7 @@ def assert_exact(row: Row, tolerance: float = 1e-9) -> None:
         error, name = worst({name: getattr(p, field) for name, p in named.items()}, values, floor)
         assert error <= tolerance, f"{row.id}: {field} of {name} has a relative error of {error:.1e}"
     norms = reference.joint_norms(wanted, row.n)
-    error, _ = worst({"norms": clipping.norms}, {"norms": norms}, 0.0)
+    error, _ = worst({"norms": clipping.norms.cpu()}, {"norms": norms}, 0.0)
     assert error <= tolerance, f"{row.id}: norms have a relative error of {error:.1e}"
 
 

@@ -94,7 +94,7 @@ def joint_norms(gradients: dict[str, Tensor], n: int) -> Tensor:
     """Norms over all parameters together, ``[N]``."""
     total = torch.zeros(n, dtype=torch.float64)
     for rows in gradients.values():
-        total = total + batch_l2(rows)
+        total = total + batch_l2(rows).cpu()
     return total.sqrt()
 
 
