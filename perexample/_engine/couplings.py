@@ -24,8 +24,18 @@ from torch.autograd.graph import GradientEdge, Node
 from .._private import ones_for, options_of, saved
 from ..errors import CrossExampleError
 from ..place import Place
-from .graph import EACH, Near, Seldom, dims_of, kind_of, live_taps, nearest_taps, nodes_to_taps, shape_of
-from .joins import examples_of
+from .graph import (
+    EACH,
+    Near,
+    Seldom,
+    dims_of,
+    examples_of,
+    kind_of,
+    live_taps,
+    nearest_taps,
+    nodes_to_taps,
+    shape_of,
+)
 from .kinds import names
 from .state import STATE
 from .walk import Walk

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, output_shapes, saved
+from .._private import metadata, ones_for, output_shapes, saved
 from .kinds import names
 from .tap import KEY, RETURNED, Tap
 from .walk import Walk
@@ -75,6 +75,23 @@ def nearest_taps(edge: GradientEdge) -> Iterator[Near]:
 def live_taps(edge: GradientEdge, found: Walk) -> list[Near]:
     """Those of them that the loss depends on."""
     return [(at, tap, index) for at, tap, index in nearest_taps(edge) if index in found.taps.get(tap, ())]
+
+
+def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> int:
+    """On how many examples a tensor depends, or its sum with some weights, by its gradients at the nearest taps."""
+    taps = list(nearest_taps(edge))
+    if not taps:
+        return 0
+    edges = [at for at, _, _ in taps]
+    weights = ones_for(edge) if weights is None else weights
+    grads = torch.autograd.grad(edge, edges, weights, retain_graph=True, allow_unused=True)
+    owners = set[int]()
+    for (_, tap, index), g in zip(taps, grads, strict=True):
+        if g is not None and index in found.taps.get(tap, ()):
+            place = tap.places[index]
+            rows = (place.rows_first(tap.in_shape(index, g)) != 0).unsqueeze(-1).flatten(1).any(1)
+            owners.update(place.space.owners(rows.device)[rows].tolist())
+    return len(owners - {-1})
 
 
 def nodes_to_taps(edge: GradientEdge, *, behind_models: bool = False) -> list[Node]:

@@ -11,14 +11,13 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import is_python_number, loss_reduction_of, metadata, ones_for, saved
+from .._private import is_python_number, loss_reduction_of, metadata, saved
 from ..errors import LossError
-from ..place import Place
-from .graph import dims_of, kind_of, nearest_taps, number_of, shape_of
+from .cuts import comes_from_rows, entries_chosen, rows_cut_out
+from .graph import examples_of, kind_of, number_of, shape_of
 from .kinds import names
 from .tap import KEY
 from .walk import Walk
@@ -29,14 +28,6 @@ _BENT = names(
     "Sinh Cosh Erf Erfc Logsumexp Logaddexp Logaddexp2 Xlogy Softmax LogSoftmax Norm LinalgVectorNorm Dist Std Var "
     "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
 )
-_CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
-_ALONG_AN_AXIS = names("IndexSelect Topk")
-_CUTS = names("Slice Split SplitWithSizes")
-_VIEWS = names("View UnsafeView Reshape Flatten Unflatten Squeeze Unsqueeze")
-_TURNS = names("Transpose T Permute")
-_GATHERS = names("IndexAdd IndexCopy IndexPut IndexReduce Scatter ScatterAdd ScatterReduce MaskedScatter SegmentReduce")
-_PRODUCTS = {"Mm": 0, "Mv": 0, "Bmm": 0, "Addmm": 1, "Addmv": 1, "Baddbmm": 1}  # which input has the rows
-_LOOKED_THROUGH = 256  # nodes
 _MOST = 16  # doubts that are looked into, the nearest to the loss first: a loop over the examples has one for each
 
 
@@ -141,12 +132,12 @@ def _doubt(node: Node, n: int) -> str:
             return "" if _multiple(value, n) else f"divides by a tensor, {value:g}"
         over = _averaged(node)
         divisor = number_of(node)
-        if over is not None and divisor is not None and divisor % n and _chosen(*over, n) % n:
+        if over is not None and divisor is not None and divisor % n and entries_chosen(*over, n) % n:
             return f"divides by {divisor:g}, the number of entries that were chosen"
     if loss_reduction_of(node) is not None and inputs[0][0] is not None and _entries(*inputs[0]) == 1:
         return "is computed from a mean over the examples"
     if kind == "Mean" or loss_reduction_of(node) == "mean":
-        rows = _chosen(*inputs[0], n)
+        rows = entries_chosen(*inputs[0], n)
         return f"takes the mean of {rows} entries that were chosen" if rows else ""
     return ""
 
@@ -155,7 +146,7 @@ def _over_a_part(node: Node, n: int) -> str:
     """What is wrong with a mean over rows that were cut out of all, if it is one."""
     mean = kind_of(node) == "Mean" or loss_reduction_of(node) == "mean"
     over = node.next_functions[0] if mean else _averaged(node)
-    rows = 0 if over is None else _cut(*over, n)
+    rows = 0 if over is None else rows_cut_out(*over, n)
     return f"takes the mean of {rows} rows that are cut out of all" if rows else ""
 
 
@@ -181,153 +172,11 @@ def _uneven(node: Node, found: Walk, n: int) -> str:
     if before is None or kind_of(before) not in ("Stack", "Cat") or entries % n == 0:
         return ""
     parts = [GradientEdge(one, number) for one, number in before.next_functions if one is not None][:_MOST]
-    if not all(_of_rows(part) for part in parts) or any(examples_of(part, found) > 1 for part in parts):
+    if not all(comes_from_rows(part) for part in parts) or any(examples_of(part, found) > 1 for part in parts):
         return ""  # of several losses, each of all examples
     return f"takes the mean of {entries} numbers, of which some examples have more than others"
-
-
-def _of_rows(edge: GradientEdge) -> bool:
-    """Whether a number comes from a part of what is there for all examples, along the first axis."""
-    stack: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr)]
-    seen = set[Node]()
-    while stack and len(seen) < _LOOKED_THROUGH:
-        node, number = stack.pop()
-        if node is None or node in seen or number in metadata(node).get(KEY, {}):
-            continue
-        seen.add(node)
-        kind = kind_of(node)
-        if kind in ("Unbind", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect"):
-            return True
-        if kind in ("Select", "Slice") and saved(node, "dim") in (0, None):
-            return True
-        stack += node.next_functions
-    return False
-
-
-def _chosen(node: Node | None, number: int, n: int) -> int:
-    """How many entries were chosen on the way to a mean, where examples may not have as many each.
-
-    What was chosen behind the model has lost its owners: there a multiple of N is taken to be as many of each.
-
-    Returns:
-        Their number, 0 if none were or all examples have as many.
-    """
-    shape = whole = shape_of(node, number)
-    laid_out = False  # otherwise than on the first axis: then all entries must be there still
-    for _ in range(_LOOKED_THROUGH):  # what acts on each of them leaves their number as it is
-        if node is None or not shape or not whole:
-            return 0
-        if shape.numel() != whole.numel() if laid_out else shape[0] != whole[0]:
-            return 0
-        tapped = metadata(node).get(KEY, {}).get(number)
-        if tapped is not None:
-            return _rows_unlike(tapped[0].places[tapped[1]], n)
-        kind = kind_of(node)
-        if kind in _CHOOSES and (kind not in _ALONG_AN_AXIS or dims_of(node, len(shape)) == {0}):
-            return 0 if laid_out or shape[0] % n == 0 or _of_another_axis(node, len(shape)) else shape[0]
-        if _moves_rows(node) or (kind in _TURNS and shape.numel() != whole.numel()):
-            return 0
-        node, number = _first_input(node)
-        shape = shape_of(node, number)
-        if kind in _TURNS or (kind in _VIEWS and shape and shape[0] != whole[0]):
-            whole, laid_out = shape, True
-    return 0
-
-
-def _cut(node: Node | None, number: int, n: int) -> int:
-    """How many rows were cut out of those of all examples on the way to a mean, by their places.
-
-    Returns:
-        Their number; 0 if none were, or such a part as a half, which may be one of two views of each example.
-    """
-    shape = shape_of(node, number)
-    for _ in range(_LOOKED_THROUGH):
-        if node is None or not shape or number in metadata(node).get(KEY, {}):
-            return 0
-        kind, rows, cuts = kind_of(node), shape[0], dims_of(node, len(shape)) == {0}
-        if kind in _TURNS or _moves_rows(node):
-            return 0
-        node, number = _first_input(node)
-        shape = shape_of(node, number)
-        if kind in _CUTS and cuts and shape:
-            even = rows % n == 0 or (rows and shape[0] % rows == 0)
-            return 0 if even or shape[0] % n or not _holds_examples(node, number, 0) else rows
-        if kind not in _VIEWS and (not shape or shape[0] != rows):
-            return 0
-    return 0
-
-
-def _of_another_axis(node: Node, axes: int) -> bool:
-    """Whether rows were chosen along an axis that holds no examples, such as steps of time."""
-    before = _first_input(node)
-    shape = shape_of(*before)
-    return shape is not None and len(shape) == axes and _holds_examples(*before, 0) is False
-
-
-def _holds_examples(node: Node | None, number: int, axis: int) -> bool | None:
-    """Whether an axis of a tensor holds the examples, by the place of the nearest tap; ``None`` if that is not seen."""
-    folded = False
-    for _ in range(_LOOKED_THROUGH):
-        shape = shape_of(node, number)
-        if node is None or not shape:
-            return None
-        tapped = metadata(node).get(KEY, {}).get(number)
-        if tapped is not None:
-            place = tapped[0].places[tapped[1]]
-            leads = place.axis == axis and (place.outer == 1 or not folded)
-            return leads or (None if folded or place.axis is None else False)
-        kind, size, along = kind_of(node), shape[axis], node
-        if kind in _TURNS:
-            dims = saved(node, "dims") or sorted(dims_of(node, len(shape)))
-            axis = dims[axis] if kind == "Permute" else {dims[0]: dims[-1], dims[-1]: dims[0]}.get(axis, axis)
-        node, number = _first_input(node)
-        before = shape_of(node, number)
-        if saved(along, "dim") is not None and before and axis in dims_of(along, len(before)):
-            return None
-        if kind in _VIEWS and axis == 0:
-            folded = folded or not before or before[0] != size
-        elif not before or axis >= len(before) or before[axis] != size or (axis and len(before) != len(shape)):
-            return None
-    return None
-
-
-def _first_input(node: Node) -> tuple[Node | None, int]:
-    """The first that an operation was given of what has a graph."""
-    return next(((one, at) for one, at in node.next_functions if one is not None), (None, 0))
-
-
-def _rows_unlike(place: Place, n: int) -> int:
-    """How many rows there are, if some examples have more of them than others; else 0."""
-    if place.axis is None or place.space.owner is None:
-        return 0
-    each = torch.bincount(place.space.owner[place.space.owner >= 0], minlength=n)
-    return 0 if bool((each == each[0]).all()) else place.space.rows
-
-
-def _moves_rows(node: Node) -> bool:
-    """Whether an operation may give as many rows as it was given, each of which is made of several, or none."""
-    kind = kind_of(node)
-    at = _PRODUCTS.get(kind)
-    return kind in _GATHERS or (at is not None and node.next_functions[at][0] is None)
 
 
 def _multiple(value: float, n: int) -> bool:
     """Whether a divisor can be the same for batches of n examples whatever they are: so many entries of each."""
     return value >= n and abs(value / n - round(value / n)) < 1e-6
-
-
-def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> int:
-    """On how many examples a tensor depends, or its sum with some weights, by its gradients at the nearest taps."""
-    taps = list(nearest_taps(edge))
-    if not taps:
-        return 0
-    edges = [at for at, _, _ in taps]
-    weights = ones_for(edge) if weights is None else weights
-    grads = torch.autograd.grad(edge, edges, weights, retain_graph=True, allow_unused=True)
-    owners = set[int]()
-    for (_, tap, index), g in zip(taps, grads, strict=True):
-        if g is not None and index in found.taps.get(tap, ()):
-            place = tap.places[index]
-            rows = (place.rows_first(tap.in_shape(index, g)) != 0).unsqueeze(-1).flatten(1).any(1)
-            owners.update(place.space.owners(rows.device)[rows].tolist())
-    return len(owners - {-1})
