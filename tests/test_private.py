@@ -1,8 +1,9 @@
-"""Notice when a private name of torch, used in perexample/_private.py, changes its meaning."""
+"""Notice when a private name of torch, used in perexample/_private, changes its meaning."""
 
 import ast
 import inspect
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -19,12 +20,26 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from perexample import _private
 
+FOLDER = Path(_private.__file__).parent
 
-def test_every_function_of_the_module_is_tested_here():
-    functions = {n.name for n in ast.parse(inspect.getsource(_private)).body if isinstance(n, ast.FunctionDef)}
+
+def test_every_function_of_the_package_is_used_by_its_name_and_tested_here():
+    trees = [ast.parse(path.read_text()) for path in FOLDER.glob("*.py")]
+    functions = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert functions <= vars(_private).keys()
     here = ast.walk(ast.parse(Path(__file__).read_text()))
     tested = {node.attr for node in here if isinstance(node, ast.Attribute)}
     assert functions <= tested
+
+
+def test_private_names_of_torch_are_used_there_only():
+    """By their whole name, as ``torch._C``; what objects of torch have besides is not seen so."""
+    library = FOLDER.parent
+    for path in [*library.rglob("*.py"), *Path(library.parent, "extensions").glob("*.py")]:
+        if FOLDER not in path.parents:
+            tree = ast.parse(path.read_text())
+            names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+            assert not [name for name in names if re.match(r"torch(\.\w+)*\._[^_]", name)], path
 
 
 def test_generators_of_the_system_differ():
@@ -54,7 +69,7 @@ def test_all_of_a_seed_counts():
     assert torch.equal(drawn[0], torch.randn(4, generator=_private.generator_of(b"a")))
     assert len({tuple(t.tolist()) for t in drawn}) == len(seeds)
     state = _private.generator_of(b"a").get_state()
-    assert len(state[_private._MT_STATE].view(-1, 8)[:, :4].unique(dim=0)) > 600  # of 624 words
+    assert len(state[_private.MT_STATE].view(-1, 8)[:, :4].unique(dim=0)) > 600  # of 624 words
 
 
 def test_dispatch_modes_are_seen():
@@ -239,7 +254,7 @@ def test_hooks_are_found_and_removed_with_all_their_flags():
     _private.remove_hooks(module, (Hook,))
     assert not _private.has_hook(module, Hook)
     module(torch.ones(1, 1))
-    assert not any(getattr(module, name) for name in _private._HOOK_TABLES)
+    assert not any(getattr(module, name) for name in _private.hooks._HOOK_TABLES)
 
 
 def test_metadata_of_a_node_is_a_dictionary_that_stays():

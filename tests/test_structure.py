@@ -1,6 +1,7 @@
 """The shape of the package: who imports whom, what is public, what the docs and the README show."""
 
 import ast
+import configparser
 import doctest
 import importlib
 import json
@@ -37,6 +38,15 @@ def _imports(path: pathlib.Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             found.add(".".join([*base, *([node.module] if node.module else [])]))
     return {name for name in found if name.startswith("perexample")}
+
+
+def test_every_package_is_installed():
+    """By setup.cfg, which knows the folder of the extensions by the name that it is imported by."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    folders = {path.parent for path in MODULES if path.name == "__init__.py"}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders} - {"extensions"}
+    assert set(config["options"]["packages"].split()) == packages | {"perexample.extensions"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

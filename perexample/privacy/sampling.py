@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .._arguments import real, whole
-from .._private import _MT_STATE, system_generator
+from .._private import MT_STATE, system_generator
 from ..errors import ConfigurationError, StaleGradientError
 from .noise import refuse_public_seed
 
@@ -471,7 +471,7 @@ def _own_generator(given: torch.Generator | None) -> torch.Generator:
     refuse_public_seed(given)
     generator = torch.Generator("cpu").manual_seed(0)
     state = generator.get_state()
-    state[_MT_STATE] = torch.randint(1 << 32, (624,), device="cpu", generator=given).view(torch.uint8)
+    state[MT_STATE] = torch.randint(1 << 32, (624,), device="cpu", generator=given).view(torch.uint8)
     generator.set_state(state)
     return generator
 
