@@ -1262,7 +1262,7 @@ RACE = "the state of torch's global generator, which all threads share, is compa
 @pytest.mark.xfail(reason=RACE, strict=True)
 def test_f45_random_numbers_of_another_thread_are_left_alone(monkeypatch):
     """While the places of tensors are found out, nobody else may be given the same numbers twice."""
-    monkeypatch.setattr("perexample._engine.operation._FORMS", {}, raising=False)  # as in the first forward
+    monkeypatch.setattr("perexample._engine.placing._FORMS", {})  # as in the first forward
     model = extend(
         jittered(Net(lambda m, x: (m.norm(x) @ x.mT).softmax(-1) @ m.places, norm=RMSNorm(), places=par(T, D)))
     )
