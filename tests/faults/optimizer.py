@@ -106,8 +106,8 @@ MUTANTS = (
         Edit(
             f"{PREPARE}:make_private",
             (
-                "rate = _rate(batch_size, public_size)",
-                "_rate(batch_size, public_size)\n    rate = _rate(batch_size, len(dataset))",
+                "rate = sample_rate(batch_size, public_size)",
+                "sample_rate(batch_size, public_size)\n    rate = sample_rate(batch_size, len(dataset))",
             ),
         ),
         killers="test_make_private.py::test_the_public_numbers_do_not_depend_on_the_data",
@@ -126,7 +126,10 @@ MUTANTS = (
         "takes the length of the data set for public if nothing is said",
         Edit(
             f"{PREPARE}:make_private",
-            ("rate = _rate(batch_size, public_size)", "rate = _rate(batch_size, public_size or len(dataset))"),
+            (
+                "rate = sample_rate(batch_size, public_size)",
+                "rate = sample_rate(batch_size, public_size or len(dataset))",
+            ),
         ),
         killers="test_make_private.py::test_arguments_without_meaning",
     ),
