@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .privacy.ledger import Ledger
-from .privacy.optimizer import Clipping, Sampling, initialize_as, privatize
+from .privacy.optimizer import initialize_as, privatize
+from .privacy.privatizer import Clipping, Sampling
 
 __all__ = ["DP_SGD", "privatize"]
 

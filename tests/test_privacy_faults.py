@@ -39,7 +39,7 @@ from perexample import (
 from perexample.extensions import AdaptiveClippedGrad, ClippedGrad
 from perexample.privacy import Ledger, Noise, PhysicalBatches, PoissonBatchSampler, Release, epsilon, make_private
 from perexample.privacy.distributed import Processes
-from perexample.privacy.optimizer import Privatizer
+from perexample.privacy.privatizer import Privatizer
 
 N, SIZE, C, SIGMA = 40, 10.0, 0.5, 1.0  # examples, expected batch size, bound, noise multiplier
 

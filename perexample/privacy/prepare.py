@@ -20,7 +20,7 @@ from ..model import extend
 from .distributed import Processes
 from .ledger import Ledger, Release
 from .loading import check_data, loader_of
-from .optimizer import Clipping, checked_processes, privatize
+from .optimizer import checked_processes, privatize
 from .planning import (
     book_of,
     budget,
@@ -32,6 +32,7 @@ from .planning import (
     warn_of_steps_before,
 )
 from .private import Plan, Private
+from .privatizer import Clipping
 from .sampling import PhysicalBatches, PoissonBatchSampler
 
 

@@ -139,7 +139,7 @@ MUTANTS = (
         "makes coordinates that a NaN has reached zero when the noise is in, as fastDP does",
         UNCHECKED,
         Edit(
-            "perexample.privacy.optimizer:Privatizer.__call__",
+            "perexample.privacy.privatizer:Privatizer.__call__",
             ("(total / expected_batch_size)", "(total / expected_batch_size).nan_to_num(0.0, 0.0, 0.0)"),
         ),
         killers="test_audit.py::test_a_poisoned_example_shows_in_no_coordinate[nan-dtype0-one]",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from .mutant import Body, Edit, mutant
 
 OPTIMIZER = "perexample.privacy.optimizer"
-STEP = f"{OPTIMIZER}:Privatizer"
+PRIVATIZER = "perexample.privacy.privatizer"
+PIECES = "perexample.privacy.pieces"
+STEP = f"{PRIVATIZER}:Privatizer"
 NOISE = "perexample.privacy.noise"
 LEDGER = "perexample.privacy.ledger"
 PREPARE = "perexample.privacy.prepare"
@@ -73,7 +75,7 @@ MUTANTS = (
     mutant(
         "F15-scaler-of-fused-steps",
         "lets a GradScaler divide noisy gradients by its scale",
-        Body(f"{OPTIMIZER}:_refuse_scaler", "return None"),
+        Body(f"{PRIVATIZER}:refuse_scaler", "return None"),
         killers="test_privacy_faults.py::test_f15_a_grad_scaler_skips_no_step[True-fused]",
     ),
     mutant(
@@ -158,7 +160,7 @@ MUTANTS = (
         "F22-first-piece-steps",
         "steps on the first piece of a batch",
         Edit(
-            f"{OPTIMIZER}:_Pieces.wait",
+            f"{PIECES}:Pieces.wait",
             ("if examples < due:", "if examples < due and before:"),
             ("if came != piece:", "if False:"),
         ),
@@ -169,7 +171,7 @@ MUTANTS = (
         "F24-each-piece-counted",
         "counts pieces of batches as steps",
         Edit(
-            f"{OPTIMIZER}:_step_on_the_last",
+            f"{PIECES}:step_on_the_last",
             (
                 "return None if pieces.wait() else plain(*args, **kwargs)",
                 "release = Release(1.0, pieces.sampler.sample_rate)\n"
@@ -193,7 +195,7 @@ MUTANTS = (
     mutant(
         "F25-closure",
         "runs a closure that computes gradients anew after the noise",
-        Body(f"{OPTIMIZER}:_refuse_closure", "return None"),
+        Body(f"{PRIVATIZER}:_refuse_closure", "return None"),
         killers=[
             "test_errors.py::test_bad_use[closure]",
             "test_peers.py::test_peer_07_a_closure_is_refused",
@@ -203,7 +205,7 @@ MUTANTS = (
     mutant(
         "F25-closure-by-name",
         "looks for a closure among the unnamed arguments only",
-        Edit(f"{OPTIMIZER}:_refuse_closure", ("(*args[1:], *kwargs.values())", "args[1:]")),
+        Edit(f"{PRIVATIZER}:_refuse_closure", ("(*args[1:], *kwargs.values())", "args[1:]")),
         killers="test_errors.py::test_bad_use[closure_by_name]",
     ),
     mutant(
@@ -218,7 +220,7 @@ MUTANTS = (
         "F26-forgotten-between-pieces",
         "forgets the pieces so far when gradients are set to zero between them",
         Edit(
-            f"{OPTIMIZER}:_clear_sums_too",
+            f"{PIECES}:clear_sums_too",
             ("if pieces is None or not (clipping.examples and pieces.incomplete()):", "if True:"),
         ),
         killers="test_make_private.py::test_zero_grad_between_pieces_keeps_them",
@@ -286,7 +288,7 @@ MUTANTS = (
     mutant(
         "F22-a-piece-for-another",
         "takes the first piece of the next batch for one that is missing",
-        Edit(f"{OPTIMIZER}:_Pieces.wait", ("if came != piece:", "if False:")),
+        Edit(f"{PIECES}:Pieces.wait", ("if came != piece:", "if False:")),
         killers=[
             "test_make_private.py::test_the_first_piece_of_a_batch_takes_the_place_of_none",
             "test_make_private.py::test_a_piece_that_is_run_twice_is_an_error",
@@ -344,7 +346,7 @@ MUTANTS = (
     mutant(
         "F41-settings",
         "takes settings that are negative or not finite",
-        Edit(f"{OPTIMIZER}:_check_setting", ("number >= least", "True")),
+        Edit(f"{PRIVATIZER}:checked_setting", ("number >= least", "True")),
         Edit("perexample._arguments:_finite", ("number if math.isfinite(number) else None", "number")),
         killers=[
             "test_faults.py::test_f41_configurations_without_meaning",
@@ -418,7 +420,7 @@ MUTANTS = (
         "F43-state-without-ledger",
         "resumes from the state of an optimizer that was not private",
         Edit(
-            f"{OPTIMIZER}:_keep_state",
+            f"{PRIVATIZER}:keep_state",
             ("if _KEY not in state:", "if _KEY not in state:\n            return state\n        if False:"),
         ),
         killers="test_make_private.py::test_a_state_without_ledger_is_refused",

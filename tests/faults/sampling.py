@@ -33,7 +33,7 @@ MUTANTS = (
         "F19-unamplified-as-amplified",
         "counts steps of any loader as steps on Poisson samples",
         Edit(
-            "perexample.privacy.optimizer:Privatizer.__call__",
+            "perexample.privacy.privatizer:Privatizer.__call__",
             ("None if self.sampler is None else self.sampler.sample_rate", "0.25"),
         ),
         killers=[
