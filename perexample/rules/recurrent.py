@@ -1,9 +1,10 @@
 """Rules for recurrent layers and cells, by book-keeping through time.
 
-The gradient goes back through the steps by hand (`unrolled`). It yields the gradients of the pre-activations
-``W_ih x + b_ih`` and ``W_hh h + b_hh`` of every step, and the weights' gradients are sums of outer products over T. No
-per-example gradient is formed. On a CPU the rule makes the forward's steps too (`recurrent_forward`), whose outputs are
-those of torch up to rounding; elsewhere the layers are run again from their saved input.
+The gradient goes back through the steps by hand (`recurrent_stack`, `unrolled`, `recurrent_steps`). It yields the
+gradients of the pre-activations ``W_ih x + b_ih`` and ``W_hh h + b_hh`` of every step, and the weights' gradients are
+sums of outer products over T. No per-example gradient is formed. On a CPU the rule makes the forward's steps too
+(`recurrent_forward`), whose outputs are those of torch up to rounding; elsewhere the layers are run again from their
+saved input.
 
 References:
     Werbos 1990, doi:10.1109/5.58337 (backpropagation through time); Bu et al. 2022, arXiv:2210.00038 (book-keeping).
@@ -30,7 +31,9 @@ from ..rule import Call, Rule, Sizes, at_least_float32, misplaced, only_paramete
 from ..terms import Dense, Outer, Term, inner, remembering
 from .generic import autocast_state, random_state, restored
 from .recurrent_forward import FUNCTIONS, Passing, computed, gradients, passing_of
-from .unrolled import GRU, KINDS, LSTM, Kind, Layout, Relu, Stack, Tanh, Unrolled
+from .recurrent_stack import Kind, Layout, Stack
+from .recurrent_steps import GRU, LSTM, Relu, Tanh
+from .unrolled import KINDS, Unrolled
 
 
 def _algebra(module: Any) -> type[Unrolled]:

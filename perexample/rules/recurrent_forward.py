@@ -20,7 +20,9 @@ from torch.autograd import forward_ad
 from .._looks import holds
 from .._private import graph_task, transforms_active, undispatched, version, will_be_executed
 from .generic import random_state, restored
-from .unrolled import GRU, KINDS, LSTM, Kind, Layout, Relu, Stack, Tanh, Unrolled
+from .recurrent_stack import Kind, Layout, Stack
+from .recurrent_steps import GRU, LSTM, Relu, Tanh
+from .unrolled import KINDS, Unrolled
 
 _ALGEBRAS: dict[Any, type[Unrolled]] = {torch.lstm: LSTM, torch.gru: GRU, torch.rnn_tanh: Tanh, torch.rnn_relu: Relu}
 FUNCTIONS = frozenset(_ALGEBRAS)
