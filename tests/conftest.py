@@ -7,18 +7,18 @@ import gc
 import pytest
 import torch
 
-from perexample import rule
 from perexample.privacy.noise import Noise
+from perexample.rule import registry as rules
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """Rules registered in a test are gone after it."""
-    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
-    monkeypatch.setattr(rule, "_FUNCTIONS", dict(rule._FUNCTIONS))
+    monkeypatch.setattr(rules, "_REGISTRY", dict(rules._REGISTRY))
+    monkeypatch.setattr(rules, "_FUNCTIONS", dict(rules._FUNCTIONS))
     yield
-    rule._REFUSING.clear()  # what was found out with those rules
-    rule._WITHOUT_RULE.clear()
+    rules._REFUSING.clear()  # what was found out with those rules
+    rules._WITHOUT_RULE.clear()
 
 
 @pytest.fixture

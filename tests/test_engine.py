@@ -421,15 +421,15 @@ def fail_in_rule(model):
         def terms(self, call, g):
             raise KeyError("rule")
 
-    from perexample import rule
+    from perexample.rule import registry
 
-    kept = rule._REGISTRY[nn.Linear]
+    kept = registry._REGISTRY[nn.Linear]
     register_rule(nn.Linear, overwrite=True)(Broken)
     try:
         with pytest.raises(KeyError, match="rule"):
             backward(model, BatchGrad(), Variance())
     finally:
-        rule._REGISTRY[nn.Linear] = kept
+        registry._REGISTRY[nn.Linear] = kept
 
 
 def fail_in_capture(model):
@@ -440,15 +440,15 @@ def fail_in_capture(model):
         def capture(self, module, args, kwargs, output):
             raise KeyError("capture")
 
-    from perexample import rule
+    from perexample.rule import registry
 
-    kept = rule._REGISTRY[nn.Linear]
+    kept = registry._REGISTRY[nn.Linear]
     register_rule(nn.Linear, overwrite=True)(Broken)
     try:
         with pytest.raises(KeyError, match="capture"):
             backward(model, BatchGrad())
     finally:
-        rule._REGISTRY[nn.Linear] = kept
+        registry._REGISTRY[nn.Linear] = kept
 
 
 def fail_in_forward(model):

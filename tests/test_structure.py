@@ -21,7 +21,7 @@ import perexample
 import perexample.extensions
 import perexample.privacy
 from perexample import extend
-from perexample.rule import registered_functions
+from perexample.rule import registered_functions, registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted(p for folder in ("perexample", "extensions") for p in (ROOT / folder).rglob("*.py"))
@@ -149,12 +149,12 @@ def test_examples_in_docstrings(path):
     parts = ("perexample", *parts) if parts[0] == "extensions" else parts
     module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
     torch.manual_seed(0)
-    known = dict(perexample.rule._REGISTRY)
+    known = dict(registry._REGISTRY)
     try:
         result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
     finally:
-        for cls in set(perexample.rule._REGISTRY) - set(known):
-            del perexample.rule._REGISTRY[cls]
+        for cls in set(registry._REGISTRY) - set(known):
+            del registry._REGISTRY[cls]
     assert not result.failed
 
 

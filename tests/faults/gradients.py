@@ -153,14 +153,15 @@ MUTANTS = (
         "F40-no-contract",
         "takes gradients of any shape from a rule",
         Edit(
-            "perexample.rule:checked", ("if not isinstance(value, Tensor) or tuple(value.shape) != shape:", "if False:")
+            "perexample.rule.contract:checked",
+            ("if not isinstance(value, Tensor) or tuple(value.shape) != shape:", "if False:"),
         ),
         killers="test_faults.py::test_f40_shape_contract_of_custom_rules",
     ),
     mutant(
         "F40-no-names",
         "takes whatever names a rule returns",
-        Edit("perexample.rule:_check_names", ("if result.keys() != call.params.keys():", "if False:")),
+        Edit("perexample.rule.contract:_check_names", ("if result.keys() != call.params.keys():", "if False:")),
         killers="test_faults.py::test_f40_shape_contract_of_custom_rules",
     ),
     mutant(

@@ -1,33 +1,20 @@
-"""Rules: the derivative algebra of one kind of module, and the registry that finds them.
-
-A rule is one class. It gives ``grad_batch``, and where it knows something cheaper than forming ``[N, *p.shape]`` also
-``batch_l2``, ``weighted_sum``, ``batch_dot``, or ``terms``, from which all of these follow::
-
-    @register_rule(Scale)
-    class ScaleRule(Rule):
-        def grad_batch(self, call, g):
-            return {"gain": reduce(g * call.x, "n ... d -> n d", "sum")}  # of einops
-"""
+"""What a rule is, and a call as it sees it."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.nn.utils import parametrize
 
-from ._arguments import flag
-from ._private import hides, may_be_parametrized, own_parameters, stands_in
-from ._tree import tensors_of
-from .errors import ConfigurationError, PerExampleError, RuleContractError
-from .methods import Method
-from .place import Place
-from .terms import Dense, Term
+from .._private import own_parameters, stands_in
+from .._tree import tensors_of
+from ..methods import Method
+from ..place import Place
+from ..terms import Dense, Term
+from .contract import asked, checked
 
 
 @dataclass
@@ -276,6 +263,56 @@ class Rule:
         return {name: Dense(G).batch_dot() for name, G in self.grad_batch(call, g).items()}
 
 
+class _RuleTerm(Term):
+    """The term of a rule written with `Rule.grad_batch`; every quantity is computed once for all parameters."""
+
+    def __init__(self, rule: Rule, call: Call, g: Tensor, name: str, shared: dict[str, Any]) -> None:
+        self.rule, self.call, self.g, self.name, self.shared = rule, call, g, name, shared
+        self.n, self.shape = call.n, call.params[name].shape
+
+    def _quantity(self, kind: str, shape: tuple[int, ...], *args: Tensor) -> Tensor:
+        if kind not in self.shared or args:
+            self.shared[kind] = asked(self.rule, kind, self.call, self.g, *args)
+        return checked(self.rule, self.call, self.shared[kind], kind, self.name, shape)
+
+    def _overridden(self, kind: str) -> bool:
+        return getattr(type(self.rule), kind) is not getattr(Rule, kind) and "grad_batch" not in self.shared
+
+    def dense(self) -> Tensor:
+        return self._quantity("grad_batch", (self.n, *self.shape))
+
+    def factors(self) -> list[Tensor]:
+        return [*tensors_of(self.g), *self.shared.get("grad_batch", {}).values()]
+
+    def methods(self) -> list[Method]:
+        if not self._overridden("batch_l2"):
+            return super().methods()
+        return [Method("the rule's own norms", lambda: (self._quantity("batch_l2", (self.n,)).double(), self))]
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        if not self._overridden("weighted_sum"):
+            return Dense(self.dense()).weighted_sum(w)
+        return self._quantity("weighted_sum", tuple(self.shape), w)
+
+    def batch_dot(self) -> Tensor:
+        if not self._overridden("batch_dot"):
+            return Dense(self.dense()).batch_dot()
+        return self._quantity("batch_dot", (self.n, self.n))
+
+    def select(self, rows: Tensor) -> Term:
+        return Dense(self.dense()).select(rows)
+
+    def double(self) -> Term:
+        return Dense(self.dense()).double()
+
+
+def evaluate(terms: Mapping[str, Term]) -> None:
+    """Let rules compute gradients now that would be asked for them later, when parameters may be gone."""
+    for term in terms.values():
+        if isinstance(term, _RuleTerm):
+            term.dense()
+
+
 def misplaced(inputs: Sequence[tuple[Tensor, Place]], first: Place, axes: Mapping[int, int], axis: int) -> str | None:
     """What is wrong with inputs that a rule takes row by row beside the first.
 
@@ -317,316 +354,6 @@ def _same_rows(place: Place, first: Place) -> bool:
     if place.agrees(first):
         return True
     return place.each(place.axis, place.size).space.same(first.each(first.axis, first.size).space)
-
-
-class _RuleTerm(Term):
-    """The term of a rule written with `Rule.grad_batch`; every quantity is computed once for all parameters."""
-
-    def __init__(self, rule: Rule, call: Call, g: Tensor, name: str, shared: dict[str, Any]) -> None:
-        self.rule, self.call, self.g, self.name, self.shared = rule, call, g, name, shared
-        self.n, self.shape = call.n, call.params[name].shape
-
-    def _quantity(self, kind: str, shape: tuple[int, ...], *args: Tensor) -> Tensor:
-        if kind not in self.shared or args:
-            self.shared[kind] = _asked(self.rule, kind, self.call, self.g, *args)
-        return checked(self.rule, self.call, self.shared[kind], kind, self.name, shape)
-
-    def _overridden(self, kind: str) -> bool:
-        return getattr(type(self.rule), kind) is not getattr(Rule, kind) and "grad_batch" not in self.shared
-
-    def dense(self) -> Tensor:
-        return self._quantity("grad_batch", (self.n, *self.shape))
-
-    def factors(self) -> list[Tensor]:
-        return [*tensors_of(self.g), *self.shared.get("grad_batch", {}).values()]
-
-    def methods(self) -> list[Method]:
-        if not self._overridden("batch_l2"):
-            return super().methods()
-        return [Method("the rule's own norms", lambda: (self._quantity("batch_l2", (self.n,)).double(), self))]
-
-    def weighted_sum(self, w: Tensor) -> Tensor:
-        if not self._overridden("weighted_sum"):
-            return Dense(self.dense()).weighted_sum(w)
-        return self._quantity("weighted_sum", tuple(self.shape), w)
-
-    def batch_dot(self) -> Tensor:
-        if not self._overridden("batch_dot"):
-            return Dense(self.dense()).batch_dot()
-        return self._quantity("batch_dot", (self.n, self.n))
-
-    def select(self, rows: Tensor) -> Term:
-        return Dense(self.dense()).select(rows)
-
-    def double(self) -> Term:
-        return Dense(self.dense()).double()
-
-
-def _asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
-    """What a method of a rule returns; an error inside of it does not say whose code it was."""
-    try:
-        return getattr(rule, kind)(call, g, *args)
-    except (PerExampleError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        inputs = ", ".join(f"{name} {list(v.shape)}" for name, v in call.saved.items() if isinstance(v, Tensor))
-        dtypes = {name: p.dtype for name, p in call.params.items() if p.dtype != tensors_of(g)[0].dtype}
-        raise RuleContractError(
-            f"{_where(rule, call, kind)} failed, {type(error).__name__}: {error}. It was given g of shape "
-            f"{', '.join(str(list(t.shape)) for t in tensors_of(g))}"
-            + (f" and {inputs}" if inputs else "")
-            + "; a rule must serve every shape that the module's forward does"
-            + "".join(f", and `{name}` is {dtype}: use it as p.to(g.dtype)" for name, dtype in dtypes.items())
-            + "."
-        ) from error
-
-
-def checked_terms(rule: Rule, call: Call, terms: Any) -> dict[str, Term]:
-    """What `Rule.terms` returned, after checking names and kinds."""
-    _check_names(rule, call, terms, "terms")
-    for name, term in terms.items():
-        if not isinstance(term, Term) or (term.n, tuple(term.shape)) != (call.n, tuple(call.params[name].shape)):
-            got = f"a Term of [{term.n}, {list(term.shape)}]" if isinstance(term, Term) else type(term).__name__
-            raise RuleContractError(
-                f"{_where(rule, call, 'terms')} returned {got} for `{name}`; it must be a Term (perexample.terms) of "
-                f"N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
-            )
-    return terms
-
-
-def evaluate(terms: Mapping[str, Term]) -> None:
-    """Let rules compute gradients now that would be asked for them later, when parameters may be gone."""
-    for term in terms.values():
-        if isinstance(term, _RuleTerm):
-            term.dense()
-
-
-def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """One entry of what a rule returned, after checking names and shape."""
-    _check_names(rule, call, result, kind)
-    value = result[name]
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise RuleContractError(
-            f"{_where(rule, call, kind)} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
-            f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
-        )
-    if not (value.is_floating_point() or value.is_complex()):
-        raise RuleContractError(
-            f"{_where(rule, call, kind)} returned {value.dtype} for `{name}`; gradients are floating-point numbers."
-        )
-    return value
-
-
-def _where(rule: Rule, call: Call, kind: str) -> str:
-    return f"`{type(rule).__name__}.{kind}` for `{call.name}` ({type(call.module).__name__})"
-
-
-def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
-    if not isinstance(result, Mapping):
-        raise RuleContractError(
-            f"{_where(rule, call, kind)} returned {type(result).__name__}; return a dict with one entry for each "
-            f"parameter name."
-        )
-    if result.keys() != call.params.keys():
-        names = sorted("a tensor itself" if isinstance(name, Tensor) else str(name) for name in result)
-        raise RuleContractError(
-            f"{_where(rule, call, kind)} returned the names {names}, but the parameters that need a "
-            f"gradient are {sorted(call.params)} (`call.params`); return exactly these."
-        )
-
-
-_REGISTRY: dict[type[nn.Module], Rule] = {}
-_FUNCTIONS: dict[Any, Rule] = {}
-R = TypeVar("R", bound=type[Rule])
-
-
-def register_rule(*targets: Any, overwrite: bool = False) -> Callable[[R], R]:
-    """Decorator: use a rule for modules of these classes, and subclasses that leave alone what ``forward`` calls.
-
-    A rule may be registered for torch functions too, such as ``F.linear``; `Rule.bind` then says what takes the place
-    of the module's inputs and parameters.
-
-    Args:
-        targets: Classes of `torch.nn.Module`, or torch functions.
-        overwrite: Replace a rule that is registered already.
-
-    Returns:
-        The decorator, which hands back the rule class.
-
-    Raises:
-        ConfigurationError: If a target is neither, or has a rule already and ``overwrite`` is false.
-        RuleContractError: If the rule defines no gradient.
-
-    Example:
-        >>> from perexample import Rule, register_rule
-        >>> class Gain(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.gain = nn.Parameter(torch.ones(3))
-        ...     def forward(self, x):
-        ...         return x * self.gain
-        >>> @register_rule(Gain)
-        ... class GainRule(Rule):
-        ...     def grad_batch(self, call, g):
-        ...         return {"gain": (g * call.x).reshape(call.n, -1, 3).sum(1)}
-    """
-    if not targets:
-        raise ConfigurationError("register_rule needs at least one module class: @register_rule(MyModule).")
-    overwrite = flag("overwrite", overwrite)
-    for target in targets:
-        if not (isinstance(target, type) and issubclass(target, nn.Module)) and not _is_torch_function(target):
-            raise ConfigurationError(
-                f"register_rule takes classes of torch.nn.Module, or torch functions; {target!r} is neither: "
-                f"@register_rule(MyModule). A function of your own cannot be seen as a whole, and needs no rule: what "
-                f"it calls is followed. Put a torch.autograd.Function into a module, and register a rule for that."
-            )
-
-    def decorate(rule_class: R) -> R:
-        if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
-            raise RuleContractError(
-                f"{rule_class!r} is no class of rules; derive it from perexample.Rule. What a function computes from a "
-                f"module, its input and a gradient (a grad sampler of Opacus) goes into grad_batch(self, call, g): it "
-                f"has call.module and call.x, and returns a dict with the parameters' names."
-            )
-        try:
-            rule_class()
-        except TypeError as error:
-            raise RuleContractError(
-                f"{rule_class.__name__} is made without arguments when it is registered, and {error}; keep what "
-                f"differs between modules in the module, or make a subclass for each."
-            ) from error
-        if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
-            raise RuleContractError(
-                f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
-            )
-        rule = rule_class()
-        for target in targets:
-            registry: dict[Any, Rule] = _REGISTRY if isinstance(target, type) else _FUNCTIONS
-            if target in registry and not overwrite:
-                raise ConfigurationError(
-                    f"{target.__name__} has the rule {type(registry[target]).__name__} already; pass overwrite=True to "
-                    f"replace it."
-                )
-        for target in targets:
-            (_REGISTRY if isinstance(target, type) else _FUNCTIONS)[target] = rule
-        _REFUSING.clear()
-        _WITHOUT_RULE.clear()
-        return rule_class
-
-    return decorate
-
-
-def _is_torch_function(target: Any) -> bool:
-    """Whether calls of it can be seen: a function of torch, a method of tensors, or one that dispatches as these do."""
-    if not callable(target) or isinstance(target, type) or not hasattr(target, "__name__"):
-        return False
-    if isinstance(getattr(target, "__self__", None), type):  # torch.autograd.Function.apply
-        return False
-    code = getattr(inspect.unwrap(target), "__code__", None)
-    return code is None or target.__module__.split(".")[0] == "torch" or "handle_torch_function" in code.co_names
-
-
-def function_rule(function: Any) -> Rule | None:
-    """The rule that is registered for a torch function."""
-    return _FUNCTIONS.get(function)
-
-
-def registered_functions() -> dict[Any, Rule]:
-    """All rules by torch function, in the order of registration."""
-    return dict(_FUNCTIONS)
-
-
-def registered_rules() -> dict[type[nn.Module], Rule]:
-    """All rules by module class, in the order of registration."""
-    return dict(_REGISTRY)
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why this module can have no per-example gradients now, asked of the rules of all its base classes."""
-    for rule in _refusing_rules(type(module)):
-        if reason := rule.refuse(module):
-            return reason
-    return None
-
-
-def without_rule(cls: type[nn.Module]) -> bool:
-    """Whether no rule is registered for a class or its bases."""
-    known = _WITHOUT_RULE.get(cls)
-    if known is None:
-        if len(_WITHOUT_RULE) >= _MOST_CLASSES:
-            _WITHOUT_RULE.clear()
-        known = _WITHOUT_RULE[cls] = not _rules_of(cls)
-    return known
-
-
-def can_refuse(module: nn.Module) -> bool:
-    """Whether some rule would look at this module before it is used."""
-    return bool(_refusing_rules(type(module)))
-
-
-def _rules_of(cls: type) -> list[Rule]:
-    """The registered rules of a class and its bases, nearest first."""
-    return [_REGISTRY[base] for base in cls.__mro__ if base in _REGISTRY]
-
-
-def _refusing_rules(cls: type[nn.Module]) -> list[Rule]:
-    found = _REFUSING.get(cls)
-    if found is None:
-        if len(_REFUSING) >= _MOST_CLASSES:  # some libraries make a class for each module
-            _REFUSING.clear()
-        found = _REFUSING[cls] = [rule for rule in _rules_of(cls) if type(rule).refuse is not Rule.refuse]
-    return found
-
-
-_REFUSING: dict[type[nn.Module], list[Rule]] = {}  # a weak dictionary takes four times as long
-_WITHOUT_RULE: dict[type[nn.Module], bool] = {}
-_MOST_CLASSES = 4096
-
-
-def rule_for(module: nn.Module) -> Rule | None:
-    """The registered rule that is right for this very object, or ``None``.
-
-    An object or a subclass has the rule of its class or base only if it computes the same: it leaves all methods alone
-    that take part in ``forward``, owns no further parameters, shows those that it owns as they are, and is not
-    parametrized.
-
-    Returns:
-        The rule object, shared by all modules of the class.
-    """
-    if may_be_parametrized(module) and parametrize.is_parametrized(module):
-        return None
-    cls = type(module)
-    for base in cls.__mro__:
-        rule = _REGISTRY.get(base)
-        if rule is not None:
-            same = not hides(module, _functions_of(base)) and (cls is base or _same_forward(module, cls, base))
-            return rule if same and rule.covers(module) else None
-    return None
-
-
-_HARMLESS = {
-    "__init__", "__repr__", "__setstate__", "__getstate__", "__dir__", "extra_repr", "reset_parameters",
-    "reset_running_stats", "flatten_parameters", "all_weights", "_apply", "_load_from_state_dict",
-    "_save_to_state_dict", "_replicate_for_data_parallel", "_fill_padding_idx_with_zero",
-}  # fmt: skip
-
-
-def _same_forward(module: nn.Module, cls: type, base: type) -> bool:
-    """Whether a subclass leaves all alone of its base that could take part in its forward, and its parameters."""
-    names = _functions_of(base) | {"__getattr__", "__getattribute__", *own_parameters(module)}
-    return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
-
-
-@cache
-def _functions_of(base: type) -> frozenset[str]:
-    """Names of what a registered class, and its bases below ``nn.Module``, could compute its forward with."""
-    found = {
-        name
-        for part in base.__mro__ if part not in nn.Module.__mro__
-        for name, value in vars(part).items() if callable(value) or isinstance(value, property)
-    }  # fmt: skip
-    return frozenset(found - _HARMLESS | {"forward"})
 
 
 def named_arguments(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

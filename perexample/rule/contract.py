@@ -1,0 +1,83 @@
+"""What a rule returns is checked, and an error in it says whose code it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._tree import tensors_of
+from ..errors import PerExampleError, RuleContractError
+from ..terms import Term
+
+if TYPE_CHECKING:
+    from .base import Call, Rule
+
+
+def asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
+    """What a method of a rule returns; an error inside of it does not say whose code it was."""
+    try:
+        return getattr(rule, kind)(call, g, *args)
+    except (PerExampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        inputs = ", ".join(f"{name} {list(v.shape)}" for name, v in call.saved.items() if isinstance(v, Tensor))
+        dtypes = {name: p.dtype for name, p in call.params.items() if p.dtype != tensors_of(g)[0].dtype}
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} failed, {type(error).__name__}: {error}. It was given g of shape "
+            f"{', '.join(str(list(t.shape)) for t in tensors_of(g))}"
+            + (f" and {inputs}" if inputs else "")
+            + "; a rule must serve every shape that the module's forward does"
+            + "".join(f", and `{name}` is {dtype}: use it as p.to(g.dtype)" for name, dtype in dtypes.items())
+            + "."
+        ) from error
+
+
+def checked_terms(rule: Rule, call: Call, terms: Any) -> dict[str, Term]:
+    """What `Rule.terms` returned, after checking names and kinds."""
+    _check_names(rule, call, terms, "terms")
+    for name, term in terms.items():
+        if not isinstance(term, Term) or (term.n, tuple(term.shape)) != (call.n, tuple(call.params[name].shape)):
+            got = f"a Term of [{term.n}, {list(term.shape)}]" if isinstance(term, Term) else type(term).__name__
+            raise RuleContractError(
+                f"{_where(rule, call, 'terms')} returned {got} for `{name}`; it must be a Term (perexample.terms) of "
+                f"N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
+            )
+    return terms
+
+
+def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One entry of what a rule returned, after checking names and shape."""
+    _check_names(rule, call, result, kind)
+    value = result[name]
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
+            f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
+        )
+    if not (value.is_floating_point() or value.is_complex()):
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned {value.dtype} for `{name}`; gradients are floating-point numbers."
+        )
+    return value
+
+
+def _check_names(rule: Rule, call: Call, result: Any, kind: str) -> None:
+    if not isinstance(result, Mapping):
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned {type(result).__name__}; return a dict with one entry for each "
+            f"parameter name."
+        )
+    if result.keys() != call.params.keys():
+        names = sorted("a tensor itself" if isinstance(name, Tensor) else str(name) for name in result)
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned the names {names}, but the parameters that need a "
+            f"gradient are {sorted(call.params)} (`call.params`); return exactly these."
+        )
+
+
+def _where(rule: Rule, call: Call, kind: str) -> str:
+    return f"`{type(rule).__name__}.{kind}` for `{call.name}` ({type(call.module).__name__})"
