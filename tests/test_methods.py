@@ -509,7 +509,7 @@ def test_room_is_how_many_times_the_least_may_be_held(room, name):
 )
 def test_room_that_a_context_gives(arguments, room, monkeypatch):
     asked = []
-    monkeypatch.setattr(terms, "settled", lambda term, choice: asked.append(choice) or settled(term, choice))
+    monkeypatch.setattr(terms.base, "settled", lambda term, choice: asked.append(choice) or settled(term, choice))
     model = extend(nn.Linear(3, 2))
     with perex(ClippedGrad(1.0), grad=False, **arguments):
         model(torch.ones(4, 5, 3)).square().sum((1, 2)).mean().backward()
@@ -625,7 +625,7 @@ def test_plan_says_how_a_sum_is_formed_where_that_is_chosen_too(monkeypatch):
     model, x = nn.Conv2d(32, 64, 3, padding=1, bias=False), torch.randn(4, 32, 2, 2)
     kept = {conv._BY_PIXELS: ", then product with the windows", conv._UNFOLDED: ""}
     for norms, then in kept.items():
-        monkeypatch.setattr(terms, "choose", lambda term, choice, norms=norms: Method(norms, None))
+        monkeypatch.setattr(terms.base, "choose", lambda term, choice, norms=norms: Method(norms, None))
         monkeypatch.setattr(conv, "choose", lambda term, choice, methods: methods[-1])
         assert plan(model, x, strategy="model")[0].norm == norms + then
 

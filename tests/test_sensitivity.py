@@ -79,7 +79,7 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any
     "model": ({"strategy": "model"}, nullcontext),
     "second backward": ({"max_memory": 0}, nullcontext),
     "roomy": ({"room": 1e6, "strategy": "model"}, nullcontext),
-    "Gram": ({}, lambda: mock.patch.object(terms, "settled", _gram)),
+    "Gram": ({}, lambda: mock.patch.object(terms.base, "settled", _gram)),
 }
 
 

@@ -25,10 +25,11 @@ from .._looks import holds
 from .._norms import BLOCK, Inner, gram_drift, gram_norms, joined, norms_of, of_grams
 from .._private import kept_state, own_parameters, repeats_forward, without_forward_hooks
 from .._tree import map_tensors, tensors_in, tensors_of
+from .._trust import inner
 from ..errors import UnsupportedModuleError
 from ..place import Place, Space
 from ..rule import Call, Rule, Sizes, at_least_float32, misplaced, only_parameters, register_rule
-from ..terms import Dense, Outer, Term, inner, remembering
+from ..terms import Dense, Outer, Term, remembering
 from .generic import autocast_state, random_state, restored
 from .recurrent_forward import FUNCTIONS, Passing, computed, gradients, passing_of
 from .recurrent_stack import Kind, Layout, Stack
