@@ -22,7 +22,7 @@ from typing import Any
 import faults
 import pytest
 from audit import save_scores
-from faults.mutant import Edit, FaultError, Put
+from faults.mutant import Body, Edit, FaultError, Put
 from faults.server import SECONDS
 
 TESTS = Path(__file__).resolve().parent
@@ -137,6 +137,7 @@ GONE = {
     "text that occurs twice": lambda: Edit("perexample.privacy.noise:Noise.like", ("std", "2 * std")),
     "no such method": lambda: Edit("perexample.privacy.noise:Noise.unlike", ("std", "2 * std")),
     "no such class": lambda: Put("perexample.privacy.noise:Silence", lambda old: None),
+    "a name that is unknown there": lambda: Body("perexample.privacy.noise:Noise.like", "return draw(like)"),
     "no function": lambda: Edit("perexample.privacy.noise:_PIECE", ("1", "2")),
 }
 

@@ -1,14 +1,17 @@
 """Faults that are put into the library on purpose, as changes of single functions and values.
 
 A change names what it is made to by its exact path, and a piece of its text that must be there once; if either is gone,
-`apply` fails, so that a fault cannot quietly become none. Code is changed in the function object itself, so that every
-name under which the function was imported sees the change.
+`apply` fails, so that a fault cannot quietly become none; and if it uses a name that is not known there, which any test
+would notice. Code is changed in the function object itself, so that every name under which the function was imported
+sees the change.
 """
 
 from __future__ import annotations
 import __future__
 
 import ast
+import builtins
+import dis
 import importlib
 import inspect
 import sys
@@ -153,7 +156,18 @@ def _compiled(source: str, target: FunctionType, body: str | None = None) -> Cod
     flags = __future__.annotations.compiler_flag
     made: dict[str, Any] = {}
     exec(compile(tree, f"{target.__code__.co_filename} with a fault", "exec", flags, dont_inherit=True), made)
-    return made["outer"](*[None] * len(target.__code__.co_freevars)).__code__
+    code = made["outer"](*[None] * len(target.__code__.co_freevars)).__code__
+    unknown = _globals_of(code) - target.__globals__.keys() - vars(builtins).keys()
+    if unknown:
+        raise FaultError(f"{target.__module__}:{target.__qualname__}: the fault uses {sorted(unknown)}, unknown there.")
+    return code
+
+
+def _globals_of(code: CodeType) -> set[str]:
+    """The names that code takes from its module, and the functions in it."""
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return own.union(*map(_globals_of, inner))
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ MUTANTS = (
             f"{PIECES}:step_on_the_last",
             (
                 "return None if pieces.wait() else plain(*args, **kwargs)",
-                "release = Release(1.0, pieces.sampler.sample_rate)\n"
+                "release = __import__('perexample').privacy.Release(1.0, pieces.sampler.sample_rate)\n"
                 "        return self.ledger.record(release) if pieces.wait() else plain(*args, **kwargs)",
             ),
         ),
