@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perexample import ConfigurationError
-from perexample.privacy import accounting
+from perexample.privacy import accounting, composition
 from perexample.privacy.accounting import epsilon, epsilon_of, noise_multiplier_for, steps_for
 
 dp_accounting = pytest.importorskip("dp_accounting", reason="accounting needs dp-accounting (extra `privacy`)")
@@ -165,8 +165,8 @@ MOMENTS = [(1e-4, 1.0), (1e-4, 1000.0), (0.01, 0.5), (0.1, 1.0), (0.1, 50.0), (0
 
 @pytest.mark.parametrize(("rate", "sigma"), MOMENTS)
 def test_renyi_divergences_at_whole_orders_are_the_binomial_sums_and_never_less(rate, sigma):
-    orders = accounting.ORDERS
-    for order, found in zip(orders, accounting._divergences(sigma, rate, True), strict=True):
+    orders = composition.ORDERS
+    for order, found in zip(orders, composition._divergences(sigma, rate, True), strict=True):
         if order == int(order):
             exact = log_moment(rate, sigma, int(order)) / (order - 1)
             assert exact * (1 - 1e-11) <= found <= exact * (1 + 1e-10) + 1e-14
@@ -176,7 +176,7 @@ def test_renyi_divergences_at_whole_orders_are_the_binomial_sums_and_never_less(
 def test_renyi_divergences_at_broken_orders_are_upper_bounds(rate, sigma):
     """Of the integral, by the trapezoid rule, which converges exponentially for it; and not above the next order's."""
     shifts = np.arange(-40, 40, 0.02)
-    found = dict(zip(accounting.ORDERS, accounting._divergences(sigma, rate, True), strict=True))
+    found = dict(zip(composition.ORDERS, composition._divergences(sigma, rate, True), strict=True))
     for order in (1.02, 1.1, 1.5, 1.9, 2.5, 4.3, 9.9):
         at = min(found, key=lambda a, order=order: abs(a - order))
         z = np.concatenate([sigma * shifts, at + sigma * shifts]) if at > 5 * sigma else sigma * shifts
@@ -262,8 +262,8 @@ def test_replacing_costs_no_less_than_adding_and_pld_no_more_than_rdp(sigma, rat
 def test_asking_twice_changes_nothing(way):
     found = []
     for _ in range(2):
-        accounting._cost.cache_clear()
-        accounting._divergences.cache_clear()
+        composition._cost.cache_clear()
+        composition._divergences.cache_clear()
         found += [cost(1e-5, 1.1, 0.02, 300, way), cost(1e-5, 1.1, 0.02, 300, way)]
     assert len(set(found)) == 1
 
@@ -285,7 +285,7 @@ def test_a_schedule_costs_what_google_s_accountant_says(plain):
         for sigma, rate, count in runs:
             direct.compose(event(sigma, rate), count)
         assert mixed(runs, way) == pytest.approx(direct.get_epsilon(1e-6), rel=3e-3)
-    renyi = RdpAccountant(accounting.ORDERS)
+    renyi = RdpAccountant(composition.ORDERS)
     for sigma, rate, count in runs:
         renyi.compose(event(sigma, rate), count)
     assert mixed(runs, RDP) == pytest.approx(renyi.get_epsilon(1e-6), rel=1e-9)
@@ -323,13 +323,13 @@ def test_what_saw_nothing_or_never_happened_is_free_and_what_had_no_noise_is_not
 def test_groups_of_similar_releases_cost_no_less_and_little_more(way, monkeypatch):
     runs = [(1 + i / 40, 0.02 + i / 4000, 5) for i in range(12)] + [(25.0, None, 2)]
     exact = mixed(runs, way)
-    monkeypatch.setitem(accounting.GROUPS, way[0], 5)
-    accounting._cost.cache_clear()
+    monkeypatch.setitem(composition.GROUPS, way[0], 5)
+    composition._cost.cache_clear()
     found = mixed(runs, way)
-    accounting._cost.cache_clear()
+    composition._cost.cache_clear()
     worst = mixed([(1.0, 0.02 + 11 / 4000, 60), runs[-1]], way)
     assert exact * 0.9999 <= found < worst
-    assert len(accounting._grouped(accounting._merged(accounting.Event(*run[:2], 1) for run in runs[:-1]), 5)) <= 5
+    assert len(composition._grouped(composition._merged(composition.Event(*run[:2], 1) for run in runs[:-1]), 5)) <= 5
 
 
 @pytest.mark.slow
@@ -388,7 +388,7 @@ plans = pytest.mark.parametrize(
 def test_calibrated_noise_keeps_the_budget_and_is_nearly_the_least(rate, target, steps, delta, way):
     named = {"sample_rate": rate, "steps": steps, "accountant": way[0], "neighbours": way[1]}
     sigma = noise_multiplier_for(target, delta, **named)
-    accounting._cost.cache_clear()
+    composition._cost.cache_clear()
     assert cost(delta, sigma, rate, steps, way) <= target
     assert cost(delta, sigma * 0.995, rate, steps, way) > target
 
@@ -463,7 +463,7 @@ def test_no_extreme_gives_nan_or_a_traceback(sigma, rate, way):
 def test_where_pld_would_be_too_large_rdp_or_no_amplification_bounds_it(sigma, rate, steps):
     found = cost(1e-5, sigma, rate, steps)
     plain = gaussian_epsilon(1e-5, math.sqrt(steps) / sigma)
-    assert found > accounting.LARGEST
+    assert found > composition.LARGEST
     assert found == pytest.approx(min(cost(1e-5, sigma, rate, steps, RDP), plain), rel=1e-9)
     assert cost(1e-5, sigma, rate, steps, BOTH) == pytest.approx(cost(1e-5, sigma / 2, None, steps), rel=1e-9)
 
@@ -484,9 +484,9 @@ def test_what_the_library_cannot_compute_bounds_nothing(broken, monkeypatch):
         return broken
 
     monkeypatch.setattr(PrivacyLossDistribution, "get_epsilon_for_delta", fails)
-    accounting._cost.cache_clear()
+    composition._cost.cache_clear()
     found = cost(1e-5, 1.23, 0.1, 10)
-    accounting._cost.cache_clear()
+    composition._cost.cache_clear()
     assert found == cost(1e-5, 1.23, 0.1, 10, RDP)
 
 
@@ -573,13 +573,13 @@ FLOODS = (0.5, 1.0)  # rate and noise for which dp-accounting warns of orders th
 
 def test_the_terminal_stays_clean_and_logging_as_it_was(capfd, caplog):
     logger = logging.getLogger("absl")
-    RdpAccountant(accounting.ORDERS).compose(event(FLOODS[1], FLOODS[0]))
+    RdpAccountant(composition.ORDERS).compose(event(FLOODS[1], FLOODS[0]))
     assert "failed to converge" in caplog.text + capfd.readouterr().err  # else this test would show nothing
     caplog.clear()
     before = logger.level, list(logger.filters), list(logger.handlers), logger.propagate, logger.disabled
     levels, errors, shown = logging.root.level, np.geterr(), list(warnings.filters)
-    accounting._cost.cache_clear()
-    accounting._divergences.cache_clear()
+    composition._cost.cache_clear()
+    composition._divergences.cache_clear()
     for way in WAYS.values():
         cost(1e-5, FLOODS[1], FLOODS[0], 5, way)
         cost(1e-10, 1.0, 0.9, 800, way)  # near the epsilon at which e^-epsilon underflows
@@ -595,7 +595,7 @@ def test_logging_is_as_it_was_after_an_error(monkeypatch):
         raise MemoryError
 
     before = list(logging.getLogger("absl").filters)
-    monkeypatch.setattr(accounting, "_pld_epsilon", fails)
+    monkeypatch.setattr(composition, "_pld_epsilon", fails)
     with pytest.raises(MemoryError):
         cost(1e-5, 1.2345, 0.1, 10)
     assert logging.getLogger("absl").filters == before
@@ -603,7 +603,7 @@ def test_logging_is_as_it_was_after_an_error(monkeypatch):
 
 def test_what_others_log_meanwhile_is_seen(caplog):
     """Messages of other threads, and of this one from elsewhere."""
-    with accounting._quiet():
+    with composition._quiet():
         logging.getLogger("absl").warning("mine")
         thread = threading.Thread(target=lambda: RdpAccountant([1.02]).compose(event(FLOODS[1], FLOODS[0])))
         thread.start()
@@ -614,8 +614,8 @@ def test_what_others_log_meanwhile_is_seen(caplog):
 
 def test_threads_agree_and_leave_nothing():
     before, expected = list(logging.getLogger("absl").filters), cost(1e-5, 1.0, 0.5, 10, RDP)
-    accounting._cost.cache_clear()
-    accounting._divergences.cache_clear()
+    composition._cost.cache_clear()
+    composition._divergences.cache_clear()
     found = []
     threads = [threading.Thread(target=lambda: found.append(cost(1e-5, 1.0, 0.5, 10, RDP))) for _ in range(4)]
     for thread in threads:
@@ -628,7 +628,7 @@ def test_threads_agree_and_leave_nothing():
 
 def test_without_dp_accounting_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting.rdp", None)
-    accounting._cost.cache_clear()
+    composition._cost.cache_clear()
     with pytest.raises(ImportError, match=r"pip install dp-accounting"):
         cost(1e-5, 1.3, None, 10, RDP)
 

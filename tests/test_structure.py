@@ -116,23 +116,19 @@ def test_hidden_functions_are_reported_as_another_that_has_the_same_rule(hidden)
     assert type(registered_functions()[hidden]) is type(registered_functions()[HIDDEN[hidden]])
 
 
-EXTRAS = {"perexample/privacy/accounting.py": {"absl", "dp_accounting", "numpy", "scipy"}}  # imported when needed
-
-
 def test_core_needs_torch_and_einops_only():
+    """What an extra brings is imported by its name when it is needed."""
     core = {"torch", "einops", "perexample"} | set(sys.stdlib_module_names)
     for path in MODULES:
         tree = ast.parse(path.read_text())
-        inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
         for node in ast.walk(tree):
-            allowed = core | EXTRAS.get(path.relative_to(ROOT).as_posix(), set()) if node in inside else core
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             else:
                 continue
-            assert {name.partition(".")[0] for name in names} <= allowed, (path, names)
+            assert {name.partition(".")[0] for name in names} <= core, (path, names)
 
 
 @pytest.mark.parametrize("package", [perexample, perexample.extensions, perexample.privacy])

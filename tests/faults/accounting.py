@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Body, Edit, mutant
 
 ACCOUNTING = "perexample.privacy.accounting"
+COMPOSITION = "perexample.privacy.composition"
 ONE_STEP = "test_accounting.py::test_one_step_has_the_hockey_stick_divergence_of_its_mixtures[0.2-0.8-add-or-remove]"
 GAUSSIAN = "test_accounting.py::test_without_amplification_it_is_the_gaussian_mechanism[1.0-10-1e-05]"
 RUN = "test_privacy_faults.py::test_f42_epsilon_of_a_run"
@@ -14,7 +15,7 @@ MUTANTS = (
         "F42-central-limit",
         "takes the privacy loss for the Gaussian that it tends to, and exceeds",
         Body(
-            f"{ACCOUNTING}:_pld_epsilon",
+            f"{COMPOSITION}:_pld_epsilon",
             """
             variance = sum(e.steps * e.rate**2 * math.expm1(e.noise**-2) for e in events)
             return _gaussian_epsilon(math.sqrt(variance), delta, neighbours)
@@ -25,9 +26,7 @@ MUTANTS = (
     mutant(
         "F42-rounded-down",
         "rounds the noise that a budget needs to two digits, down",
-        Edit(
-            f"{ACCOUNTING}:noise_multiplier_for", ("return 1 / precision", "return math.floor(100 / precision) / 100")
-        ),
+        Edit(f"{ACCOUNTING}:noise_multiplier_for", ("return 1 / precision", "return (100 / precision // 1) / 100")),
         killers=[
             RUN,
             "test_accounting.py::test_calibrated_noise_keeps_the_budget_and_is_nearly_the_least[0.1-0.1-1-1e-08-pld]",
@@ -42,31 +41,31 @@ MUTANTS = (
     mutant(
         "F42-replaced-as-removed",
         "takes the replacement of an example for its removal",
-        Edit(f"{ACCOUNTING}:_gaussian_epsilon", ('2 if neighbours == "replace" else 1', "1")),
+        Edit(f"{COMPOSITION}:_gaussian_epsilon", ('2 if neighbours == "replace" else 1', "1")),
         killers=GAUSSIAN,
     ),
     mutant(
         "F42-rounded-losses",
         "rounds privacy losses to the grid in both directions",
-        Edit(f"{ACCOUNTING}:_pld_epsilon", ("sampling_prob=rate,", "sampling_prob=rate, pessimistic_estimate=False,")),
+        Edit(f"{COMPOSITION}:_pld_epsilon", ("sampling_prob=rate,", "sampling_prob=rate, pessimistic_estimate=False,")),
         killers=ONE_STEP,
     ),
     mutant(
         "F42-roundoff",
         "trusts a delta that is all roundoff",
-        Edit(f"{ACCOUNTING}:_pld_epsilon", ("delta - ROUNDOFF * (steps + 4 * len(events))", "delta")),
+        Edit(f"{COMPOSITION}:_pld_epsilon", ("delta - ROUNDOFF * (steps + 4 * len(events))", "delta")),
         killers="test_accounting.py::test_delta_near_roundoff_is_not_trusted_to_pld",
     ),
     mutant(
         "F42-last-entry",
         "counts the last of several entries of one kind only",
-        Edit(f"{ACCOUNTING}:_merged", ("counts.get((noise, rate), 0) + count", "count")),
+        Edit(f"{COMPOSITION}:_merged", ("counts.get((noise, rate), 0) + count", "count")),
         killers="test_accounting.py::test_neither_order_nor_pieces_matter[rdp]",
     ),
     mutant(
         "F42-asked-and-forgotten",
         "empties the ledger when epsilon is asked for",
-        Edit(f"{ACCOUNTING}:epsilon_of", ("    return _spent(", "    runs.clear()\n    return _spent(")),
+        Edit(f"{ACCOUNTING}:epsilon_of", ("    return spent(", "    runs.clear()\n    return spent(")),
         killers=RUN,
     ),
     mutant(
@@ -78,7 +77,7 @@ MUTANTS = (
     mutant(
         "F42-no-noise",
         "leaves steps without noise out",
-        Edit(f"{ACCOUNTING}:_spent", ("if event.steps]", "if event.steps and event.noise]")),
+        Edit(f"{COMPOSITION}:spent", ("if event.steps]", "if event.steps and event.noise]")),
         killers="test_accounting.py::test_what_saw_nothing_or_never_happened_is_free_and_what_had_no_noise_is_not[rdp]",
     ),
 )
