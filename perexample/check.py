@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ._arguments import flag, losses_of, real, shown
 from ._engine.context import perex
 from ._engine.state import once
-from ._private import named_parameters
+from ._private import is_dropout, named_parameters
 from ._table import table
 from ._tree import map_tensors, tensors_in
 from .errors import CheckFailedError, ConfigurationError, CrossExampleError
@@ -213,7 +213,7 @@ def check(
 def _prepared(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """An extended float64 copy without dropout."""
     model = copy.deepcopy(model).double()
-    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p]
+    dropouts = [m for m in model.modules() if is_dropout(m) and m.training and m.p]
     for module in dropouts:
         module.eval()
     notes = [f"{len(dropouts)} dropout modules were switched off for the comparison"] if dropouts else []

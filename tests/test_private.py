@@ -33,13 +33,13 @@ def test_every_function_of_the_package_is_used_by_its_name_and_tested_here():
 
 
 def test_private_names_of_torch_are_used_there_only():
-    """By their whole name, as ``torch._C``; what objects of torch have besides is not seen so."""
+    """By their whole name, as ``torch._C``; attributes of objects are not seen so."""
     library = FOLDER.parent
     for path in [*library.rglob("*.py"), *Path(library.parent, "extensions").glob("*.py")]:
         if FOLDER not in path.parents:
             tree = ast.parse(path.read_text())
             names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-            assert not [name for name in names if re.match(r"torch(\.\w+)*\._[^_]", name)], path
+            assert not [name for name in names if re.match(r"(torch|nn|F)(\.\w+)*\._[^_]", name)], path
 
 
 def test_generators_of_the_system_differ():
@@ -233,6 +233,24 @@ def test_what_stands_in_for_a_parameter():
     module.weight = torch.ones(2, 2, requires_grad=True)
     assert "weight" in module._buffers
     assert _private.stands_in(module, names)
+
+
+def test_modules_that_drop_out():
+    dropouts = [
+        nn.Dropout(),
+        nn.Dropout1d(),
+        nn.Dropout2d(),
+        nn.Dropout3d(),
+        nn.AlphaDropout(),
+        nn.FeatureAlphaDropout(),
+    ]
+    assert all(map(_private.is_dropout, dropouts))
+    assert not _private.is_dropout(nn.RReLU())
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(2, 3, 2, proj_size=1), nn.GRU(2, 3, bidirectional=True), nn.RNN(2, 2)])
+def test_weights_of_recurrent_modules_have_names(module):
+    assert _private.weight_names(module) == [name for name, _ in module.named_parameters()]
 
 
 def test_overridden_forward():

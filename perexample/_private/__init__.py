@@ -1,4 +1,7 @@
-"""The few uses of private PyTorch names, all in one place; tests/test_private.py notices when one changes."""
+"""Private PyTorch names, in one place; tests/test_private.py notices when one changes.
+
+Used anywhere is what extensions of torch are built on: `Tensor._base`, the `_schema` that a dispatch mode looks at.
+"""
 # ruff: noqa: F401 - the library imports these names from here, whatever file they are in
 
 from .backward import follow_recomputation, graph_task, repeats_forward, saves_otherwise, will_be_executed
@@ -44,6 +47,7 @@ from .modules import (
     compiled_in_place,
     hides,
     is_bare,
+    is_dropout,
     kept_state,
     laid_out_in_one,
     may_be_parametrized,
@@ -52,6 +56,7 @@ from .modules import (
     own_parameters,
     shards,
     stands_in,
+    weight_names,
 )
 from .stack import calls_under_way, steps_under_way, whole_arguments
 from .tensors import (

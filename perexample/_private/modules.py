@@ -37,6 +37,16 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module is one of torch's dropouts, of any kind."""
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def weight_names(module: nn.RNNBase) -> list[str]:
+    """Names of the weights and biases of a recurrent module's layers, in their order."""
+    return module._flat_weights_names
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether a module has no tensors of its own, be it with parts that have."""
     return not module._parameters and not module._buffers

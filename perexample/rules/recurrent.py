@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._looks import holds
 from .._norms import BLOCK, Inner, gram_drift, gram_norms, joined, norms_of, of_grams
-from .._private import kept_state, own_parameters, repeats_forward, without_forward_hooks
+from .._private import kept_state, own_parameters, repeats_forward, weight_names, without_forward_hooks
 from .._tree import map_tensors, tensors_in, tensors_of
 from .._trust import inner
 from ..errors import UnsupportedModuleError
@@ -184,7 +184,7 @@ class RecurrentRule(Rule):
 
     def covers(self, module: Any) -> bool:
         """Only the weights and biases of the layers."""
-        return only_parameters(module, *module._flat_weights_names)
+        return only_parameters(module, *weight_names(module))
 
     def output_axes(self, module: Any, outputs: Sequence[Any]) -> list[int]:
         """The output in the layout of the input, then the states."""
