@@ -29,9 +29,8 @@ from perexample import methods as choosing
 from perexample._conv import Geometry
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.methods import Choice, Method, choose, forget_choices, settled
-from perexample.rules import conv
-from perexample.rules.conv import Windows
-from perexample.terms import Formed, Outer
+from perexample.terms import Formed, Outer, Windows
+from perexample.terms import windows as of_windows
 
 
 @pytest.fixture(autouse=True)
@@ -184,8 +183,8 @@ def test_a_term_with_other_methods_is_asked_each_time(first):
 def test_large_gradients_are_formed_in_their_own_order(most, monkeypatch):
     """To bring them into another one takes as much room again."""
     offered = []
-    monkeypatch.setattr(conv, "choose", lambda term, choice, methods: offered.extend(methods) or methods[0])
-    monkeypatch.setattr(conv, "_ARRANGED", most)
+    monkeypatch.setattr(of_windows, "choose", lambda term, choice, methods: offered.extend(methods) or methods[0])
+    monkeypatch.setattr(of_windows, "_ARRANGED", most)
     term = windows()
     reference.assert_close_report(term.formed(Choice()), term.unfolded().dense(), 1e-12, "gradients")
     arranged = [m.name for m in offered if "kernel offsets" in m.name or "kernel rows" in m.name]
@@ -217,7 +216,7 @@ def test_gradients_alone_are_formed_by_the_way_that_is_chosen(name, monkeypatch)
     assert not {way.name for way in ways} & {method.name for method in term.methods()}
     for way in ways:
         reference.assert_close_report(way.run()[0], wanted, 1e-12, way.name)
-    monkeypatch.setattr(conv, "choose", lambda term, choice, methods: methods[-1])
+    monkeypatch.setattr(of_windows, "choose", lambda term, choice, methods: methods[-1])
     found = term.formed(Choice("measure", sums=True))
     assert torch.equal(found, ways[-1].run()[0])
 
@@ -235,8 +234,8 @@ def test_sums_of_convolutions_as_one_product_with_the_windows(name, n):
 
 
 def test_windows_for_a_sum_take_no_more_room_than_the_weight_or_the_factors(monkeypatch):
-    sizes, unfold = [], conv.windows_by_taps
-    monkeypatch.setattr(conv, "windows_by_taps", lambda *args: sizes.append(len(args[0])) or unfold(*args))
+    sizes, unfold = [], of_windows.windows_by_taps
+    monkeypatch.setattr(of_windows, "windows_by_taps", lambda *args: sizes.append(len(args[0])) or unfold(*args))
     windows(size=3)._sum_of_windows()  # 3 images of 36 numbers, 54 of the gradient, 324 of the windows; the weight 216
     windows(size=3, o=54)._sum_of_windows()  # the weight 1944
     assert sizes == [1, 1, 1, 3]
@@ -253,9 +252,9 @@ def test_the_way_of_a_sum_is_chosen_for_few_positions_and_remembered(monkeypatch
         _, kept = term.settled(Choice(strategy, sums=True))
         return kept.weighted_sum(torch.ones(3, dtype=torch.float64))
 
-    monkeypatch.setattr(conv, "choose", choose)
+    monkeypatch.setattr(of_windows, "choose", choose)
     monkeypatch.setattr(Windows, "run", lambda self, name: Windows._by_windows(self))
-    ways = [conv._SUM_NATIVE, conv._SUM_OF_WINDOWS]
+    ways = [of_windows._SUM_NATIVE, of_windows._SUM_OF_WINDOWS]
     for strategy in ("measure", "measure", "model", "model"):
         term = windows(size=8)
         reference.assert_close_report(total(term, strategy), term.unfolded().dense().sum(0), 1e-12, strategy)
@@ -273,7 +272,7 @@ def test_the_model_takes_a_product_for_many_channels_over_few_positions():
     few, more = windows(c=128, o=128, size=2), windows(c=64, o=64, size=8)
     few = few._like(few.x.repeat(20, 1, 1, 1), few.g.repeat(20, 1, 1, 1))
     ways = [min(term._sums(), key=lambda method: method.seconds(term.g.device)).name for term in (few, more)]
-    assert ways == [conv._SUM_OF_WINDOWS, conv._SUM_NATIVE]
+    assert ways == [of_windows._SUM_OF_WINDOWS, of_windows._SUM_NATIVE]
     for method in few._sums():
         total, term = method.run()
         reference.assert_close_report(total, few.unfolded().dense().sum(0), 1e-12, method.name)
@@ -623,10 +622,10 @@ def test_plan_says_what_is_taken():
 
 def test_plan_says_how_a_sum_is_formed_where_that_is_chosen_too(monkeypatch):
     model, x = nn.Conv2d(32, 64, 3, padding=1, bias=False), torch.randn(4, 32, 2, 2)
-    kept = {conv._BY_PIXELS: ", then product with the windows", conv._UNFOLDED: ""}
+    kept = {of_windows._BY_PIXELS: ", then product with the windows", of_windows._UNFOLDED: ""}
     for norms, then in kept.items():
         monkeypatch.setattr(terms.base, "choose", lambda term, choice, norms=norms: Method(norms, None))
-        monkeypatch.setattr(conv, "choose", lambda term, choice, methods: methods[-1])
+        monkeypatch.setattr(of_windows, "choose", lambda term, choice, methods: methods[-1])
         assert plan(model, x, strategy="model")[0].norm == norms + then
 
 

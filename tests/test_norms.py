@@ -19,8 +19,7 @@ from perexample._engine.view import ParameterView, Weights
 from perexample._norms import drift, gram_drift, norms_of, norms_of_each, short_drift, short_sums
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.rules import norm
-from perexample.rules.conv import Windows
-from perexample.terms import Dense, Outer, Regrouped, Sum
+from perexample.terms import Dense, Outer, Regrouped, Sum, Windows
 
 LIKE = torch.linspace(0.05, 1, 25)  # each rounds in another way
 

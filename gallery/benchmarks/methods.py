@@ -19,8 +19,7 @@ from torch import Size, Tensor
 from tqdm import tqdm
 
 from perexample._conv import Geometry, native
-from perexample.rules.conv import Windows
-from perexample.terms import Outer, Term
+from perexample.terms import Outer, Term, Windows
 
 # C_in, C_out, height and width, kernel, stride, groups
 CONVOLUTIONS = [

@@ -1,9 +1,9 @@
 """Per-example gradients of one parameter at one tap, kept in the form that is cheapest to hold.
 
 A `Term` stands for a tensor ``[N, *p.shape]`` that may never be formed. `Dense` is that tensor; `Outer` is a sum of
-outer products over positions (linear layers; convolutions once unfolded); `Rows` touches few rows of a table
-(embeddings). `combine` adds the terms of all taps of a parameter, so that a shared weight is exact, cross terms
-included, without forming what need not be formed.
+outer products over positions (linear layers); `Windows` are a convolution's, and outer products once unfolded; `Rows`
+touches few rows of a table (embeddings). `combine` adds the terms of all taps of a parameter, so that a shared weight
+is exact, cross terms included, without forming what need not be formed.
 
 Norms come in two steps. A term offers `Method` objects, exact ways that differ in time and memory; `perexample.methods`
 chooses one. It returns the norms and the term to go on with for the weighted sum: the same factors, or the gradients if
@@ -19,6 +19,7 @@ from .grouping import rows_together
 from .outer import Outer, positions
 from .rows import Rows
 from .sums import Sum, combine
+from .windows import Windows
 
 __all__ = [
     "Dense",
@@ -28,6 +29,7 @@ __all__ = [
     "Rows",
     "Sum",
     "Term",
+    "Windows",
     "blockwise",
     "combine",
     "keeping",
