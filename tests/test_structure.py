@@ -56,6 +56,9 @@ def test_imports_point_one_way(path):
         assert not any("_engine" in name or ".rules" in name or "optim" in name for name in imports)
     elif relative.parts[1] == "rules":
         assert not any("_engine" in name or "extension" in name for name in imports)
+    elif relative.parts[1] in ("terms", "rule"):
+        above = ("_engine", ".rules", "extension") + (("perexample.rule",) if relative.parts[1] == "terms" else ())
+        assert not any(part in name for part in above for name in imports)
     elif relative.parts[1] == "privacy":
         engine = {name for name in imports if "_engine" in name}
         assert engine <= {"perexample._engine.context"}  # where perex is
