@@ -478,7 +478,7 @@ class ClippedGrad(Extension):
         if entry is None or entry.param() is not p or value is None or entry.sum() is not value:
             raise StaleGradientError(
                 f"The optimizer's parameter {index} (shape {list(p.shape)}) has no clipped sum of this ClippedGrad: "
-                f"since the last zero_grad no backward ran in perex(clipping), which `with private:` is too, or the "
+                f"no backward ran in `with perex(clipping):` or `with private:` since the last zero_grad, or the "
                 f"parameter is not part of the extended model (was it replaced after the optimizer was made?)."
             )
         _refuse_written(entry, value)

@@ -1052,7 +1052,7 @@ def bad_no_backward():
     dp().step()
 
 
-@case(StaleGradientError, r"parameter 0 .*since the last zero_grad no backward ran")
+@case(StaleGradientError, r"parameter 0 .*no backward ran in `with perex\(clipping\):`.*since the last zero_grad")
 def bad_zero_grad_before_step():
     model, clipping = extend(naive.mlp()), ClippedGrad(1.0)
     optimizer = dp(model, clipping=clipping)

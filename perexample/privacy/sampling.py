@@ -182,8 +182,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if due is None:
             raise StaleGradientError(
                 "The batches did not come from this sampler: no batch of it is left to step on, so that the step's "
-                "cost would be that of all data. Hand it to privatize(sampler=...) and to DataLoader(batch_sampler=...)"
-                ", and step once for each of its batches."
+                "cost would be that of all data. Iterate over what make_private returned (for x, y in private), or "
+                "hand the sampler to privatize(sampler=...) and to DataLoader(batch_sampler=...); and step once for "
+                "each of its batches."
             )
         if examples != due:
             raise StaleGradientError(
