@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import warnings
 from dataclasses import dataclass
@@ -325,7 +326,8 @@ def message(entry: Entry, example: Example) -> str:
 
 def _wrapped(text: str) -> list[str]:
     """Long lines broken, those of a table left alone."""
-    return [piece for line in text.splitlines() for piece in (textwrap.wrap(line, 84) if "|" not in line else [line])]
+    is_row = re.compile(r" \| |-\+-").search
+    return [piece for line in text.splitlines() for piece in ([line] if is_row(line) else textwrap.wrap(line, 84))]
 
 
 def page() -> list[str]:

@@ -43,7 +43,7 @@ def supported() -> list[tuple[str, ...]]:
     ]
 
 
-class Called(nn.Module):
+class MyModel(nn.Module):
     """A model of one operation before a layer."""
 
     def __init__(self, function: Callable, **parts: nn.Module) -> None:
@@ -94,7 +94,7 @@ def refused_operations() -> list[tuple[str, ...]]:
     """What is refused in a forward, with the error that a backward gives."""
     rows = []
     for title, function in OPERATIONS.items():
-        model = perexample.extend(Called(function, other=nn.Linear(4, 4)))
+        model = perexample.extend(MyModel(function, other=nn.Linear(4, 4)))
         try:
             with perexample.perex(BatchGrad()):
                 model(torch.randn(6, 5, 4)).mean().backward()

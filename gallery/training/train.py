@@ -52,7 +52,8 @@ examples:
   train.py --epochs 50 --out runs/a, stopped, then the same with --resume
 
 what is written to --out: run.csv (a row for each epoch), run.png, state.pt (for --resume), ledger.jsonl (every private
-step, before it is taken). Training loss and accuracy in them come from the private data without noise: keep them.
+step, before it is taken). Training loss and accuracy in them come from the private data without noise: do not
+publish them.
 """
 # What is known to work: SGD's learning rate, expected batch size, epochs. Other optimizers have a rate of their own.
 RECIPES = {"digits": (3.0, 750, 50.0), "names": (2.0, 1000, 30.0)}
@@ -110,8 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("privacy").add_argument
     add("--epsilon", type=real, help="budget for the whole training; the noise is calibrated to it (default: 3)")
     add("--noise-multiplier", type=_number(float, 0, False), help="noise in units of C, instead of --epsilon")
-    add("--delta", type=_number(float, 0, most=1), help="probability with which epsilon may fail (default: the power "
-        "of ten below 1 / number of examples)")  # fmt: skip
+    add("--delta", type=_number(float, 0, most=1), help="delta of (epsilon, delta)-differential privacy (default: the "
+        "power of ten below 1 / number of examples)")  # fmt: skip
     add("--max-norm", type=real, default=1.0, help="C, to which each example's gradient is clipped (default: 1)")
     add("--clip", choices=["flat", "automatic", "global", "adaptive"], default="flat", help="flat: min(1, C / norm); "
         "automatic: C / (norm + 0.01); global: 1, or 0 beyond C; adaptive: C follows --quantile, privately "
