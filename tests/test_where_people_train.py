@@ -30,7 +30,7 @@ from perexample.privacy import PhysicalBatches, PoissonBatchSampler, make_privat
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "howto.rst").read_text()
 TITLES = re.split(r"^(.+)\n[=\-^]+\n", PAGE, flags=re.M)
 SECTIONS = dict(zip(TITLES[1::2], TITLES[2::2], strict=True))
-PREAMBLE = "Where people train"
+PREAMBLE = "How-to guides"
 BOUNDS = {  # median norms, about, so that some gradients are clipped and others not; 1.5 elsewhere
     "Hugging Face Trainer": 0.76,
     "Checkpoints": 0.76,

@@ -37,7 +37,7 @@ def epsilon(
     neighbouring data sets D, D' and all S, where M shows every sum of the run.
 
     Args:
-        delta: Probability with which the bound may fail; in (0, 1), and far below 1 / size of the data.
+        delta: The delta of (epsilon, delta)-differential privacy; in (0, 1), and far below 1 / size of the data.
         noise_multiplier: Standard deviation of the noise in units of the sensitivity C. 0 costs infinity.
         sample_rate: Probability with which every example, by itself, is in a batch (Poisson sampling). ``None`` or 1:
             no amplification, as for shuffled batches. If these have one size, an example that is added or removed gives

@@ -166,7 +166,7 @@ class Ledger:
         """Privacy spent by all steps so far.
 
         Args:
-            delta: Probability with which the bound may fail.
+            delta: The delta of (epsilon, delta)-differential privacy.
             accountant: ``"pld"`` (tight) or ``"rdp"``.
             neighbours: ``"add-or-remove"`` one example, or ``"replace"`` it.
 

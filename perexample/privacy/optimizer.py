@@ -31,7 +31,7 @@ def privatize(
     noise: str = "torch",
     processes: Processes | None = None,
 ) -> O:
-    """Make any torch optimizer private: its steps use noisy clipped sums instead of ``p.grad``.
+    """Make a torch optimizer private: its steps use noisy clipped sums instead of ``p.grad``.
 
     Before each step ``p.grad = (p.clipped_sum + N(0, (noise_multiplier * C)^2)) / expected_batch_size`` is written for
     every trainable parameter, where C is ``clipping.sensitivity()``. The optimizer stays what it is: learning-rate

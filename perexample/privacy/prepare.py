@@ -70,17 +70,18 @@ def make_private(
 
     Args:
         model: Any model without BatchNorm in training mode; see `replace_batchnorm`.
-        optimizer: Any torch optimizer of the model's trainable parameters; it is made private in place.
+        optimizer: Any torch optimizer but LBFGS and SparseAdam, of the model's trainable parameters; it is made private
+            in place.
         dataset: A dataset with ``__len__`` and ``__getitem__``, one example for each index.
         batch_size: Expected size of a batch, over all processes; also what noisy sums are divided by.
         public_size: Number of examples, as far as it may be known; must be given. Sample rate, steps and noise are
             computed from it and are public, so it is yours to say that ``len(dataset)`` is no secret, or to give a
             rough number.
-        max_norm: C, to which the gradient of each example is clipped; or give ``clipping``.
+        max_norm: The clipping bound C, for the norm of each example's gradient; or give ``clipping``.
         clipping: A `ClippedGrad`, for other clip functions, groups, or an adaptive C.
-        target_epsilon: Budget for the whole training; or give ``noise_multiplier``.
-        target_delta: Its second part; well below 1 / public_size.
-        noise_multiplier: Standard deviation of the noise in units of C.
+        target_epsilon: Epsilon of the budget for the whole training; or give ``noise_multiplier``.
+        target_delta: Delta of the budget, with which `Private.epsilon` is computed; well below 1 / public_size.
+        noise_multiplier: Standard deviation of the noise on a sum, in units of C.
         epochs: Passes over the data, on average; or give ``steps``.
         steps: Number of private steps, among them those that the ledger knows already.
         physical_batch_size: Batches are cut into pieces of at most so many examples, for memory; only the last piece

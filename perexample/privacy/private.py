@@ -204,7 +204,7 @@ class Private:
         """Privacy spent so far, by the steps that were taken.
 
         Args:
-            delta: Probability with which the bound may fail; by default the target's.
+            delta: The delta of (epsilon, delta)-differential privacy; by default the target's.
 
         Returns:
             An upper bound on epsilon for adding or removing one example.
