@@ -621,6 +621,34 @@ def test_a_plain_sum_of_losses_declared_as_mean_is_refused():
     assert joined(lambda out: (each(out) / N).sum())[0].any()
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda out: (out - 1).square(),
+        lambda out: (out - 1).square().sum(1),
+        lambda out: (out[:, 0] - 1).abs(),
+        lambda out: -out.log_softmax(1)[:, 1],
+        lambda out: -out.log_softmax(1).gather(1, torch.ones(len(out), 1, dtype=torch.long)).squeeze(1),
+        lambda out: out.norm(dim=1),
+    ],
+)
+def test_a_sum_by_hand_declared_as_mean_is_refused(losses):
+    for total in (lambda out: losses(out).sum(), lambda out: 0.5 * losses(out).sum()):
+        with pytest.raises(LossError, match=f"sums over {N} examples.*loss_reduction='sum'"):
+            joined(total)
+        assert joined(total, loss_reduction="sum")[0].any()
+    for mean in (
+        lambda out: (losses(out) / N).sum(),
+        lambda out: losses(out).sum() / N,
+        lambda out: losses(out).mean(),
+    ):
+        assert joined(mean)[0].any()
+    model = extend(nn.Linear(3, 4))
+    with perex(BatchGrad()):
+        losses(model(torch.randn(1, 3))).sum().backward()  # of one example it is the mean
+    torch.testing.assert_close(model.weight.grad_batch[0], model.weight.grad)
+
+
 # -- means over rows that the model itself has chosen --------------------------------------------------------------
 
 KEPT = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 1, 0]]).bool()  # 3 + 1 + 3 + 2

@@ -757,7 +757,7 @@ class Unused(nn.Module):
 def test_sums_of_a_second_pass_are_tensors_that_can_be_written_to(n, weight):
     """Also where no gradient arrives: an optimizer adds noise to them."""
     model, clipping = extend(Unused()), ClippedGrad(1.0)
-    with perex(clipping, grad=False, max_memory=0):
+    with perex(clipping, grad=False, loss_reduction="sum", max_memory=0):
         for _ in range(2):
             (weight * model(torch.randn(n, 3)).square().sum()).backward()
     for name, p in model.named_parameters():

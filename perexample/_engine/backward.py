@@ -35,7 +35,7 @@ from .broadcasts import check_broadcasts
 from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .joins import check_cuts, check_joins
-from .shares import check_shares, refuse_means
+from .shares import check_shares, refuse_means, refuse_sums
 from .shortcuts import shortcut
 from .state import STATE, plain
 from .tap import Tap
@@ -122,6 +122,7 @@ class Backward:
             check_sums(loss, self.found, self.n, loss_scale / (self.n if mean else 1.0))
         if self.n and mean:
             check_divisors(self.found, self.n)
+            refuse_sums(loss, self.n, loss_scale)
         if self.joint and not mean:
             refuse_means(loss, self.n, loss_scale)
         model = next((tap.record.root() for tap in self.found.taps), None)

@@ -25,6 +25,8 @@ _KEPT = 2  # losses of a model that are remembered, of different numbers of exam
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 256  # nodes
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
+_MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum")
+_LOSSES = names("Pow Abs LogSoftmax LogSigmoid Softplus LinalgVectorNorm Norm")  # of what losses by hand are made
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,33 @@ def refuse_means(loss: Tensor, n: int, scale: float) -> None:
             f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
             f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
             f"loss_reduction out, or sum the losses."
+        )
+
+
+def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
+    """Refuse a sum that is written by hand, where a mean was said: nothing has divided it by the number of examples.
+
+    Args:
+        loss: The loss, which was said to be the mean of the examples' own.
+        n: Number of examples.
+        scale: What the loss was said to be multiplied with.
+
+    Raises:
+        LossError: If it is a sum of squares, absolute values, log-probabilities or norms.
+    """
+    shares = list(_shares(loss)) if n > 1 else []
+    if len(shares) != 1 or shares[0].joins != "sum" or shares[0].entries % n:
+        return
+    if shares[0].factor * n <= scale * (1 + 1e-6):
+        return
+    node: Node | None = loss.grad_fn
+    for passed in (_PASSED, _MOVED):  # numbers behind the sum are in its factor; what divides before it ends the way
+        while node is not None and kind_of(node) in passed:
+            node = node.next_functions[0][0]
+    if node is not None and kind_of(node) in _LOSSES:
+        raise LossError(
+            f"The loss sums over {n} examples ({kind_of(node)}, then Sum), but perex was told loss_reduction='mean'; "
+            f"pass loss_reduction='sum', or take a mean over the examples."
         )
 
 
