@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from perexample import ConfigurationError, PrivacyBudgetError, StaleGradientError
 from perexample.privacy import Ledger, Release
+from perexample.privacy import ledger as ledger_module
 
 A, B, C = Release(1.0, 0.1), Release(2.0, 0.1), Release(1.0, None)
 entries = st.lists(st.sampled_from([A, B, C]), max_size=8)
@@ -95,10 +96,31 @@ def test_a_line_cut_short_is_of_a_step_never_taken(tmp_path):
     book([A, B], path=path)
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
-    for length in range(first, len(whole)):
+    for length in range(first, len(whole) - 1):
         path.write_bytes(whole[:length])
         assert flat(book([C], path=path)) == [A, C]
         assert flat(Ledger(path)) == [A, C]
+
+
+@pytest.mark.parametrize("end", [b"", b"\0", b"\r"])
+def test_a_whole_entry_counts_though_its_line_has_no_end(tmp_path, end):
+    """Editors take off the last end of line, and the step was taken."""
+    path = tmp_path / "steps.jsonl"
+    book([A, B], path=path)
+    path.write_bytes(path.read_bytes().rstrip(b"\n") + end)
+    assert flat(Ledger(path, write=False)) == [A, B]
+    assert flat(book([C], path=path)) == flat(Ledger(path)) == [A, B, C]
+
+
+def test_entries_in_one_line_are_refused_and_not_taken_off(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    book([A, B], path=path)
+    joined = path.read_bytes().replace(b"\n", b" ")
+    for content in (joined, joined + b'{"noise_mul'):
+        path.write_bytes(content)
+        with pytest.raises(ConfigurationError, match="line 1 is no entry of a ledger"):
+            Ledger(path)
+        assert path.read_bytes() == content
 
 
 def test_a_file_without_an_end_that_is_no_ledger_is_left_alone(tmp_path):
@@ -164,17 +186,18 @@ def test_the_name_of_a_new_file_is_forced_to_the_disk_too(tmp_path, monkeypatch)
     assert forced == [tmp_path]
 
 
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("disk full")], ids=["full", "interrupted"])
 @pytest.mark.parametrize("before", [[], [A]])
-def test_an_entry_that_cannot_be_written_leaves_no_half_line(tmp_path, monkeypatch, before):
+def test_an_entry_that_cannot_be_written_leaves_no_half_line(tmp_path, monkeypatch, before, error):
     path = tmp_path / "steps.jsonl"
     ledger = book(before, path=path)
 
     def full(_):
-        raise OSError("disk full")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(type(error), match="disk full"):
             ledger.record(B)
     assert flat(ledger) == flat(Ledger(path)) == before
     ledger.record(C)
@@ -200,6 +223,59 @@ def test_a_file_that_somebody_else_writes_to(tmp_path):
     path.write_text("")
     with pytest.raises(StaleGradientError, match="it has 0 bytes"):
         again.record(A)
+
+
+def test_the_error_of_a_file_that_cannot_be_made_is_its_own(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "steps.jsonl")
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(PermissionError, match="read-only"):
+        ledger.record(A)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_file_that_somebody_else_writes_to_at_the_same_time(tmp_path, monkeypatch, when):
+    """Another entry between the look at the file and the own entry, or just after it, is seen before the step."""
+    path = tmp_path / "steps.jsonl"
+    ledger, append = Ledger(path), ledger_module._append
+
+    def beside(to, releases):
+        if when == "before":
+            append(to, [B])
+        added = append(to, releases)
+        if when == "after":
+            append(to, [B])
+        return added
+
+    ledger.record(A)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "_append", beside)
+        with pytest.raises(StaleGradientError, match="written to by somebody else"):
+            ledger.record(C)
+    assert ledger.steps == 1
+    assert sorted(flat(Ledger(path)), key=repr) == sorted([A, B, C], key=repr)
+
+
+@pytest.mark.parametrize(
+    ("runs", "text"),
+    [
+        ([[1.0, 0.1, 3], [1.0, 0.1, -2]], "count .* 1 or more.* -2"),
+        ([[1.0, 0.1, 0.5]], r"count .* 0\.5"),
+        ([[1.0, 0.1, float("nan")]], "count .* nan"),
+        ([[1.0, 0.1, None]], "count .* None"),
+        ([[1.0, 0.1]], "'runs' in the state of a Ledger must be triples"),
+        (None, "'runs' in the state of a Ledger must be triples"),
+        (5, "'runs' in the state of a Ledger must be triples"),
+    ],
+)
+def test_states_without_meaning(runs, text):
+    ledger = book([A])
+    with pytest.raises(ConfigurationError, match=text):
+        ledger.load_state_dict({"runs": runs})
+    assert flat(ledger) == [A]
 
 
 @pytest.mark.parametrize("seed", range(3))

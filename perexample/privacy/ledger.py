@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._arguments import real, whole
+from .._arguments import real, shown, whole
 from ..errors import ConfigurationError, PrivacyBudgetError, StaleGradientError
 from .checkpoint import names_to_disk
 
@@ -126,12 +127,16 @@ class Ledger:
                 f"budget that the noise was calibrated for. Stop here, or plan more steps (epochs) from the start."
             )
         self._check(release)
-        if self._file is not None:
-            self._refuse_others(self._file)
-            _append(self._file, [release])
-            self._size = _size(self._file)
+        self._write([release])
         _add(self.runs, release, 1)
         self._state[self._shown() :] = self._rows(self._shown())
+
+    def _write(self, releases: Iterable[Release]) -> None:
+        """Add entries to the file, if there is one; nobody else may write to it before, nor at the same time."""
+        if self._file is not None:
+            self._refuse_others(self._file)
+            self._size += _append(self._file, releases)
+            self._refuse_others(self._file)
 
     def _refuse_others(self, path: Path) -> None:
         """What the file holds must be what this ledger knows."""
@@ -207,8 +212,9 @@ class Ledger:
         if not isinstance(state, Mapping) or "runs" not in state:
             raise ConfigurationError("The state is not that of a Ledger, with 'runs'; load what state_dict() gave.")
         runs: Runs = []
-        for noise_multiplier, sample_rate, count in state["runs"]:
-            _add(runs, Release(noise_multiplier, sample_rate), count)
+        for noise_multiplier, sample_rate, count in _entries(state["runs"]):
+            wanted = "a whole number of steps, 1 or more"
+            _add(runs, Release(noise_multiplier, sample_rate), whole("count (of the state)", count, wanted, 1))
         for release, _ in runs:
             self._check(release)
         short, long = sorted((self.runs, runs), key=lambda entries: sum(count for _, count in entries))
@@ -218,10 +224,7 @@ class Ledger:
                 f"of different runs: what was spent cannot be told. Load the state into a new optimizer with a ledger "
                 f"of its own, or with the ledger file of the same run."
             )
-        if self._file is not None:
-            self._refuse_others(self._file)
-            _append(self._file, _expand(runs, _count(self.runs)))
-            self._size = _size(self._file)
+        self._write(_expand(runs, _count(self.runs)))
         self.runs = list(long)
         self.state_dict()
 
@@ -232,6 +235,16 @@ class Ledger:
     def __repr__(self) -> str:
         parts = [f"{count} steps of {release}" for release, count in self.runs]
         return f"Ledger({', '.join(parts) or 'no steps'})"
+
+
+def _entries(runs: Any) -> list[tuple[Any, Any, Any]]:
+    try:
+        return [(noise_multiplier, sample_rate, count) for noise_multiplier, sample_rate, count in runs]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"'runs' in the state of a Ledger must be triples of noise multiplier, sample rate and number of steps, "
+            f"not {shown(runs)}; load what state_dict() gave."
+        ) from error
 
 
 def steps_of(state: Mapping[str, Any]) -> int:
@@ -270,21 +283,27 @@ def _begins_with(long: Runs, short: Runs) -> bool:
     return bool(rest) and rest[0][0] == last[0][0] and rest[0][1] >= last[0][1]
 
 
-def _append(path: Path, releases: Iterable[Release]) -> None:
-    """One line for each, on the disk before this returns; if that fails, the file is as it was."""
+def _append(path: Path, releases: Iterable[Release]) -> int:
+    """One line for each, on the disk before this returns; if that fails, the file is as it was.
+
+    Returns:
+        The number of bytes.
+    """
+    entries = ({"noise_multiplier": r.noise_multiplier, "sample_rate": r.sample_rate} for r in releases)
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
     before = path.stat().st_size if path.exists() else None
     try:
-        with path.open("a", encoding="utf-8") as file:
-            for release in releases:
-                line = json.dumps({"noise_multiplier": release.noise_multiplier, "sample_rate": release.sample_rate})
-                file.write(line + "\n")
+        with path.open("ab") as file:
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        os.truncate(path, before or 0)
+    except BaseException:  # as Ctrl-C, which comes while the disk is waited for
+        with suppress(OSError):  # what went wrong first is to be told
+            os.truncate(path, before or 0)
         raise
     if before is None:
         names_to_disk(path.parent)
+    return len(lines)
 
 
 def _size(path: Path | None) -> int:
@@ -292,10 +311,16 @@ def _size(path: Path | None) -> int:
 
 
 def _end_with_whole_line(path: Path) -> None:
-    """Take off a line that a crash has cut short; its step was never taken."""
+    """Take off a line that a crash has cut short; its step was never taken. One that lacks its end alone gets it."""
     content = path.read_bytes() if path.exists() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    start = content.rfind(b"\n") + 1
+    if start < len(content):
+        last = content[start:].rstrip(b"\0")
+        cut = _is_cut(last.decode(errors="replace"))
+        os.truncate(path, start if cut else start + len(last))
+        if not cut:
+            with path.open("ab") as file:
+                file.write(b"\n")
 
 
 _BEGIN = '{"noise_multiplier": '
@@ -303,17 +328,18 @@ _BEGIN = '{"noise_multiplier": '
 
 def _is_cut(line: str) -> bool:
     """Whether it is the beginning of an entry, or what a disk has in its place; what else has no end is not ours."""
-    return not line.endswith("\n") and _BEGIN.startswith(line.rstrip("\0")[: len(_BEGIN)])
+    line = line.rstrip("\0")  # a whole entry without an end, as editors leave it, is one
+    return not line.endswith("\n") and "}" not in line and _BEGIN.startswith(line[: len(_BEGIN)])
 
 
 def _read(path: Path) -> Runs:
-    """The entries of a file. A last line without its end is of a step that was never taken: a step waits for it."""
+    """The entries of a file. A last one that is cut short is of a step that was never taken: a step waits for it."""
     runs: Runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
         if _is_cut(line):
             break
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.rstrip("\0"))
             release = Release(entry["noise_multiplier"], entry["sample_rate"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
