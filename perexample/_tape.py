@@ -38,6 +38,7 @@ from .errors import ConfigurationError
 
 _SLOT = "_perexample_slot"  # attribute of a tensor that an operation has made: the tape, and its number
 _CONSTANT = -2  # instead of the number of a view of a tensor that was there before
+_TRIED = object()  # instead of the tape, of what was made where something is tried
 # What tells the host values, or makes tensors of sizes that depend on values.
 _LOOKS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2",
@@ -166,7 +167,7 @@ class Tape(TorchDispatchMode):
         """Note an operation."""
         kwargs = kwargs or {}
         if trying():
-            return func(*args, **kwargs)
+            return _tried(func(*args, **kwargs), tensors_of((args, kwargs)))
         name = func._schema.name.partition("::")[2]
         given = tensors_of((args, kwargs))
         if name in _VIEWS and self._slot(args[0]) is not None:
@@ -279,7 +280,8 @@ class Tape(TorchDispatchMode):
         if number is not None:
             return Slot(number)
         tape, number = getattr(t, _SLOT, (None, _CONSTANT))
-        if tape is not self and (not t.is_leaf or ((memory := memory_of(t)) in self._memories and memory)):
+        memory = 0 if tape is _TRIED else memory_of(t)
+        if tape is not self and (not t.is_leaf or (memory and memory in self._memories)):
             raise ConfigurationError(
                 f"This step cannot be recorded: a tensor of shape {list(t.shape)} was made in a way that operations do "
                 f"not show (as_subclass, nn.Parameter of a result), or before the recording. Run it as usual."
@@ -305,6 +307,15 @@ class Tape(TorchDispatchMode):
         if not isinstance(found, Tensor) or not given or not is_view(func):
             return False
         return memory_of(found) != 0 and memory_of(found) == memory_of(given[0])
+
+
+def _tried(found: Any, given: Sequence[Tensor]) -> Any:
+    """What was made there is a constant, also where it lies in memory that an operation on the tape had and let go."""
+    shared = {memory_of(t) for t in given if getattr(t, _SLOT, (None,))[0] is not _TRIED}
+    for t in tensors_of(found):
+        if memory_of(t) not in shared:
+            setattr(t, _SLOT, (_TRIED, _CONSTANT))
+    return found
 
 
 def _refuse_generators(given: Sequence[Any]) -> None:

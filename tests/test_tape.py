@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from perexample import ConfigurationError
+from perexample._looks import looking
 from perexample._tape import Tape
 
 
@@ -268,6 +269,19 @@ def test_nothing_of_the_recording_is_kept():
     assert result is not None
     assert torch.UntypedStorage._expired(found[0])
     assert tape.replay([torch.zeros(1000)]).item() == 1000
+
+
+def test_what_is_tried_may_lie_where_something_that_was_let_go_lay():
+    tape, x = Tape(), torch.ones(5, 3)
+
+    def function():
+        with looking():
+            tried = torch.ones(3, 5).t()
+        tape._memories.add(tried.data_ptr())  # as if an operation had been given that memory before
+        return x * tried
+
+    torch.testing.assert_close(tape.record(function, [x]), x)
+    torch.testing.assert_close(tape.replay([x + 1]), x + 1)
 
 
 LOOKS = {
