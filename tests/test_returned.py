@@ -140,3 +140,17 @@ def test_in_a_recorded_step(function):
         values.mean().backward()
     torch.testing.assert_close(losses, values.detach())
     torch.testing.assert_close(found, model.log_std.grad_batch)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_what_comes_from_data_by_a_way_that_is_not_followed(n):
+    """For one example too it is nothing that was computed from parameters alone."""
+    model = Net(lambda self, x: torch.vmap(lambda row: row.outer(row))(self.a(x)).flatten(1), a=nn.Linear(I, I))
+    assert_exact(jittered(model), (rand(n, I),))
+
+
+def test_its_errors_do_not_say_that_it_comes_from_parameters_alone():
+    model = extend(Net(lambda self, x: torch.vmap(lambda row: row @ self.w)(self.a(x)), a=nn.Linear(I, I), w=par(I, A)))
+    with perex(BatchGrad()), pytest.raises(UncoveredParameterError, match=r"`w`.*torch\.func") as error:
+        model.double()(rand(4, I)).sum(1).mean().backward()
+    assert "parameters alone" not in str(error.value)

@@ -36,7 +36,7 @@ from .parts import tied
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
 from .tap import LOST, RETURNED, Tap
-from .walk import sees_through, tapped_only
+from .walk import sees_through, source_of, tapped_only
 
 
 class _Roots:
@@ -176,7 +176,8 @@ class Record:
         """Whether an output was computed from parameters alone, and is as long as there are examples."""
         if self.pending or t.grad_fn is None or t.layout != torch.strided or place_of(t) is not None:
             return False
-        return t.dim() > self.batch_dim and t.shape[self.batch_dim] == self.space.rows
+        fits = t.dim() > self.batch_dim and t.shape[self.batch_dim] == self.space.rows
+        return fits and not source_of(t).problem  # it may have been computed from data where nothing is followed
 
     def _hint(self, outputs: list[Tensor]) -> None:
         for number, t in enumerate(outputs):
