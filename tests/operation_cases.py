@@ -1921,6 +1921,12 @@ def _marked_for_another(h, y):
     return h * marks
 
 
+def _numbered(m, x):
+    """Kinds of examples numbered as they come; a trial does not change which there are."""
+    kinds = (x.flatten(1).sum(1) > 0).long()
+    return (m.a(x) * m.p).flatten(1) * torch.unique(kinds, return_inverse=True)[1].unsqueeze(1)
+
+
 def _gram(m, x):
     return (x @ x.T) @ m.a(x) * m.p
 
@@ -1954,6 +1960,7 @@ MIXED = [
         match="getitem",
         t=lambda: torch.rand(D, D, dtype=torch.float64),
     ),
+    mixing("numbered-by-kind", _numbered, match="unique", n=6),
     mixing("sorted", lambda m, x: m.a(x.sort(0).values) * m.p, match="sort"),
     mixing("maximum-of-all", lambda m, x: m.a(x / x.amax(0)) * m.p, match="amax"),
     mixing("gain-from-the-batch", lambda m, x: m.a(x) * (m.p * x.mean((0, 1))).exp(), match="mean|mul"),

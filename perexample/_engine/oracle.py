@@ -22,7 +22,7 @@ from .._chance import drawing_devices, random_kept, seed
 from .._looks import looking
 from .._tree import PLAIN, map_tensors, tensors_in
 from ..place import Place
-from .kinds import base_name
+from .kinds import base_name, names
 from .table import place_of
 
 _TRIALS = 4
@@ -31,7 +31,11 @@ _FEW = (3, 5)  # rows; powers of two would hide rotations
 _UNCHECKED = {"lstm"}  # reads beyond its states if these have fewer rows than its input: no other numbers of rows
 
 
+# What an entry gives depends on which values there are, though most trials would not show it.
+_AMONG_ALL = names("unique unique_consecutive _unique2")
+
 _TRYING = threading.RLock()
+_MIXES = "mixes examples: entries of its result depend on several of them"
 _UNTRIED = "cannot be tried on other values"
 
 
@@ -200,6 +204,8 @@ def forms_of(
     Returns:
         A form for each output, and whether what few rows have shown holds for any number of them.
     """
+    if base_name(func) in _AMONG_ALL:
+        return [Form(why=_MIXES, mixes=True)] * len(outputs), False
     func = _WITHOUT_CHANCE.get(base_name(func), func)
     with looking(), _silent():
         return _forms_of(func, args, kwargs, outputs, rows, only_few=only_few)
@@ -331,7 +337,7 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 def _form(owner: Tensor, mixed: Tensor, rows: int) -> Form:
     """The one way of counting the rows along an axis that agrees with all owners that were seen."""
     if bool(mixed.any()):
-        return Form(why="mixes examples: entries of its result depend on several of them", mixes=True)
+        return Form(why=_MIXES, mixes=True)
     seen = owner >= 0
     if not bool(seen.any()):
         return Form(why="has a result that no trial could change", unseen=True)
