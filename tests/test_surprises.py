@@ -1329,6 +1329,21 @@ def test_derivatives_inside_of_a_module_that_the_generic_rule_takes_as_a_whole()
     exact(nn.Sequential(nn.Linear(6, 6), Whole(True)), square, rand(4, 6))
 
 
+def test_the_generic_rule_where_a_forward_lets_its_input_need_a_gradient():
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
+
+        def forward(self, x):
+            if not x.requires_grad:
+                x.requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+    register_rule(Slope)(GenericRule)
+    exact(Slope(), square, rand(4, 6))
+
+
 def as_list(x):
     at = x.nonzero().t()
     return torch.sparse_coo_tensor(at, x[at[0], at[1]], x.shape)

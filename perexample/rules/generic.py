@@ -147,8 +147,8 @@ class GenericRule(Rule):
     def _whole(self, call: Call, tensors: list[Tensor], upstream: list[Tensor]) -> dict[str, Tensor]:
         """Gradient of the whole batch, which those of the examples must add up to."""
         params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
-        with torch.enable_grad():
-            outputs = _Repeat(call)(params, tensors)
+        with torch.enable_grad():  # a forward may let its input need a gradient
+            outputs = _Repeat(call)(params, [t.detach() for t in tensors])
         return _pull(outputs, upstream, params)
 
     def _example_by_example(
