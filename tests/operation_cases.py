@@ -362,6 +362,30 @@ class Perceiver(nn.Module):
         return self.o(out.transpose(1, 2).flatten(2)) + queries
 
 
+def _in_bags(*begins: int, rest: Callable = lambda i: ()) -> Callable:
+    """Ids in one row; the bags of each example begin at these words."""
+
+    def function(m, i):
+        offsets = torch.arange(0, i.numel(), T).unsqueeze(1) + torch.tensor(begins)
+        return m.e(i.flatten(), offsets.flatten(), *rest(i)).view(-1, len(begins), D).sin()
+
+    return function
+
+
+_BAGS = [
+    net(f"{name}-of-ids-in-a-row-{mode}", function, words, e=lambda mode=mode: nn.EmbeddingBag(V, D, mode=mode))
+    for mode in ("sum", "mean", "max")
+    for name, function in (("bag", _in_bags(0)), ("two-bags", _in_bags(0, 1)))
+] + [
+    net(
+        "weighted-bags-of-ids-in-a-row",
+        _in_bags(0, 2, rest=lambda i: ((i.flatten() * 0.7).double().cos(),)),
+        words,
+        e=lambda: nn.EmbeddingBag(V, D, mode="sum"),
+    )
+]
+
+
 TOKENS = [
     net("cls-expand-cat", lambda m, x: torch.cat([m.p.expand(len(x), -1, -1), x], 1), p=(1, 1, D), empty=True),
     net(
@@ -480,6 +504,7 @@ TOKENS = [
         p=(V, D),
         traps=(3, 7),
     ),
+    *_BAGS,
     net("table-by-embedding_bag", lambda m, i: F.embedding_bag(i, m.p, mode="mean").sin(), words, p=(V, D)),
     net("table-by-two-indices", lambda m, i: m.p[i, torch.arange(T)].sin(), words, p=(V, T, D)),
     net(
@@ -1959,6 +1984,12 @@ MIXED = [
         lambda m, x: m.a(x) * m.p * m.t[(y := x.flatten(1).argmax(1) % D), y.flip(0)].view(-1, 1, 1),
         match="getitem",
         t=lambda: torch.rand(D, D, dtype=torch.float64),
+    ),
+    mixing(
+        "bags-of-several",
+        lambda m, x: m.a(x) * m.p + m.e((x[..., 0] > 0).long().flatten(), torch.tensor([0, 1])).sum(),
+        match="several examples",
+        e=lambda: nn.EmbeddingBag(V, D),
     ),
     mixing("numbered-by-kind", _numbered, match="unique", n=6),
     mixing("sorted", lambda m, x: m.a(x.sort(0).values) * m.p, match="sort"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from .._looks import blind
+from .._looks import blind, holds
 from .._norms import squared_norms
 from ..methods import Method
+from ..place import Place, from_owners
 from ..rule import Bound, Call, Rule, Sizes, named_arguments, only_parameters, register_rule
 from ..terms import Rows, Term
 
@@ -114,6 +116,30 @@ class EmbeddingBagRule(_TableRule):
         named = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
         return {"ids": named["input"], "offsets": named.get("offsets"), "weights": named.get("per_sample_weights")}
 
+    def locate(
+        self, module: Any, args: tuple, kwargs: dict, outputs: Sequence[Tensor], place_of: Callable[[Tensor], Any]
+    ) -> tuple[Place, Sequence[Place | None]] | str:
+        """Ids that lie in one row: each bag is a row, and of the example that its ids are of."""
+        given = self.capture(module, args, kwargs, None)
+        ids, offsets, weights = given["ids"], given["offsets"], given["weights"]
+        place = place_of(ids)
+        if ids.dim() == 2 or not isinstance(place, Place):
+            return super().locate(module, args, kwargs, outputs, place_of)
+        beside = [known for t in (offsets, weights) if t is not None and (known := place_of(t)) is not None]
+        of_all = place.axis is None or place_of(offsets) is None
+        if not of_all or not all(known.agrees(place) for known in beside):
+            return "was called with inputs that hold the examples in different places"
+        bags = outputs[0].shape[0]
+        if place.axis is not None:
+            owner, bag = place.owner_of_entry(ids.device), _bag_of_each(ids, offsets)
+            top = torch.full((bags + 1,), -1, device=ids.device).scatter_reduce(0, bag, owner, "amax")
+            if not holds((top[bag] == owner) | (bag == bags)):
+                return "was given bags that hold ids of several examples"
+            found = from_owners(top[:bags], place.space.record.space)
+            assert found is not None  # there is just one axis
+            place = found
+        return place.each(0, bags), [place]
+
     def terms(self, call: Call, g: Tensor) -> dict[str, Term]:
         """Rows scaled by their part in the bag, or single entries where the maximum was taken."""
         ids, bag = _bags(call)
@@ -150,12 +176,16 @@ def _bags(call: Call) -> tuple[Tensor, Tensor]:
     if ids.dim() == 2:
         bag = torch.arange(ids.shape[0], device=ids.device).repeat_interleave(ids.shape[1])
         return ids.reshape(-1).long(), bag
-    starts = offsets[: call.n].long()
-    bag = torch.searchsorted(starts, torch.arange(ids.shape[0], device=ids.device), right=True) - 1
+    bag = _bag_of_each(ids, offsets)
     if call.module.include_last_offset:
         within = torch.arange(ids.shape[0], device=ids.device) < offsets[-1]
         return ids[within].long(), bag[within]
     return ids.long(), bag
+
+
+def _bag_of_each(ids: Tensor, offsets: Tensor) -> Tensor:
+    """The bag of each id in a row; what comes after the last offset, if that is no bag's, has one more."""
+    return torch.searchsorted(offsets.long(), torch.arange(ids.shape[0], device=ids.device), right=True) - 1
 
 
 class _Entries(Term):
