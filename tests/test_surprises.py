@@ -1190,6 +1190,12 @@ def test_errors_name_what_cannot_be_followed(name):
         model(torch.randn(5, 3)).sum(1).mean().backward()
 
 
+def test_a_transform_around_the_model_is_named():
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
+    with perex(BatchGrad()), pytest.raises(UncoveredParameterError, match=r"torch\.func \(.*around `Sequential`"):
+        torch.vmap(model)(torch.randn(5, 3)).sum(1).mean().backward()
+
+
 def test_an_input_that_may_be_a_mask_is_named():
     towers = extend(naive.Lambda(lambda self, x, y: (self.a(x), self.b(y)), a=nn.Linear(4, 3), b=nn.Linear(4, 3)))
     for n in (5, 4):

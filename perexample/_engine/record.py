@@ -371,6 +371,8 @@ class Enter:
                 )
             )
         transformed = any(inside_functorch(t) for t in tensors_in((args, kwargs)))
+        if transformed:
+            STATE.hints[f"torch.func (vmap, grad, jacrev and others) around `{record.root_name}`"] = None
         frame = Frame(module, record, record.numbered(id(module), self.name or type(module).__name__), transformed)
         frame.follow = Follow()
         frame.follow.__enter__()
