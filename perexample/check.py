@@ -242,8 +242,11 @@ def _loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> Ten
 
 
 def _refuse_random(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> None:
-    with torch.no_grad(), _kept_buffers(model):
-        first, second = _loss(model, loss_fn, batch), _loss(model, loss_fn, batch)
+    losses = []
+    for _ in range(2):  # with gradients, as a forward may ask for some
+        with _kept_buffers(model):
+            losses.append(_loss(model, loss_fn, batch))
+    first, second = losses
     if not isinstance(first, Tensor):
         raise ConfigurationError(f"loss_fn returned {shown(first)}; it must return a tensor, the loss of the batch.")
     if not torch.equal(first, second) and bool(first.isfinite().all()):

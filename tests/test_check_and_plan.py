@@ -198,6 +198,28 @@ def test_what_is_no_loss_is_told_so(returned):
         check(nn.Linear(3, 2), lambda out, y: returned, *batch())
 
 
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
+
+    def forward(self, x):
+        x.requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_computes_derivatives_is_checked(registry):
+    register_rule(Slope)(GenericRule)
+    assert check(Slope(), lambda out: out.square().mean(), torch.randn(4, 3)).ok
+
+
+def test_a_model_whose_state_goes_on_with_each_forward_is_checked():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Tanh())
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.copy_(torch.randn(3, 3))  # what it has found out is for another one
+    assert check(model, nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3)).ok
+
+
 def test_sum_losses_dropout_and_nested_inputs():
     class Net(nn.Module):
         def __init__(self):
