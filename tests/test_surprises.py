@@ -1190,6 +1190,16 @@ def test_errors_name_what_cannot_be_followed(name):
         model(torch.randn(5, 3)).sum(1).mean().backward()
 
 
+def test_an_input_that_all_shared_in_batches_of_other_sizes_is_named():
+    """Prompts of classes, of which there are as many as examples in a batch now and then."""
+    model = extend(naive.Lambda(lambda self, x, i: x @ self.e(i).mean(1).T, e=nn.Embedding(9, 3)))
+    prompts = torch.randint(0, 9, (4, 7))
+    with perex(BatchGrad()):
+        model(torch.randn(5, 3), prompts).square().sum(1).mean().backward()
+        with pytest.raises(CrossExampleError, match=r"matmul.*input 2 of `Lambda`, \[4, 7\].*buffer"):
+            model(torch.randn(4, 3), prompts).square().sum(1).mean().backward()
+
+
 def test_a_transform_around_the_model_is_named():
     model = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
     with perex(BatchGrad()), pytest.raises(UncoveredParameterError, match=r"torch\.func \(.*around `Sequential`"):

@@ -63,6 +63,7 @@ class _Roots:
 
 
 ROOTS = _Roots()
+_MOST_SHARED = 100
 _GENERIC = GenericRule()
 
 
@@ -83,8 +84,20 @@ class Record:
             examples.
     """
 
-    def __init__(self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict) -> None:
-        """Note the sizes of the inputs along the batch axis, and where they hold the examples."""
+    def __init__(
+        self, module: nn.Module, name: str, batch_dim: int, args: tuple, kwargs: dict, shared: set[tuple[int, int]]
+    ) -> None:
+        """Note the sizes of the inputs along the batch axis, and where they hold the examples.
+
+        Args:
+            module: The module that was called.
+            name: Its path.
+            batch_dim: The axis.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            shared: Numbers of inputs that were of another size than there were examples, and the sizes; goes on.
+        """
+        self._shared = shared
         self.root = weakref.ref(module)
         self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
         tensors = list(tensors_in((args, kwargs)))
@@ -114,10 +127,13 @@ class Record:
         first = True
         for number, t in enumerate(tensors):
             if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.space.rows:
+                if t.dim() > self.batch_dim and len(self._shared) < _MOST_SHARED:
+                    self._shared.add((number, t.shape[self.batch_dim]))
                 continue
             square = t.dim() == 2 and t.shape[0] == t.shape[1] == self.space.rows
             if first or not square or t.requires_grad or self.space.rows <= 1:
-                if not first and t.dim() < tensors[0].dim() and self.space.rows in self.other_axes:
+                as_long = t.dim() < tensors[0].dim() and self.space.rows in self.other_axes
+                if not first and (as_long or (number, self.space.rows) in self._shared):
                     STATE.hints[
                         f"input {number + 1} of `{self.root_name}`, {list(t.shape)}, was taken to hold the "
                         f"{self.space.rows} examples: if all share it, as positions, make it a buffer of the model, or "
@@ -307,6 +323,7 @@ class Enter:
     def __init__(self, name: str, batch_dim: int, root: bool) -> None:
         """Hooks hold no reference to any module, so copies and pickles of a model stay whole."""
         self.name, self.batch_dim, self.root = name, batch_dim, root
+        self.shared: set[tuple[int, int]] = set()  # of inputs, see `Record`
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what is called, and whether a tap is to be left; returns other arguments if some are to be tapped."""
@@ -361,7 +378,7 @@ class Enter:
         if self.root:
             ROOTS.add(module)
         STATE.hints.clear()
-        record = Record(module, self.name, self.batch_dim, args, kwargs)
+        record = Record(module, self.name, self.batch_dim, args, kwargs, self.shared)
         if global_forward_hooks():
             record.refused.append(
                 (
