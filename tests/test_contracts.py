@@ -18,6 +18,7 @@ from perexample import (
     perex,
     register_rule,
 )
+from perexample.extension import Weights
 from perexample.extensions import BatchGrad, ClippedGrad
 from perexample.terms import Outer, Rows, positions
 
@@ -170,7 +171,12 @@ def test_rules_are_made_without_arguments():
                 return {}
 
 
-@pytest.mark.parametrize("w", [[1.0] * N, torch.ones(N + 1), torch.ones(1), torch.ones(()), torch.ones(N, 1)], ids=repr)
+WRONG_WEIGHTS = [
+    [1.0] * N, torch.ones(N + 1), torch.ones(1), torch.ones(()), torch.ones(N, 1), torch.ones(N, dtype=torch.complex64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("w", WRONG_WEIGHTS, ids=repr)
 @pytest.mark.parametrize("model", [nn.Linear(6, 2), nn.Embedding(6, 2)], ids=["linear", "embedding"])
 def test_weights_are_one_for_each_example(w, model):
     class Weighted(Extension):
@@ -182,6 +188,28 @@ def test_weights_are_one_for_each_example(w, model):
     x = torch.randn(N, 6) if isinstance(model, nn.Linear) else torch.randint(6, (N, 3))
     with pytest.raises(ExtensionError, match="weighted_sum of `weight` takes"):
         backward(extend(model), Weighted(), x=x)
+
+
+@pytest.mark.parametrize(
+    "w", [torch.tensor([True, False, True, False]), torch.tensor([2, 0, -1, 3])], ids=["mask", "counts"]
+)
+def test_weights_may_say_which_examples_or_how_often(w):
+    class Chosen(Extension):
+        field = "chosen"
+
+        def compute(self, view):
+            return torch.stack([view.weighted_sum(w), view.weighted_sum(Weights(w))])
+
+    model = extend(nn.Linear(6, 2))
+    backward(model, BatchGrad(), Chosen())
+    wanted = torch.einsum("n,n...->...", w.float(), model.weight.grad_batch)
+    torch.testing.assert_close(model.weight.chosen, torch.stack([wanted, wanted]))
+
+
+@pytest.mark.parametrize("w", [torch.ones(N, dtype=torch.complex64), [1.0] * N], ids=["complex", "list"])
+def test_weights_are_real_numbers(w):
+    with pytest.raises(ExtensionError, match=r"Weights takes a tensor of real numbers.*not (torch.complex64|list)"):
+        Weights(w)
 
 
 def test_fields_by_parameter_are_told_apart():

@@ -52,6 +52,11 @@ class Weights:
 
     def __init__(self, values: Tensor, most: float = math.inf, largest: float | None = None) -> None:
         """Look at the weights."""
+        if not isinstance(values, Tensor) or values.is_complex():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise ExtensionError(f"Weights takes a tensor of real numbers, one for each example, [N]; not {got}.")
+        if not values.is_floating_point():  # which examples, or how often
+            values = values.double()
         self.values, self.all, self.none = values, True, not values.numel()
         self.tiny: Tensor | None = None
         self._scaled: dict[tuple[torch.device, float, torch.dtype], Tensor] = {}
@@ -262,8 +267,9 @@ class ParameterView:
         Raises:
             ExtensionError: If there is not one weight for each example.
         """
-        if not isinstance(w, (Weights, Tensor)):
-            raise ExtensionError(f"weighted_sum of `{self.name}` takes a tensor of weights, not {type(w).__name__}.")
+        if not isinstance(w, Weights) and (not isinstance(w, Tensor) or w.is_complex()):
+            got = w.dtype if isinstance(w, Tensor) else type(w).__name__
+            raise ExtensionError(f"weighted_sum of `{self.name}` takes a tensor of real weights, not {got}.")
         w = w if isinstance(w, Weights) else Weights(w)
         if w.values.shape != (self.n,):
             raise ExtensionError(
