@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from functools import lru_cache
 
 import pytest
@@ -919,6 +920,23 @@ def test_what_is_computed_from_a_sum_that_is_not_there_yet_is_an_error():
                 continue
             with pytest.raises(ExtensionError, match=r"Doubled\.finish returned for `weight`.*onto"):
                 loss.backward()
+
+
+def test_a_sum_that_is_not_there_yet_is_for_nothing_but_its_field():
+    class NormOfSum(Extension):
+        field, joint, late_sums = "norm_of_sum", True, True
+        fields = True
+
+        def finish(self, views):
+            self.norm = torch.stack([view.weighted_sum(torch.ones(view.n)).norm() for view in views]).norm()
+            return {view.name: view.weighted_sum(torch.ones(view.n)) for view in views if self.fields}
+
+    model, extension = extend(nn.Linear(4, 2)), NormOfSum()
+    for extension.fields in (True, False):
+        for bound, refused in ((1e9, nullcontext()), (0, pytest.raises(ExtensionError, match="return that alone"))):
+            with perex(extension, max_memory=bound), refused:
+                model(torch.randn(3, 4)).square().sum(1).mean().backward()
+    assert extension.norm == 0  # what would have been taken for it
 
 
 def test_gradients_that_are_gone_are_an_error():

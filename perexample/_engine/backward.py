@@ -341,9 +341,9 @@ class Backward:
                 _check_names(extension, results, by_name)
                 for view in views if type(extension).finish is not Extension.finish else ():
                     _check_written(extension, view, "finish")
+                for name, before in asked.items():
+                    _check_late(extension, by_name[name], before, results.get(name))
                 for name, result in results.items():
-                    if self.twice:
-                        _check_late(extension, by_name[name], asked[name], result)
                     view = by_name[name]
                     self.results[extension.field][id(view.param)] = _checked(extension, view, result, "finish")
 
@@ -416,14 +416,14 @@ def _checked(extension: Extension, view: ParameterView, result: Any, method: str
     )
 
 
-def _check_late(extension: Extension, view: ParameterView, before: int, result: Tensor) -> None:
-    """A field that was computed from a sum that is not there yet would be computed from zeros."""
+def _check_late(extension: Extension, view: ParameterView, before: int, result: Tensor | None) -> None:
+    """What was computed from a sum that is not there yet was computed from zeros, and no field may show it."""
     late = view.late[before:]
-    if late and not any(one.out is result for one in late):
+    if late and any(one.out is not result for one in late):
         raise ExtensionError(
             f"{type(extension).__name__}.finish returned for `{view.name}` something else than what `weighted_sum` "
-            f"gave, which perex(max_memory=...) fills in later; pass what is to be added as weighted_sum(w, onto=...), "
-            f"or set late_sums = False."
+            f"gave, which perex(max_memory=...) fills in later; return that alone (pass what is to be added as "
+            f"weighted_sum(w, onto=...)), or set late_sums = False."
         )
 
 
