@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -96,8 +96,9 @@ class Comparison:
             alike = n < self.batch.size or not self.drew or drawn == random_bytes(self.device)
         if not found.held.item() or wanted is None:
             return
-        if not alike or not all(self._alike(found, wanted, n)):
-            _refuse("examples" if n == self.batch.size else "numbers of examples")
+        differs = self._difference(found, wanted, n) if alike else "random numbers"
+        if differs:
+            _refuse("examples" if n == self.batch.size else "numbers of examples", differs)
 
     def _fillers(self, n: int) -> None:
         """Whether the examples that a batch is filled up with have no part in what is found of the others."""
@@ -109,30 +110,41 @@ class Comparison:
         one, other = found
         if not (one.held.item() and other.held.item()):
             return
-        other = self._of_first(other, n)
-        if not all(self._alike(one, other, n, _SAME)):
-            _refuse("examples")
+        if differs := self._difference(one, self._of_first(other, n), n, _SAME):
+            _refuse("examples", differs)
 
     def _of_first(self, found: Found, n: int) -> Found:
-        """What was found of the first n examples, as far as extensions tell."""
+        """What was found of the first n examples, as far as extensions tell; but for `Found.more`."""
         fields = [
             {name: own for name, field in every.items() if (own := extension.of_first(field, n)) is not None}
             for extension, every in zip(self.extensions, found.fields, strict=True)
         ]
-        losses, outputs, more = map_tensors(lambda t: t[:n], (found.losses, found.outputs, found.more))
-        return Found(found.held, losses, outputs, fields, more)
+        losses, outputs = map_tensors(lambda t: t[:n], (found.losses, found.outputs))
+        return Found(found.held, losses, outputs, fields, found.more)
 
-    def _alike(self, found: Found, wanted: Found, n: int, like: tuple[float, float] | None = None) -> Iterator[bool]:
-        """Whether a replay has found of n examples what was found of them alone, up to rounding."""
-        own = found if n == self.batch.size else self._of_first(found, n)
-        like = like or self._like
-        yield near([own.losses], [wanted.losses], like)
-        for fields, others in zip(own.fields, wanted.fields, strict=True):
-            yield near(list(fields.values()), [others[name] for name in fields], like)
-        if n == self.batch.size:
-            yield all(a.keys() == b.keys() for a, b in zip(found.fields, wanted.fields, strict=True))
-        for a, b in zip(tensors_of((own.outputs, own.more)), tensors_of((wanted.outputs, wanted.more)), strict=True):
-            yield near([a], [b], like)
+    def _difference(self, found: Found, wanted: Found, n: int, like: tuple[float, float] | None = None) -> str:
+        """What a replay has found of n examples otherwise than it was found of them alone, but for rounding."""
+        whole, like = n == self.batch.size, like or self._like
+        own = found if whole else self._of_first(found, n)
+        if not near([own.losses], [wanted.losses], like):
+            return "losses"
+        for extension, fields, others in zip(self.extensions, own.fields, wanted.fields, strict=True):
+            same = not whole or fields.keys() == others.keys()
+            if not same or not near(list(fields.values()), [others[name] for name in fields], like):
+                return f"`{extension.field}`" + ("" if whole else _UNLESS_TOLD.format(type(extension).__name__))
+        pairs = zip(tensors_of(own.outputs), tensors_of(wanted.outputs), strict=True)
+        if not all(near([a], [b], like) for a, b in pairs):
+            return "outputs"
+        pairs = zip(tensors_of(found.more), tensors_of(wanted.more), strict=True)
+        return "" if all(self._more_alike(a, b, n, like) for a, b in pairs) else "values of what for_replay returns"
+
+    def _more_alike(self, a: Tensor, b: Tensor, n: int, like: tuple[float, float]) -> bool:
+        """Whether something else that was found is the same, as far as it can be if there are fewer examples."""
+        size = self.batch.size
+        same_rows = a.dim() == b.dim() != 0 and len(a) == size
+        if n < size and like is not _SAME and not (same_rows and len(b) == n):
+            return True  # only `replayed` can tell what it is for fewer
+        return near([a[:n]], [b[:n]], like) if same_rows else near([a], [b], like)
 
 
 def refuse_memory(losses: Tensor, again: Tensor, *, coarse: bool) -> None:
@@ -154,12 +166,15 @@ def refuse_memory(losses: Tensor, again: Tensor, *, coarse: bool) -> None:
         )
 
 
-def _refuse(what: str) -> NoReturn:
+_UNLESS_TOLD = " (see whether {}.of_first is right)"
+
+
+def _refuse(what: str, differs: str) -> NoReturn:
     raise ConfigurationError(
-        f"This step cannot be recorded: for other {what} it gives something else than as usual. The model or its loss "
-        f"depends on Python or NumPy (lists of numbers, counters), on seeds, on dropout in a part that a checkpoint "
-        f"runs again, on how many examples there are (divide no loss by their number), or on what is computed from all "
-        f"of them together. Run it as usual."
+        f"This step cannot be recorded: for other {what} it gives something else than as usual, other {differs}. The "
+        f"model or its loss depends on Python or NumPy (lists of numbers, counters), on seeds, on dropout in a part "
+        f"that a checkpoint runs again, on how many examples there are (divide no loss by their number), or on what is "
+        f"computed from all of them together. Run it as usual."
     )
 
 

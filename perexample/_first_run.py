@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._chance import random_bytes
 from ._private import version
 from ._tree import tensors_of
+from ._unchanged import settings_of
 from ._watched import Watched
 from .errors import ConfigurationError, ExtensionError
 from .extension import Extension, ParameterView
@@ -53,7 +54,6 @@ def first_run(
     run: Callable[[Extension], Any],
     model: nn.Module,
     parameters: Mapping[str, Tensor],
-    extensions: Sequence[Extension],
     batch: Any,
     device: torch.device,
 ) -> Seen:
@@ -63,7 +63,6 @@ def first_run(
         run: Takes it, with one more extension.
         model: The model.
         parameters: Of the model, by their names.
-        extensions: Those that are asked.
         batch: What the step is given.
         device: Where the model is.
 
@@ -73,12 +72,10 @@ def first_run(
     Raises:
         ConfigurationError: If it writes into something that was there before, which a replay would do again where the
             step has to be run as usual, or depends on parameters of another model.
-        ExtensionError: If an extension keeps something of it.
     """
     states, watched, reached = random_bytes(device), Watched(), _Reached()
     buffers = {name: version(b) for name, b in model.named_buffers()}
     kept = {name: (p.detach().clone(), version(p)) for name, p in parameters.items()}
-    attributes = [dict(vars(extension)) for extension in extensions]
     called: dict[nn.Module, None] = {}
     elsewhere = _other_generators()
     noting = [
@@ -99,8 +96,6 @@ def first_run(
     _refuse_written_parameters(parameters, kept)
     _refuse_written(model, buffers, watched.written, batch)
     _refuse_others(parameters, reached)
-    for extension, before in zip(extensions, attributes, strict=True):
-        _refuse_remembering(extension, before)
     drew = watched.drew
     return Seen(drew or random_bytes(device) != states, drew, watched.half, tuple(called))
 
@@ -152,14 +147,26 @@ def _refuse_others(parameters: Mapping[str, Tensor], reached: _Reached) -> None:
         )
 
 
-def _refuse_remembering(extension: Extension, before: Mapping[str, Any]) -> None:
-    """What an extension keeps of a backward would be that of the recording for ever."""
-    changed = [name for name, value in vars(extension).items() if name not in before or value is not before[name]]
-    if changed and type(extension).recording is Extension.recording:
-        raise ExtensionError(
-            f"{type(extension).__name__} remembers what its backwards have found (`{changed[0]}`), and cannot be "
-            f"recorded; override recording, prepare and replayed."
-        )
+def refuse_remembering(run: Callable[[], Any], extensions: Sequence[Extension]) -> None:
+    """Take the step again, after the first run has filled what is found out once.
+
+    Args:
+        run: Takes it.
+        extensions: Those that are asked.
+
+    Raises:
+        ExtensionError: If one keeps something of it, which would be that of the recording for ever.
+    """
+    before = settings_of(extensions)
+    run()
+    after = settings_of(extensions)
+    for key in after:
+        if key not in before or after[key] != before[key]:
+            _, kind, name = key
+            raise ExtensionError(
+                f"{kind} remembers what its backwards have found (`{name}`), and cannot be recorded; override "
+                f"recording and replayed (docs/extending)."
+            )
 
 
-__all__ = ["Seen", "first_run"]
+__all__ = ["Seen", "first_run", "refuse_remembering"]

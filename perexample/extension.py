@@ -30,8 +30,8 @@ class Extension:
     Attributes:
         field: Name of the attribute on each parameter.
         joint: Whether `finish` asks the views for more than `compute` did.
-        looks_at_sums: Whether sums over the examples are looked at for what is not finite, as an example with a loss of
-            0 may add: 0 times infinity.
+        looks_at_sums: Whether the extension itself looks at its sums over the examples for what is not finite, as an
+            example with a loss of 0 may add: 0 times infinity. Otherwise a recorded step does.
         late_sums: Whether `finish` does with what `weighted_sum` returns nothing but hand it on; what it is to be added
             to is an argument. Then sums may be filled in after it, which ``perex(max_memory=...)`` needs.
     """
@@ -59,7 +59,8 @@ class Extension:
         """What a `RecordedStep` asks in place of this; called once, before it records.
 
         Returns:
-            By default this extension itself, if it remembers nothing.
+            By default this extension itself, if it remembers nothing; of one that does, another with the same field
+            that does not, as steps that are tried and compared are no steps of yours.
 
         Raises:
             ExtensionError: If it does, and has not said what is to be asked.
@@ -67,12 +68,17 @@ class Extension:
         if type(self).commit is not Extension.commit:
             raise ExtensionError(
                 f"{type(self).__name__} remembers what its backwards have found (commit), and cannot be recorded; "
-                f"override recording, prepare and replayed."
+                f"override recording and replayed (docs/extending)."
             )
         return self
 
     def for_replay(self) -> Any:
-        """Tensors that `replayed` needs beside the fields, nested as may be; asked of what `recording` returned."""
+        """Tensors that `replayed` needs beside the fields; asked of what `recording` returned.
+
+        Returns:
+            They, nested as may be, of all examples that the step was recorded with. Those that have the examples on the
+            first axis are compared for fewer of them too, as fields are.
+        """
         return {}
 
     def prepare(self, recording: Extension) -> None:
@@ -81,10 +87,10 @@ class Extension:
     def replayed(
         self, found: Any, fields: Mapping[str, tuple[Tensor, Tensor]], n: int, size: int
     ) -> Mapping[str, Tensor]:
-        """Called after it was replayed.
+        """Called after it was replayed, and before `commit`.
 
         Args:
-            found: What `for_replay` returned, as of this replay.
+            found: What `for_replay` returned, as of this replay; what is kept of it must be copied (``clone()``).
             fields: By the names of the parameters: the parameter, and its field as it was recorded.
             n: How many examples there were.
             size: How many it was recorded with; the rest of them had losses of 0.
@@ -107,6 +113,8 @@ class Extension:
 
     def of_first(self, field: Tensor, n: int) -> Tensor | None:
         """A field of the first n examples, of one that others have part in whose gradients are zero.
+
+        One that is divided by the number of examples is told by `replayed` instead, which knows both numbers.
 
         Args:
             field: As it was recorded.

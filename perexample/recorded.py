@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from ._arguments import flag, losses_of, shown
 from ._chance import random_kept, random_states, seed, set_random_states
 from ._compared import SEED, Comparison, Found, refuse_memory
+from ._engine.backward import checked_fields
 from ._engine.context import perex
-from ._first_run import Seen, first_run
+from ._first_run import Seen, first_run, refuse_remembering
 from ._looks import holds, noting
 from ._precision import full_precision, reduced, without_autocast
 from ._private import dispatch_is_off, named_parameters, version, whole_arguments
@@ -25,7 +26,7 @@ from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
 from ._unchanged import described, names_read, settings_of, state_of, what_differs
-from .errors import ConfigurationError, LossError, StaleGradientError
+from .errors import ConfigurationError, ExtensionError, LossError, StaleGradientError
 from .extension import Extension
 
 
@@ -119,7 +120,7 @@ class RecordedStep:
                 raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
         self._device = self._only_device()
         self._batch = StaticBatch(batch, self._device)
-        self._asked = [extension.recording() for extension in self.extensions]
+        self._asked = [_stand_in(extension) for extension in self.extensions]
         before = state_of(self.model, self._device, None)
         kept = random_kept([self._device])
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
@@ -258,10 +259,10 @@ class RecordedStep:
             losses.append(cast(Found, self._usual(own, *more)).losses)
 
         seed(SEED, [device])
-        self._seen = first_run(run, self.model, self._parameters, self._asked, own, device)
+        self._seen = first_run(run, self.model, self._parameters, own, device)
         self._names = names_read(self.losses, self.model, self._seen.called)
         seed(SEED, [device])
-        run()
+        refuse_remembering(run, [a for a, own in zip(self._asked, self.extensions, strict=True) if a is own])
         refuse_memory(*losses, coarse=self._seen.half or reduced([device.type]))
         # What a run leaves to the next one is marked by a tape of its own.
         for rehearsal in (nullcontext(), nullcontext() if device.type == "cuda" else Tape()):
@@ -329,9 +330,11 @@ class RecordedStep:
 
     def _note_sums(self, found: Found) -> None:
         """A loss of 0 may have a gradient that is none: 0 times infinity."""
-        for asked, fields in zip(self._asked, found.fields, strict=True):
-            for field in fields.values() if self.size > 1 and not asked.looks_at_sums else ():
-                if asked.of_first(field, 1) is field:
+        for extension, fields in zip(self.extensions, found.fields, strict=True):
+            told = type(extension).replayed is not Extension.replayed
+            for field in fields.values() if self.size > 1 and not extension.looks_at_sums else ():
+                first = extension.of_first(field, 1)
+                if told if first is None else first.shape == field.shape:
                     holds(field.sum().abs() < math.inf)
 
     def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> Found:
@@ -381,7 +384,7 @@ class RecordedStep:
         results = []
         for extension, fields, more in zip(self.extensions, found.fields, found.more, strict=True):
             known = {name: (self._parameters[name], field) for name, field in fields.items()}
-            results.append(extension.replayed(more, known, n, self.size))
+            results.append(checked_fields(extension, extension.replayed(more, known, n, self.size), known, "replayed"))
         for extension, result in zip(self.extensions, results, strict=True):  # when nothing can fail any more
             for name, p in self._parameters.items():
                 if name in result:
@@ -416,6 +419,27 @@ class RecordedStep:
                 f"RecordedStep: {described(what)} has changed since the step was recorded, and a replay would not know "
                 f"of it; make a new RecordedStep."
             )
+
+
+def _stand_in(extension: Extension) -> Extension:
+    """What is asked in an extension's place."""
+    asked = extension.recording()
+    if not isinstance(asked, Extension) or asked.field != extension.field:
+        raise ExtensionError(
+            f"{type(extension).__name__}.recording returned {shown(asked)}; it must return an extension for the same "
+            f"field, `{extension.field}`, that remembers nothing."
+        )
+    if asked is extension and type(extension).commit is not Extension.commit:
+        raise ExtensionError(
+            f"{type(extension).__name__}.recording returned itself, and would remember what is tried to record a step "
+            f"(commit); return another extension for `{extension.field}`, which remembers nothing."
+        )
+    if type(extension).commit is not Extension.commit and type(extension).replayed is Extension.replayed:
+        raise ExtensionError(
+            f"{type(extension).__name__} remembers what its backwards have found (commit), and is not told what a "
+            f"replay has found; override replayed, after which commit is called."
+        )
+    return asked
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

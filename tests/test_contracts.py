@@ -212,6 +212,20 @@ def test_weights_are_real_numbers(w):
         Weights(w)
 
 
+def test_none_leaves_a_field_out():
+    class Matrices(Extension):
+        field, joint = "of_matrices", True
+
+        def finish(self, views):
+            return {view.name: view.batch_l2() if view.param.dim() > 1 else None for view in views}
+
+    model = extend(nn.Linear(6, 2))
+    model.bias.of_matrices = torch.ones(N)  # of an earlier backward
+    backward(model, Matrices())
+    assert model.weight.of_matrices.shape == (N,)
+    assert not hasattr(model.bias, "of_matrices")
+
+
 def test_fields_by_parameter_are_told_apart():
     class ByParameter(Extension):
         field, joint = "by", True

@@ -595,6 +595,184 @@ def test_extensions_that_do_more_than_is_recorded():
         RecordedStep(model, per_class(model), X, Y, extensions=Keeping())
 
 
+class GradSum(Extension):
+    field = "grad_sum"
+
+    def compute(self, view):
+        return view.grad_batch().sum(0)
+
+    def of_first(self, field, n):
+        return field
+
+
+class Running(GradSum):
+    """Remembers sums, and a number that is no field."""
+
+    stand_in: Any = GradSum
+
+    def __init__(self):
+        self.total, self.last, self.square, self.lengths = {}, {}, 0.0, torch.zeros(())
+
+    def compute(self, view):
+        self.last[view.name] = super().compute(view)
+        self.lengths = self.lengths + view.batch_l2().sum()
+        return self.last[view.name]
+
+    def commit(self):
+        for name, found in self.last.items():
+            self.total[name] = self.total.get(name, 0) + found
+        self.square, self.last, self.lengths = float(self.square + self.lengths), {}, torch.zeros(())
+
+    def recording(self):
+        return self.stand_in()
+
+    def replayed(self, found, fields, n, size):
+        self.last = {name: field.clone() for name, (_, field) in fields.items()}
+        self.lengths = found["lengths"].clone() if found else self.lengths
+        return self.last
+
+
+class WithLengths(GradSum):
+    """A stand-in that remembers what it was asked for last, and nothing else."""
+
+    def start(self, views):
+        self.lengths = torch.zeros((), device=DEVICE)
+
+    def compute(self, view):
+        self.lengths = self.lengths + view.batch_l2().sum()
+        return super().compute(view)
+
+    def for_replay(self):
+        return {"lengths": self.lengths}
+
+
+def test_an_extension_that_remembers_takes_over_what_replays_have_found():
+    class Whole(Running):
+        stand_in = WithLengths
+
+    model = mlp()
+    losses = per_class(model)
+    extension, wanted = Whole(), Whole()
+    step = RecordedStep(model, losses, X, Y, extensions=extension)
+    assert not extension.total
+    for n in (N, 3, 0, N):
+        step(X[:n], Y[:n])
+        usual(losses, (X[:n], Y[:n]), wanted)
+    assert not step.repeated
+    assert extension.square == pytest.approx(wanted.square, rel=1e-4)
+    for name, total in wanted.total.items():
+        torch.testing.assert_close(extension.total[name], total)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"recording": lambda self: self}, "Mine.recording returned itself, and would remember"),
+        ({"recording": lambda self: None}, r"Mine.recording returned None; .* the same field, `grad_sum`"),
+        ({"recording": lambda self: Variance()}, r"returned a Variance; .* the same field, `grad_sum`"),
+        ({"replayed": Extension.replayed}, r"Mine remembers .* \(commit\).*override replayed"),
+    ],
+)
+def test_stand_ins_that_cannot_be(own, message):
+    mine, model = type("Mine", (Running,), own), mlp()
+    with pytest.raises(ExtensionError, match=message):
+        RecordedStep(model, per_class(model), X, Y, extensions=mine())
+
+
+def test_what_replayed_returns_are_fields():
+    class Mine(GradSum):
+        def replayed(self, found, fields, n, size):
+            return [field for _, field in fields.values()]
+
+    model = mlp()
+    step = RecordedStep(model, per_class(model), X, Y, extensions=Mine())
+    with pytest.raises(ExtensionError, match=r"Mine\.replayed returned list; it must return a dictionary"):
+        step(X, Y)
+
+
+def test_what_an_extension_puts_into_a_dictionary_or_list_is_remembered_too():
+    class Mine(GradSum):
+        def __init__(self, kept):
+            self.kept = kept
+
+        def compute(self, view):
+            if isinstance(self.kept, dict):
+                self.kept[view.name] = view.batch_l2()
+            else:
+                self.kept.append(view.n)
+            return super().compute(view)
+
+    model = mlp()
+    for kept in ({}, []):
+        with pytest.raises(ExtensionError, match=r"Mine remembers what its backwards have found \(`kept`\)"):
+            RecordedStep(model, per_class(model), X, Y, extensions=Mine(kept))
+
+
+def test_what_an_extension_makes_once_is_no_memory():
+    class Projected(Extension):
+        field = "projected"
+
+        def __init__(self):
+            self.onto = {}
+
+        def compute(self, view):
+            if view.name not in self.onto:
+                self.onto[view.name] = torch.linspace(-1, 1, view.param.numel(), device=DEVICE).view_as(view.param)
+            return (view.grad_batch() * self.onto[view.name]).flatten(1).sum(1)
+
+        def of_first(self, field, n):
+            return field[:n]
+
+    model = mlp()
+    losses = per_class(model)
+    step = RecordedStep(model, losses, X, Y, extensions=Projected())
+    same_as_usual(step, losses, (X[:4].flip(0), Y[:4].flip(0)), "projected")
+
+
+def test_a_field_that_of_first_tells_wrongly_is_named():
+    class Mean(Extension):
+        field = "grad_mean"
+
+        def compute(self, view):
+            return view.grad_batch().mean(0)
+
+        def of_first(self, field, n):
+            return field
+
+    model = mlp()
+    with pytest.raises(
+        ConfigurationError, match=r"numbers of examples .* other `grad_mean` \(see whether Mean.of_first"
+    ):
+        RecordedStep(model, per_class(model), X, Y, extensions=Mean())
+
+
+def test_a_mean_is_told_by_replayed_and_has_no_part_of_examples_that_are_not_there():
+    class Mean(Extension):
+        field = "grad_mean"
+
+        def compute(self, view):
+            return view.grad_batch().mean(0)
+
+        def replayed(self, found, fields, n, size):
+            return {name: field * (size / n) for name, (_, field) in fields.items()}
+
+    model = extend(nn.Linear(7, 5, bias=False).to(DEVICE))
+
+    def losses(x, y):
+        return model(x).square().sum(1).sqrt()
+
+    x = X.clone()
+    x[:, 0] += 2
+    step = RecordedStep(model, losses, x, Y, extensions=Mean())
+    same_as_usual(step, losses, (x[:4], Y[:4]), "grad_mean")
+    assert not step.repeated
+    x[-1] = 0  # where the root has no derivative
+    step = RecordedStep(model, losses, x, Y, extensions=Mean())
+    same_as_usual(step, losses, (x[:4], Y[:4]), "grad_mean")
+    assert step.repeated
+    assert model.weight.grad_mean.isfinite().all()
+
+
 def test_a_bound_beyond_what_sums_can_hold():
     torch.manual_seed(0)
     model, clipping = extend(nn.Linear(7, 5).to(DEVICE)), ClippedGrad(1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
@@ -320,7 +320,7 @@ class Backward:
             result = extension.compute(view)
             _check_written(extension, view, "compute")
             if result is not None:
-                self.results[extension.field][id(view.param)] = _checked(extension, view, result, "compute")
+                self.results[extension.field][id(view.param)] = _checked(extension, view.name, result, "compute")
         if not self.joint:
             view.drop()
         elif self.twice:
@@ -337,15 +337,13 @@ class Backward:
             self._check_held(views)
             for extension in self.context.extensions:
                 asked = {view.name: len(view.late) for view in views} if self.twice else {}
-                results = extension.finish(views)
-                _check_names(extension, results, by_name)
+                results = checked_fields(extension, extension.finish(views), by_name, "finish")
                 for view in views if type(extension).finish is not Extension.finish else ():
                     _check_written(extension, view, "finish")
                 for name, before in asked.items():
                     _check_late(extension, by_name[name], before, results.get(name))
                 for name, result in results.items():
-                    view = by_name[name]
-                    self.results[extension.field][id(view.param)] = _checked(extension, view, result, "finish")
+                    self.results[extension.field][id(by_name[name].param)] = result
 
     def _check_held(self, views: list[ParameterView]) -> None:
         """A rule may hold more than it has said."""
@@ -395,24 +393,25 @@ def _check_written(extension: Extension, view: ParameterView, method: str) -> No
         )
 
 
-def _check_names(extension: Extension, results: Any, views: Mapping[str, ParameterView]) -> None:
-    """Fields come by the names of the parameters."""
-    unknown = [name for name in results if name not in views] if isinstance(results, Mapping) else None
+def checked_fields(extension: Extension, results: Any, names: Collection[str], method: str) -> dict[str, Tensor]:
+    """Fields by the names of the parameters, as an extension has returned them; None leaves one out."""
+    unknown = [name for name in results if name not in names] if isinstance(results, Mapping) else None
     if unknown or unknown is None:
         got = f"a field for {shown(unknown[0])}, which no view is named" if unknown else type(results).__name__
         raise ExtensionError(
-            f"{type(extension).__name__}.finish returned {got}; it must return a dictionary of tensors by the names of "
-            f"the views ({{view.name: ...}}), empty if there is nothing."
+            f"{type(extension).__name__}.{method} returned {got}; it must return a dictionary of tensors by the names "
+            f"of the views ({{view.name: ...}}), empty if there is nothing."
         )
+    return {name: _checked(extension, name, one, method) for name, one in results.items() if one is not None}
 
 
-def _checked(extension: Extension, view: ParameterView, result: Any, method: str) -> Tensor:
+def _checked(extension: Extension, name: str, result: Any, method: str) -> Tensor:
     """A field is a tensor."""
     if isinstance(result, Tensor):
         return result
     raise ExtensionError(
-        f"{type(extension).__name__}.{method} returned {type(result).__name__} for `{view.name}`; a field must be a "
-        f"tensor, None leaves it out."
+        f"{type(extension).__name__}.{method} returned {type(result).__name__} for `{name}`; a field must be a tensor, "
+        f"None leaves it out."
     )
 
 
