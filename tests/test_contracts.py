@@ -10,6 +10,7 @@ from perexample import (
     BatchAxisError,
     Extension,
     ExtensionError,
+    GenericRule,
     Rule,
     RuleContractError,
     StaleGradientError,
@@ -149,6 +150,60 @@ def test_a_rule_of_two_inputs_and_two_outputs_with_the_examples_on_another_axis(
     with pytest.raises(RuleContractError, match=r"`y`, a tensor .* name it: batched = \('x', 'y'\)"):
         check(TimeFirst(), squared, x, y, target)
     assert check(Two(), lambda out, target: squared(sum(out), target), x, y, target).ok  # on axis 0 it is right
+
+
+@pytest.mark.parametrize("model", [Two, TimeFirst])
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_rule_of_two_outputs_is_given_two_gradients_whatever_is_frozen(model, frozen):
+    """With one output that needs a gradient g[0] would be that of the first example."""
+    of_two(("x", "y"))
+    model = model()
+    getattr(model if isinstance(model, Two) else model.two, frozen).requires_grad_(False)
+    outputs = squared if isinstance(model, TimeFirst) else lambda out, y: squared(sum(out), y)
+    assert check(model, outputs, *torch.randn(3, N, N, 6)).ok
+
+
+class Handing(nn.Module):
+    """Its input, and what else a module may return beside what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return x, x * self.w, x.argmax(-1), (x * self.v).detach(), (x * self.v).tanh()
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("frozen", [None, "w", "v"])
+@pytest.mark.parametrize("generic", [False, True])
+def test_a_module_may_hand_its_input_through(time_first, frozen, generic):
+    class HandingRule(Rule):
+        def feature_axes(self, module):
+            return 1
+
+        def grad_batch(self, call, g):
+            _, of_w, _, of_v = g
+            both = {"w": of_w * call.x, "v": of_v * (1 - (call.x * call.module.v).tanh().square()) * call.x}
+            return {name: both[name].flatten(1, -2).sum(1) for name in call.params}
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.handing = nn.Linear(6, 6), Handing()
+
+        def forward(self, x):
+            h = self.before(x)
+            outputs = self.handing(h.transpose(0, 1) if time_first else h)
+            return sum(t.transpose(0, 1) if time_first else t for t in outputs if t.is_floating_point())
+
+    if generic and time_first:
+        pytest.skip("the generic rule for modules takes the examples on axis 0")
+    register_rule(Handing)(GenericRule if generic else HandingRule)
+    model = Around()
+    if frozen is not None:
+        getattr(model.handing, frozen).requires_grad_(False)
+    assert check(model, squared, *torch.randn(2, N, 3, 6)).ok
 
 
 def test_a_rule_for_axis_0_is_told_where_the_examples_are():

@@ -429,7 +429,14 @@ def _check_late(extension: Extension, view: ParameterView, before: int, result: 
 def _upstream(tap: Tap, gradients: dict[int, Tensor]) -> Any:
     """Gradients of all outputs, zeros for those the loss does not depend on, in at least float32."""
     full = []
-    for index, (shape, dtype, device) in enumerate(tap.outputs):
+    for index, like in enumerate(tap.outputs):
         g = gradients.get(index)
-        full.append(at_least_float32(torch.zeros(shape, dtype=dtype, device=device) if g is None else g))
+        full.append(at_least_float32(_zeros(like) if g is None else g))
+    for index, like in tap.beside:
+        full.insert(index, at_least_float32(_zeros(like)))
     return full[0] if len(full) == 1 else tuple(full)
+
+
+def _zeros(like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+    shape, dtype, device = like
+    return torch.zeros(shape, dtype=dtype, device=device)

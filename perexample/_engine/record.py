@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from .._private import (
     calls_under_way,
@@ -29,7 +29,7 @@ from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import BatchAxisError, RuleContractError
 from ..place import Lost, Place, Space
 from ..rule import Rule, refusal, rule_for, without_rule
-from ..rules.generic import GenericRule, graded
+from ..rules.generic import GenericRule, graded, is_own
 from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .operation import is_sparse, lose, lost_if_sparse, parted
 from .parts import tied
@@ -631,9 +631,8 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         lose(results, Lost(record, where, located, mixes))
         return output
     place, places = located
-    live = [t for t in results if t.requires_grad]
-    outputs = [t for t in live if (node := t.grad_fn) is not None and not _is_input(node, t.output_nr, inputs)]
-    if not outputs or len(outputs) != len(live):
+    tapped = [is_own(t, inputs) for t in results]
+    if not any(tapped):
         _put_all(results, places)
         return output
     saved = rule.capture(module, args, kwargs, output)
@@ -643,15 +642,18 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         saved = saved | rule.after(module, frame.before)
     elif frame.before:
         saved = saved | frame.before
-    if len(outputs) > 1:
+    if sum(tapped) > 1:
         output = parted(output)
         results = list(tensors_in(output))
-        outputs = [t for t in results if t.requires_grad]
+    outputs = [t for t, own in zip(results, tapped, strict=True) if own]
     _put_all(results, places)
     note_checkpoint(record)
-    kept = [p for t, p in zip(results, places, strict=True) if t.requires_grad and p is not None]
+    kept = [p for own, p in zip(tapped, places, strict=True) if own and p is not None]
     tap = Tap(frame.name, rule, module, unit_parameters(module, rule), record, saved, place, kept)
     tap.attach(outputs, Tap.edges_of(inputs), inputs)
+    if len(outputs) < len(results) and not isinstance(rule, GenericRule):
+        shown = [p is not None and _may_require_grad(t) for t, p in zip(results, places, strict=True)]
+        tap.leave_out([(t, own) for t, own, one in zip(results, tapped, shown, strict=True) if one])
     return output
 
 
@@ -703,9 +705,6 @@ def _bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return bound.args, bound.kwargs
 
 
-def _is_input(node: Node, number: int, inputs: list[Tensor]) -> bool:
-    """Whether a module hands an input through, so that its parameters took no part."""
-    for t in inputs:  # noqa: SIM110 - a generator takes twice as long
-        if t.output_nr == number and t.grad_fn is node:
-            return True
-    return False
+def _may_require_grad(t: Tensor) -> bool:
+    """Whether there could be a gradient, with other things frozen."""
+    return t.is_floating_point() or t.is_complex()

@@ -77,6 +77,7 @@ class Tap:
         place: Where the call holds the rows.
         places: Where each output does.
         outputs: Shape, dtype and device of each output that carries gradients.
+        beside: The same of others that a rule is given gradients of, zeros, by their number among all these.
         inputs: Edges of the graph at which the call's inputs hang.
         run: The backward that wants this tap's gradients, while there is one.
     """
@@ -95,6 +96,7 @@ class Tap:
         """Save what the rule asked for, through autograd."""
         self.name, self.rule, self.module, self.params, self.record = name, rule, module, dict(params), record
         self.outputs: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self.beside: list[tuple[int, tuple[torch.Size, torch.dtype, torch.device]]] = []
         self.inputs: list[GradientEdge] = []
         self._hooks: list[tuple[weakref.ref[Any], int]] = []
         self._orders: dict[int, list[int]] = {}
@@ -127,6 +129,10 @@ class Tap:
             self.outputs.append((output.shape, output.dtype, output.device))
             handle = source.register_hook(_Arrival(self, index))
             self._hooks.append((weakref.ref(gradient_hooks(source)), handle.id))
+
+    def leave_out(self, shown: list[tuple[Tensor, bool]]) -> None:
+        """Remember outputs that the rule knows, and that have no gradient of this call: those that are marked False."""
+        self.beside = [(i, (t.shape, t.dtype, t.device)) for i, (t, own) in enumerate(shown) if not own]
 
     def _put(self, index: int, output: Tensor, source: Tensor) -> None:
         """Views of parts of an output are views of what the output is a view of, which is therefore known too."""

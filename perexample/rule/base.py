@@ -101,7 +101,8 @@ class Rule:
     """Per-example gradients of the parameters of one kind of module.
 
     Override `grad_batch`, or `terms`; everything else has a default derived from it. All methods get the `Call` and
-    ``g``, the gradient of the loss with respect to the module's output, examples on axis 0, in at least float32.
+    ``g``, the gradient of the loss with respect to the module's output, examples on axis 0, in at least float32; of
+    several outputs a tuple, one for each that is of floating-point numbers, whatever is frozen.
     Nothing here knows of the loss's reduction: a rule is linear in ``g``.
 
     Attributes:

@@ -39,6 +39,17 @@ def graded(output: Any) -> list[Tensor]:
     return [t for t in tensors_in(output) if t.requires_grad]
 
 
+def is_own(output: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether an output has a gradient, and is no input that the module hands through, in which it has no part."""
+    node = output.grad_fn
+    if node is None or not output.requires_grad:
+        return False
+    for t in inputs:  # noqa: SIM110 - a generator takes twice as long
+        if t.output_nr == output.output_nr and t.grad_fn is node:
+            return False
+    return True
+
+
 def random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
     """State of the random generators that a forward on these tensors could have used."""
     return random_states(drawing_devices(tensors))
@@ -85,10 +96,10 @@ class GenericRule(Rule):
 
     def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """All arguments, and a fingerprint of each output by which a repetition is recognised."""
-        outputs = graded(output)
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        chosen, outputs = zip(*((i, t) for i, t in enumerate(tensors_in(output)) if is_own(t, inputs)), strict=True)
         axes = self.output_axes(module, outputs)
         prints = _prints(outputs, axes)
-        chosen = [i for i, t in enumerate(tensors_in(output)) if t.requires_grad]
         kind = outputs[0].device.type
         autocast = autocast_state(kind)
         dtypes = [t.dtype for t in outputs]
@@ -292,8 +303,11 @@ def _with_axes(tensors: Sequence[Tensor], axes: Sequence[int | None]) -> list[Te
 
 def _pull(outputs: Sequence[Tensor], upstream: Sequence[Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of the parameters, zeros for those that the outputs do not depend on."""
-    cotangents = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(params.values()), cotangents, allow_unused=True)
+    reached = [(o, g.to(o.dtype)) for g, o in zip(upstream, outputs, strict=True) if o.requires_grad]
+    if not reached:
+        return {name: torch.zeros_like(p) for name, p in params.items()}
+    own, cotangents = zip(*reached, strict=True)
+    grads = torch.autograd.grad(own, list(params.values()), cotangents, allow_unused=True)
     pairs = zip(params.items(), grads, strict=True)
     return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
 
