@@ -214,6 +214,67 @@ def test_a_rule_for_axis_0_is_told_where_the_examples_are():
         backward(extend(nn.Linear(6, 2), batch_dim=1), BatchGrad(), x=torch.randn(N, 6))
 
 
+def _products(call, g):
+    u, v = call.module.u.to(g.dtype), call.module.v.to(g.dtype)
+    return {"u": call.saved["x"].mT @ (g @ v.mT), "v": (call.saved["x"] @ u).mT @ g}
+
+
+def _after(write):
+    def grad_batch(self, call, g):
+        found = _products(call, g)
+        write(call, g)
+        return found
+
+    return grad_batch
+
+
+def _raising(self, call, g):
+    raise KeyError("h")
+
+
+def _returning(change):
+    return lambda self, call, g: {name: change(rows) for name, rows in _products(call, g).items()}
+
+
+MISTAKES = {
+    "g": ({"grad_batch": _after(lambda call, g: g.mul_(2))}, "grad_batch.* wrote into g,.*Compute a new tensor"),
+    "x": ({"grad_batch": _after(lambda call, g: call.x.relu_())}, r"wrote into call.saved\['x'\], which others"),
+    "parameter": ({"grad_batch": _after(lambda call, g: call.params["u"].zero_())}, "wrote into the parameter `u`"),
+    "terms": ({"terms": _raising}, r"`Mine.terms` for `1` \(LowRank\) failed, KeyError: 'h'"),
+    "half": ({"grad_batch": _returning(torch.Tensor.half)}, "returned torch.float16 for `u`.*at least float32"),
+    "complex": ({"grad_batch": _returning(lambda t: t + 0j)}, "returned torch.complex64 for `u`.*real"),
+    "device": ({"grad_batch": _returning(lambda t: t.to("meta"))}, "`u` on meta, and the parameter is on cpu"),
+    "no x": ({"capture": lambda *_: {"y": 1}, "grad_batch": lambda self, call, g: call.x}, r"has saved \['y'\]"),
+    "no capture": (
+        {"capture": lambda *_: None},
+        r"`Mine.capture` for `1` \(LowRank\) returned NoneType; return a dict",
+    ),
+    "a tensor": ({"capture": lambda self, module, args, *_: args[0]}, "capture.* returned Tensor; return a dict"),
+    "keywords": (
+        {"capture": lambda self, module, args, kwargs, output: kwargs["x"]},
+        "capture.* failed, KeyError: 'x'",
+    ),
+    "signature": ({"capture": lambda self, module, x: {"x": x}}, r"as capture\(module, args, kwargs, output\)"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_rules_are_named(name):
+    own, message = MISTAKES[name]
+    kept = torch.randn(N, 3, 6)
+    x = kept.clone()
+    register_rule(LowRank)(type("Mine", (Rule,), {"grad_batch": lambda self, call, g: _products(call, g)} | own))
+    model = extend(nn.Sequential(nn.Linear(6, 6), LowRank()))
+    with pytest.raises(RuleContractError, match=message):
+        backward(model, BatchGrad(), x=x)
+    assert not hasattr(model[0].weight, "grad_batch")
+
+
+def test_names_of_what_holds_the_examples_are_a_tuple():
+    with pytest.raises(RuleContractError, match=r"Mine.batched is the text 'code'.*batched = \('code',\)"):
+        register_rule(LowRank)(type("Mine", (Rule,), {"batched": ("code"), "grad_batch": None}))
+
+
 def test_rules_are_made_without_arguments():
     with pytest.raises(RuleContractError, match=r"Scaled is made without arguments when it is registered, and .*'by'"):
 

@@ -16,7 +16,17 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from perexample import DP_SGD, Extension, Rule, StaleGradientError, extend, perex, register_rule, unextend
+from perexample import (
+    DP_SGD,
+    Extension,
+    Rule,
+    RuleContractError,
+    StaleGradientError,
+    extend,
+    perex,
+    register_rule,
+    unextend,
+)
 from perexample._engine.tap import Tap
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad, Variance
 
@@ -426,7 +436,7 @@ def fail_in_rule(model):
     kept = registry._REGISTRY[nn.Linear]
     register_rule(nn.Linear, overwrite=True)(Broken)
     try:
-        with pytest.raises(KeyError, match="rule"):
+        with pytest.raises(RuleContractError, match=r"`2` .*failed, KeyError.*rule"):
             backward(model, BatchGrad(), Variance())
     finally:
         registry._REGISTRY[nn.Linear] = kept
@@ -445,7 +455,7 @@ def fail_in_capture(model):
     kept = registry._REGISTRY[nn.Linear]
     register_rule(nn.Linear, overwrite=True)(Broken)
     try:
-        with pytest.raises(KeyError, match="capture"):
+        with pytest.raises(RuleContractError, match=r"`0` .*failed, KeyError.*capture"):
             backward(model, BatchGrad())
     finally:
         registry._REGISTRY[nn.Linear] = kept

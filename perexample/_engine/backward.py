@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..extension import Extension
 from ..methods import Choice
-from ..rule import Call, at_least_float32, checked_terms, evaluate
+from ..rule import Call, asked, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
 from .between import check_between
 from .broadcasts import check_broadcasts
@@ -297,7 +297,7 @@ class Backward:
                 f"already, as the loss leaves out some of its outputs; use all of them, or leave this module out of "
                 f"fully_shard."
             )
-        terms = checked_terms(tap.rule, call, tap.rule.terms(call, g))
+        terms = checked_terms(tap.rule, call, asked(tap.rule, "terms", call, g))
         if sharded:
             evaluate(terms)
         if owner is not None:

@@ -28,7 +28,7 @@ from .._private import (
 from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import BatchAxisError, RuleContractError
 from ..place import Lost, Place, Space
-from ..rule import Rule, refusal, rule_for, without_rule
+from ..rule import Rule, captured, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded, is_own
 from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .operation import is_sparse, lose, lost_if_sparse, parted
@@ -635,7 +635,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
     if not any(tapped):
         _put_all(results, places)
         return output
-    saved = rule.capture(module, args, kwargs, output)
+    saved = captured(rule, module, args, kwargs, output, frame.name)
     if (place.axis or place.folded) and not rule.own_axes:
         _refuse_unnamed(rule, frame, saved)
     if isinstance(rule, GenericRule):

@@ -10,7 +10,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 """
 
 from .base import Bound, Call, Rule, Sizes, at_least_float32, evaluate, misplaced, named_arguments, only_parameters
-from .contract import checked_terms
+from .contract import asked, captured, checked_terms
 from .registry import (
     can_refuse,
     function_rule,
@@ -27,8 +27,10 @@ __all__ = [
     "Call",
     "Rule",
     "Sizes",
+    "asked",
     "at_least_float32",
     "can_refuse",
+    "captured",
     "checked_terms",
     "evaluate",
     "function_rule",

@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 
 from .._private import own_parameters, stands_in
 from .._tree import tensors_of
+from ..errors import RuleContractError
 from ..methods import Method
 from ..place import Place
 from ..terms import Dense, Term
@@ -53,6 +54,11 @@ class Call:
     @property
     def x(self) -> Tensor:
         """The module's input, ``[N, ...]``."""
+        if "x" not in self.saved:
+            raise RuleContractError(
+                f"`call.x` of `{self.name}` ({type(self.module).__name__}) was asked for, and `capture` of its rule "
+                f"has saved {sorted(self.saved)}; return the input as `x`, or take what was saved from `call.saved`."
+            )
         return self.saved["x"]
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._private import version
 from .._tree import tensors_of
 from ..errors import PerExampleError, RuleContractError
 from ..terms import Term
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
     from .base import Call, Rule
 
 
-def asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
+_OURS = "perexample."  # modules whose rules the tests look at
+
+
+def asked(rule: Rule, kind: str, call: Call, g: Any, *args: Tensor) -> Any:
     """What a method of a rule returns; an error inside of it does not say whose code it was."""
+    given = [] if type(rule).__module__.startswith(_OURS) else _given(call, g, args)
+    counts = [version(t) for _, t in given]
     try:
-        return getattr(rule, kind)(call, g, *args)
+        found = getattr(rule, kind)(call, g, *args)
     except (PerExampleError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -33,6 +39,39 @@ def asked(rule: Rule, kind: str, call: Call, g: Tensor, *args: Tensor) -> Any:
             + "".join(f", and `{name}` is {dtype}: use it as p.to(g.dtype)" for name, dtype in dtypes.items())
             + "."
         ) from error
+    for (name, t), count in zip(given, counts, strict=True):
+        if version(t) != count:
+            raise RuleContractError(
+                f"{_where(rule, call, kind)} wrote into {name}, which others go on with: the gradients of other "
+                f"modules, or data, are not what they were. Compute a new tensor (g * x for g.mul_(x))."
+            )
+    return found
+
+
+def captured(rule: Rule, module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> dict[str, Any]:
+    """What `Rule.capture` returned, after checking that it can be kept."""
+    where = f"`{type(rule).__name__}.capture` for `{name}` ({type(module).__name__})"
+    try:
+        saved = rule.capture(module, args, kwargs, output)
+    except (PerExampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RuleContractError(
+            f"{where} failed, {type(error).__name__}: {error}. It is called as capture(module, args, kwargs, output), "
+            f"with what was passed by name in args too, in the order of forward."
+        ) from error
+    if not isinstance(saved, dict):
+        raise RuleContractError(
+            f"{where} returned {type(saved).__name__}; return a dict of what the backward needs, by names of your own."
+        )
+    return saved
+
+
+def _given(call: Call, g: Any, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+    """All tensors that a rule is given, by what they are called in it."""
+    found = [("g", t) for t in tensors_of(g)] + [("w", w) for w in args]
+    found += [(f"call.saved[{name!r}]", t) for name, value in call.saved.items() for t in tensors_of(value)]
+    return found + [(f"the parameter `{name}`", p) for name, p in call.params.items()]
 
 
 def checked_terms(rule: Rule, call: Call, terms: Any) -> dict[str, Term]:
@@ -58,9 +97,15 @@ def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tu
             f"{_where(rule, call, kind)} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
             f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
         )
-    if not (value.is_floating_point() or value.is_complex()):
+    if not value.is_floating_point() or value.dtype.itemsize < 4:
         raise RuleContractError(
-            f"{_where(rule, call, kind)} returned {value.dtype} for `{name}`; gradients are floating-point numbers."
+            f"{_where(rule, call, kind)} returned {value.dtype} for `{name}`; gradients are floating-point numbers, "
+            f"real and in at least float32, as `g` is."
+        )
+    if value.device != (device := call.params[name].device):
+        raise RuleContractError(
+            f"{_where(rule, call, kind)} returned `{name}` on {value.device}, and the parameter is on {device}; make "
+            f"new tensors with device=g.device."
         )
     return value
 

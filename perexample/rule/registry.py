@@ -110,6 +110,11 @@ def _made(rule_class: Any) -> Rule:
             f"{rule_class.__name__} is made without arguments when it is registered, and {error}; keep what "
             f"differs between modules in the module, or make a subclass for each."
         ) from error
+    if isinstance(rule.batched, str):  # a forgotten comma
+        raise RuleContractError(
+            f"{rule_class.__name__}.batched is the text {rule.batched!r}; it must be a tuple of names: "
+            f"batched = ({rule.batched!r},)."
+        )
     if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
         raise RuleContractError(
             f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
