@@ -34,7 +34,7 @@ class CheckRow:
     Attributes:
         parameter: Its name.
         shape: Its shape.
-        gradient: Worst relative error of its per-example gradients.
+        gradient: Worst relative error of its per-example gradients, in the batch and in one of the first example alone.
         norm: Worst relative error of their squared norms.
         weighted_sum: Relative error of a weighted sum of them, asked for by itself and after the norms.
         batch_dot: Relative error of their inner products.
@@ -146,7 +146,8 @@ def check(
 
     The loss is ``loss_fn(model(*inputs, **named), target)`` with the last of ``batch`` as target, or
     ``loss_fn(model(x))`` if there is only one. Then, example by example, one is exchanged, and no other's gradient may
-    move. A copy of the model is used, with dropout off; yours is left as it is.
+    move. A batch of a single example, of which no axis can be known, is compared too. A copy of the model is used, with
+    dropout off; yours is left as it is.
 
     Args:
         model: The model; it need not be extended.
@@ -189,17 +190,23 @@ def check(
     found = _measured(model, loss_fn, batch, loss_reduction)
     others = {way: _measured(model, loss_fn, batch, loss_reduction, ask) for way, ask in _WAYS.items()}
     moved = _moved(model, loss_fn, batch, n, loss_reduction, found)
+    alone = {name: gradients[:1] for name, gradients in found.items()}
     try:
         wanted = _reference(model, loss_fn, batch, n)
+        if max(moved.values()) <= tolerance:
+            alone = _measured(model, loss_fn, _one(batch, 0), loss_reduction)
     except CrossExampleError:
         if max(moved.values()) <= tolerance:
             raise
         wanted = {name: torch.full_like(gradients, torch.nan) for name, gradients in found.items()}
     least = _least(wanted)
     rows = [
-        _compare(name, wanted[name], found[name], {way: of[name] for way, of in others.items()}, moved[name], least)
+        _compare(
+            name, wanted[name], found[name], alone[name], {way: of[name] for way, of in others.items()}, moved[name],
+            least,
+        )
         for name in wanted
-    ]
+    ]  # fmt: skip
     report = CheckReport(rows, tolerance, notes)
     if raises and report.mixed:
         names = ", ".join(f"`{row.parameter}`" for row in report.mixed)
@@ -283,11 +290,17 @@ def _reference(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for i in range(n):
         with _kept_buffers(model):
-            one = tuple(map_tensors(itemgetter(slice(i, i + 1)), part) for part in batch)
-            grads = torch.autograd.grad(_alone(model, loss_fn, one, i), list(named.values()), allow_unused=True)
+            grads = torch.autograd.grad(
+                _alone(model, loss_fn, _one(batch, i), i), list(named.values()), allow_unused=True
+            )
         for (name, p), grad in zip(named.items(), grads, strict=True):
             rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense())
     return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def _one(batch: tuple, i: int) -> tuple:
+    """A batch of example i alone."""
+    return tuple(map_tensors(itemgetter(slice(i, i + 1)), part) for part in batch)
 
 
 def _alone(model: nn.Module, loss_fn: Callable[..., Tensor], one: tuple, i: int) -> Tensor:
@@ -321,14 +334,20 @@ def _exchanged(t: Tensor, j: int) -> Tensor:
 
 
 def _compare(
-    name: str, wanted: Tensor, gradients: Tensor, others: Mapping[str, Tensor], moved: float, least: float
+    name: str,
+    wanted: Tensor,
+    gradients: Tensor,
+    alone: Tensor,
+    others: Mapping[str, Tensor],
+    moved: float,
+    least: float,
 ) -> CheckRow:
     total = torch.tensordot(_weights(len(wanted)).to(wanted.device), wanted, dims=1)
     rows = wanted.reshape(len(wanted), -1)
     return CheckRow(
         parameter=name,
         shape=tuple(wanted.shape[1:]),
-        gradient=_relative(gradients, wanted, least),
+        gradient=max(_relative(gradients, wanted, least), _relative(alone, wanted[:1], least)),
         norm=_relative(others["batch_l2"], rows.square().sum(1), least**2),
         weighted_sum=max(_relative(others[way], total, least) for way in ("weighted_sum", "sum after norms")),
         batch_dot=_relative(others["batch_dot"], rows @ rows.T, least**2),

@@ -148,6 +148,20 @@ def test_a_single_wrong_fast_path_fails(registry, quantity):
     assert "FAIL" in str(report)
 
 
+def test_a_rule_that_is_wrong_for_a_single_example_fails(registry):
+    x = torch.randn(4, 3)
+    twice = {"grad_batch": lambda self, call, g: {"gain": g * call.x * (1 if call.n > 1 else 2)}}
+    register_rule(Gain)(type("Wrong", (Rule,), twice))
+    report = check(Gain(), nn.MSELoss(), x, x.flip(0), raises=False)
+    assert report.rows[0].gradient > 0.1
+    assert not report.ok
+    # Of one example no axis is known, so that it has one more.
+    fixed = {"feature_axes": lambda *_: 1, "grad_batch": lambda self, call, g: {"gain": g * call.x}}
+    register_rule(Gain, overwrite=True)(type("Wrong", (Rule,), fixed))
+    with pytest.raises(RuleContractError, match=r"returned \[1, 1, 3\] for `gain`; .* for N = 1 examples"):
+        check(Gain(), nn.MSELoss(), x, x.flip(0))
+
+
 def test_gradients_of_whole_numbers_are_refused(registry):
     @register_rule(Gain)
     class Whole(Rule):
