@@ -328,6 +328,29 @@ def test_weights_are_real_numbers(w):
         Weights(w)
 
 
+@pytest.mark.parametrize("what", ["grad_batch", "batch_l2", "batch_dot", "weighted_sum"])
+@pytest.mark.parametrize("when", ["start", "compute"])
+def test_a_view_that_is_not_complete_tells_nothing(what, when):
+    class Early(Extension):
+        """Asks for what is found of the first layer while the last one is computed with, and gets no zeros for it."""
+
+        field = "early"
+
+        def start(self, views):
+            self.first = views[0]
+            if when == "start":
+                self.ask()
+
+        def compute(self, view):
+            return self.ask()
+
+        def ask(self):
+            return getattr(self.first, what)(*([torch.ones(N)] if what == "weighted_sum" else []))
+
+    with pytest.raises(ExtensionError, match=rf"`{what}` of `0.weight` was asked for too early.*`compute`.*`finish`"):
+        backward(extend(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))), Early())
+
+
 def test_none_leaves_a_field_out():
     class Matrices(Extension):
         field, joint = "of_matrices", True

@@ -90,6 +90,7 @@ class Backward:
         self.views = {key: ParameterView(name, p, self.n, scale, forwards, self.choice) for key, p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         for view in self.views.values():
+            view.wait()
             view.users = sum(extension.joint for extension in context.extensions)
         # What a tap was given for a parameter waits for all its taps, a parameter for all that was computed from it.
         self.computed = {key: source for key, source in found.sources.items() if source.tensor.grad_fn is not None}
@@ -239,6 +240,7 @@ class Backward:
             if self.again:
                 self.views[key].fulfil()
             else:
+                self.views[key].complete()
                 self._compute(self.views[key])
             return
         source, terms = self.computed[key], self.parts[key]

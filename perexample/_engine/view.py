@@ -20,13 +20,14 @@ from ..terms import Term, combine
 _TINY = 1e-30  # a weight below this loses digits in float32
 
 
+_EARLY = "too early: it is complete when `compute` is called for it; ask there, or with joint = True in `finish`"
 _LET_GO = (
-    "gradients are let go when `compute` has seen them; set joint = True on the extension to ask for them in `finish`, "
-    "and ask for nothing after `let_go`"
+    "too late: gradients are let go when `compute` has seen them; set joint = True on the extension to ask for them in "
+    "`finish`, and ask for nothing after `let_go`"
 )
 _POSTPONED = (
-    "with perex(max_memory=...) only norms and sums are there in `finish`; ask for gradients in `compute`, or leave "
-    "max_memory out"
+    "too late: with perex(max_memory=...) only norms and sums are there in `finish`; ask for gradients in `compute`, "
+    "or leave max_memory out"
 )
 
 
@@ -161,7 +162,7 @@ class ParameterView:
         self._dtype, self.sharded = _at_least_float32(param.dtype), is_sharded(param)
         self._scale, self._choice = scale, choice or Choice()
         self.late: list[_Late] = []  # sums that are filled in after `finish`
-        self._gone = ""  # why nothing can be asked any more
+        self._gone = ""  # why nothing can be asked now
         self._doubtful: Tensor | None = None
         self.users = 0  # joint extensions that may still ask
         self._terms: list[Term] = []
@@ -174,6 +175,14 @@ class ParameterView:
         """Add the term of one more tap."""
         self._terms.append(term)
         self._combined = self._grad_batch = self._l2 = None
+
+    def wait(self) -> None:
+        """Let nothing be asked before `complete`: it would be of some of the taps, or of none."""
+        self._gone = _EARLY
+
+    def complete(self) -> None:
+        """All terms are there."""
+        self._gone = ""
 
     def drop(self) -> None:
         """Let go of everything that is held but norms; to ask for more is an error."""
@@ -330,7 +339,7 @@ class ParameterView:
 
     def _refuse_gone(self, what: str) -> None:
         if self._gone:
-            raise ExtensionError(f"`{what}` of `{self.name}` was asked for too late: {self._gone}.")
+            raise ExtensionError(f"`{what}` of `{self.name}` was asked for {self._gone}.")
 
     def batch_dot(self) -> Tensor:
         """Inner products of the examples' gradients, ``[N, N]``."""
