@@ -14,6 +14,7 @@ from perexample import (
     Rule,
     RuleContractError,
     StaleGradientError,
+    UncoveredParameterError,
     check,
     extend,
     perex,
@@ -268,6 +269,64 @@ def test_mistakes_of_rules_are_named(name):
     with pytest.raises(RuleContractError, match=message):
         backward(model, BatchGrad(), x=x)
     assert not hasattr(model[0].weight, "grad_batch")
+
+
+class Scaled(nn.Module):
+    """The first argument is a number."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.w, self.inner = nn.Parameter(torch.randn(6)), inner
+
+    def forward(self, scale, x):
+        return self.inner(x * self.w * scale)
+
+
+class Halved(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.scaled = Scaled(inner)
+
+    def forward(self, x):
+        return self.scaled(0.5, x)
+
+
+def of_scaled(**own):
+    def grad_batch(self, call, g):
+        return {"w": 0.5 * (g * call.x).sum(1)}
+
+    return register_rule(Scaled, overwrite=True)(type("Mine", (Rule,), {"grad_batch": grad_batch} | own))
+
+
+def test_an_input_that_is_not_the_first_argument_has_to_be_named():
+    of_scaled()
+    model = extend(Halved(nn.Identity()))
+    with pytest.raises(RuleContractError, match=r"Mine saves the first argument of Scaled .* is 0.5; override capture"):
+        backward(model, BatchGrad())
+    of_scaled(capture=lambda self, module, args, kwargs, output: {"x": args[1]})
+    assert check(Halved(nn.Identity()), squared, torch.randn(N, 3, 6), torch.randn(N, 3, 6)).ok
+
+
+def test_parameters_of_modules_inside_of_one_with_a_rule():
+    own = {"capture": lambda self, module, args, kwargs, output: {"x": args[1]}}
+    of_scaled(**own)
+    with pytest.raises(
+        UncoveredParameterError,
+        match=r"`scaled.inner.weight` .* inside of `scaled` \(Scaled\), whose rule Mine answers for \['w'\].*handles",
+    ):
+        backward(extend(Halved(nn.Linear(6, 6))), BatchGrad())
+    of_scaled(**own, handles=lambda self, module, args, kwargs: not [*module.inner.parameters()])
+    assert check(Halved(nn.Linear(6, 6)), squared, torch.randn(N, 3, 6), torch.randn(N, 3, 6)).ok
+    register_rule(Scaled, overwrite=True)(GenericRule)
+    assert check(Halved(nn.Linear(6, 6)), squared, torch.randn(N, 3, 6), torch.randn(N, 3, 6)).ok
+
+
+def test_what_bind_may_return():
+    own = {"grad_batch": lambda *_: {}, "bind": lambda self, function, args, kwargs: (args[:1], {"u": args[1]})}
+    register_rule(torch.matmul, overwrite=True)(type("Mine", (Rule,), own))
+    register_rule(torch.Tensor.__matmul__, torch.Tensor.matmul, overwrite=True)(type("Mine", (Rule,), own))
+    with pytest.raises(RuleContractError, match=r"Mine.bind for `.*matmul.*` returned .*; return a Bound"):
+        backward(extend(LowRank()), BatchGrad())
 
 
 def test_names_of_what_holds_the_examples_are_a_tuple():

@@ -19,6 +19,7 @@ from ..errors import (
     UnsupportedModuleError,
 )
 from ..place import Place
+from ..rules.generic import GenericRule
 from .record import ROOTS, Enter
 from .state import STATE
 from .table import place_of
@@ -165,6 +166,15 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"the batch, or the parameter is used by a torch.autograd.Function in a module with children. Run the "
             f"forward again; put such a function into a module without children, or register a rule for the module "
             f"that uses it (register_rule(ThatClass)(GenericRule)).{STATE.hinted()}"
+        )
+    tap = found.within.get(id(module._parameters[name]))
+    if tap is not None and not isinstance(tap.rule, GenericRule):
+        rule = type(tap.rule).__name__
+        return UncoveredParameterError(
+            f"{where} ({kind}) is used inside of `{tap.name}` ({tap.kind}), whose rule {rule} answers for "
+            f"{sorted(tap.params)}, parameters that the module owns itself, and no others. Let {rule}.handles return "
+            f"False for such a module, so that the operations inside are followed one by one, or register the generic "
+            f"rule, which takes it as a whole: register_rule({tap.kind}, overwrite=True)(GenericRule)."
         )
     return UncoveredParameterError(
         f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in what the model returns beside "

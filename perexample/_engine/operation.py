@@ -9,9 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .._arguments import shown
 from .._looks import blind
 from .._private import inside_functorch, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
+from ..errors import RuleContractError
 from ..place import Lost, Place
 from ..rule import Bound, Rule, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
@@ -194,6 +196,11 @@ class Operation(Placing):
         bound = rule.bind(self.func, self.args, self.kwargs)
         if bound is None:
             return None, rule
+        if not isinstance(bound, Bound):
+            raise RuleContractError(
+                f"{type(rule).__name__}.bind for `{self.name}` returned {shown(bound)}; return a "
+                f"Bound(options, inputs, params), or None for a call that has another form."
+            )
         params = [p for p in bound.params.values() if isinstance(p, Tensor)]
         fits_all = all(any(t is p for p in params) for t in targets)
         if not fits_all or any(place_of(p) is not None for p in params):

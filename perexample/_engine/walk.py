@@ -26,6 +26,7 @@ class Walk:
         edges: The graph edges at which the gradients of live taps arrive.
         sources: Of each tensor that a live tap was given for a parameter, the parameters that it was computed from.
         uncovered: Trainable parameters reached otherwise than through a tap of their own.
+        within: The taps inside of whose calls leaves were found that they do not answer for.
         leaves: Other leaves that need a gradient, such as an input.
         losses: Nodes of cross-entropy losses outside of all taps.
         compiled: Whether a compiled region was met, inside of which no taps can lie.
@@ -36,6 +37,7 @@ class Walk:
     edges: list[GradientEdge] = field(default_factory=list)
     sources: dict[int, Source] = field(default_factory=dict)
     uncovered: dict[int, nn.Parameter] = field(default_factory=dict)
+    within: dict[int, Tap] = field(default_factory=dict)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     losses: list[Node] = field(default_factory=list)
     compiled: bool = False
@@ -101,8 +103,11 @@ def _enter(found: Walk, tap: Tap, index: int, edge: GradientEdge) -> None:
         if node in seen:
             continue
         seen.add(node)
-        if id(leaf_of(node)) in own:
+        leaf = leaf_of(node)
+        if id(leaf) in own:
             continue
+        if leaf is not None:
+            found.within.setdefault(id(leaf), tap)
         _note(found, node)
         stack += [after for after, _ in node.next_functions if after is not None]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from .._arguments import shown
 from .._private import own_parameters, stands_in
 from .._tree import tensors_of
 from ..errors import RuleContractError
@@ -234,8 +235,27 @@ class Rule:
         return None
 
     def capture(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
-        """What the backward will need; called right after the module's forward. Default: the first argument."""
-        return {"x": args[0] if args else next(iter(kwargs.values()))}
+        """What the backward will need; called right after the module's forward. Default: the first argument.
+
+        Args:
+            module: What was called.
+            args: Its arguments, also those that were passed by name, in the order of its forward.
+            kwargs: Those that can be passed by name only.
+            output: What it has returned.
+
+        Returns:
+            Tensors, nested as may be, and other values, by names of your own.
+
+        Raises:
+            RuleContractError: By default, if the first argument holds no tensor.
+        """
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not tensors_of(x):
+            raise RuleContractError(
+                f"{type(self).__name__} saves the first argument of {type(module).__name__} as its input, which is "
+                f"{shown(x)}; override capture(module, args, kwargs, output) to return what it is: {{'x': args[1]}}."
+            )
+        return {"x": x}
 
     def most_held(self, sizes: Sizes) -> int:
         """At most how many numbers the terms of a call hold for the weighted sum, for ``perex(max_memory=...)``.
