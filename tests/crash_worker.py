@@ -122,7 +122,7 @@ def watch(private: Private, phases: Phases, log: Log) -> None:
         record(release)
         phases("after the ledger")
 
-    def appended(path: Path, releases: Any) -> None:
+    def appended(path: Path, releases: Any) -> int:
         if phases.kill is not None and phases.kill[0] == "torn ledger":
             with path.open("a") as file:
                 file.write('{"noise_mult')
@@ -132,7 +132,7 @@ def watch(private: Private, phases: Phases, log: Log) -> None:
                 file.truncate(file.tell() - len('{"noise_mult'))
         else:
             phases("torn ledger")
-        append(path, releases)
+        return append(path, releases)
 
     def noisy(self: Noise, tensor: Tensor, std: float) -> Tensor:
         noise = like(self, tensor, std)
