@@ -214,6 +214,21 @@ def test_tiny_losses_are_not_lost_in_roundoff(rate, sigma, steps):
             assert cost(delta, sigma, rate, steps, way) > floor > 0
 
 
+@pytest.mark.parametrize(("rate", "steps"), [(1e-5, 10**5), (1e-6, 10**5), (1e-8, 10**6)])
+def test_tiny_rates_cost_little(rate, steps):
+    """Where losses are smaller than any grid for them may be, the bound is rough, and not that of no amplification."""
+    for way, variance in ((PLD, math.e - 1), (BOTH, 2 * math.e - 2 / math.e)):  # of one loss under N(0, 1), over rate^2
+        limit = gaussian_epsilon(1e-7, rate * math.sqrt(steps * variance))  # to which so many small losses tend
+        assert 0.99 * limit < cost(1e-7, 1.0, rate, steps, way) < 100 * limit
+
+
+def test_a_rough_grid_is_used_where_it_says_more_than_renyi_divergences():
+    accountant = PLDAccountant(value_discretization_interval=1e-4).compose(event(0.5, 1e-6), 10**5)
+    found, by_rdp = (cost(1e-7, 0.5, 1e-6, 10**5, way) for way in (PLD, RDP))
+    assert found == pytest.approx(accountant.get_epsilon(1e-7), rel=0.05)
+    assert found < by_rdp / 10
+
+
 # ------------------------------------------------------------------------------------------------------------ monotone
 
 RUN = {

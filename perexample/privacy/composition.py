@@ -10,7 +10,8 @@ and quick, and upper bounds where floating point or memory give out. Every numbe
   delta is above 1e-6); twice ``steps 2^-52`` is taken off delta beforehand. That is a margin, no proof.
 * Steps that are not amplified are one Gaussian together, whose epsilon is known in closed form (arXiv:1805.06530). The
   same, as if no step were amplified, bounds every epsilon.
-* Where PLD would be too large (epsilon above 600) or too rough (delta near roundoff), RDP takes over.
+* Where PLD would be too large (epsilon above 600) or too rough (delta near roundoff), RDP takes over. Where the
+  grid has to be wider than the spread, as for tiny sample rates, the lesser of both is taken.
 * More than 128 different releases (RDP: 16), as a noise schedule makes them, are put in that many groups, each counted
   with its least noise and its largest sample rate.
 """
@@ -92,7 +93,7 @@ def _pld_epsilon(events: tuple[Event, ...], delta: float, neighbours: str, fine:
     """By composing discretised privacy loss distributions; infinite where they would be too large or too rough."""
     events = _grouped(events, GROUPS["pld"])
     steps = sum(event.steps for event in events)
-    step, left = _grid(events, neighbours, fine), delta - ROUNDOFF * (steps + 4 * len(events))
+    (step, rough), left = _grid(events, neighbours, fine), delta - ROUNDOFF * (steps + 4 * len(events))
     if step is None or left <= 0:
         return math.inf
     library = _library("dp_accounting.pld.privacy_loss_distribution")
@@ -108,9 +109,10 @@ def _pld_epsilon(events: tuple[Event, ...], delta: float, neighbours: str, fine:
                 neighboring_relation=relation.REPLACE_ONE if neighbours == "replace" else relation.ADD_OR_REMOVE_ONE,
             )
             total = total.compose(_repeated(one, count, tail), tail)
-        return _bound(total.get_epsilon_for_delta(left))
+        found = _bound(total.get_epsilon_for_delta(left))
     except (ArithmeticError, ValueError):  # what its own functions raise where floats overflow or lose their order
         return math.inf
+    return min(found, _rdp_epsilon(events, delta, fine)) if rough and neighbours != "replace" else found
 
 
 def _repeated(one: Any, count: int, tail: float) -> Any:
@@ -122,8 +124,8 @@ def _repeated(one: Any, count: int, tail: float) -> Any:
     return many.compose(one.self_compose(rest, tail / 2), tail / 2) if rest else many
 
 
-def _grid(events: tuple[Event, ...], neighbours: str, fine: bool) -> float | None:
-    """Width of the grid of losses, a power of two; None if no grid is both narrow enough and small enough."""
+def _grid(events: tuple[Event, ...], neighbours: str, fine: bool) -> tuple[float | None, bool]:
+    """Width of the grid of losses, a power of two, None if they are too large; and whether it is rough beside them."""
     # It grows with rate, steps and 1 / noise, and the coarser of two grids is part of the finer: epsilon is monotone.
     amplified = [event for event in events if event.rate < 1]
     distance = 2 if neighbours == "replace" else 1
@@ -131,14 +133,19 @@ def _grid(events: tuple[Event, ...], neighbours: str, fine: bool) -> float | Non
     spread = math.sqrt(variance / sum(event.steps for event in amplified))
     reach = max(_reach(event.noise / distance, event.rate) for event in events)
     if not 0 < variance * distance**2 < 4000 or reach == 0:
-        return None
+        return None, False
     width = min(spread / 4, max(spread / 20, reach / 10_000))
     width = width if fine else min(4 * width, spread / 2)
     variance *= distance**2
     # of all steps together: mean and tails, whose bound by dp-accounting is rough where the steps are many
     extent = 2 * reach + variance + max(14 * math.sqrt(variance), variance / (2 * reach))
-    width = max(width, extent / POINTS, 2.0**-30)  # narrower than that, differences of delta are roundoff
-    return None if width > spread else 2.0 ** math.floor(math.log2(width))
+    # Narrower than 2^-30, differences of delta are roundoff. What that adds to the mass of a step, about 2e-17 of
+    # reach / width^2, is here held to a third for all steps together; where it grows, compositions never end.
+    steps = sum(event.steps for event in events)
+    width = max(width, extent / POINTS, 2.0**-30, 2.0**-27 * math.sqrt(steps * reach))
+    rough = width > spread
+    width = max(width, reach / 30_000) if rough else width
+    return (None, False) if width > 8192 * spread else (2.0 ** math.floor(math.log2(width)), rough)
 
 
 def loss_deviation(noise: float, rate: float) -> float:
