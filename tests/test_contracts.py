@@ -153,6 +153,54 @@ def test_a_rule_of_two_inputs_and_two_outputs_with_the_examples_on_another_axis(
     assert check(Two(), lambda out, target: squared(sum(out), target), x, y, target).ok  # on axis 0 it is right
 
 
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6))
+        self.register_buffer("ones", torch.ones(6))
+
+    def forward(self, x):
+        return x / x.norm(dim=-1, keepdim=True) * self.w
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
+def test_what_a_rule_computes_to_capture_it_must_be_named_too(nested, folded):
+    """With as many steps as examples its rows would meet those of others without a word."""
+
+    def of_unit(*names):
+        @register_rule(Unit, overwrite=True)
+        class UnitRule(Rule):
+            batched = names
+
+            def feature_axes(self, module):
+                return 1
+
+            def capture(self, module, args, kwargs, output):
+                h = args[0] / args[0].norm(dim=-1, keepdim=True)
+                return {"x": args[0], "h": [h] if nested else h, "eps": torch.tensor(1.0), "ones": module.ones}
+
+            def grad_batch(self, call, g):
+                h = call.saved["h"][0] if nested else call.saved["h"]
+                return {"w": (g * h * call.saved["ones"]).reshape(call.n, -1, 6).sum(1)}
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unit = Unit()
+
+        def forward(self, x):
+            return self.unit(x.flatten(0, 1)).view_as(x) if folded else self.unit(x.transpose(0, 1)).transpose(0, 1)
+
+    x, y = torch.randn(2, N, N, 6)
+    of_unit("x", "h")
+    assert check(Around(), squared, x, y).ok
+    of_unit("x")
+    with pytest.raises(RuleContractError, match=r"returned `h`, a tensor .* name it: batched = \('x', 'h'\)"):
+        backward(extend(Around()), BatchGrad(), x=x)
+    assert check(Unit(), squared, x, y).ok  # on axis 0 it is right
+
+
 @pytest.mark.parametrize("model", [Two, TimeFirst])
 @pytest.mark.parametrize("frozen", ["a", "b"])
 def test_a_rule_of_two_outputs_is_given_two_gradients_whatever_is_frozen(model, frozen):

@@ -17,6 +17,7 @@ from .._looks import blind, holds
 from .._placed import merged
 from .._private import version
 from .._shards import freed
+from .._tree import map_tensors
 from .._vjp import pulled_back
 from ..errors import (
     BatchAxisError,
@@ -290,7 +291,8 @@ class Backward:
         g: Any = _upstream(tap, gradients)
         if not tap.rule.own_axes:
             g = tuple(map(tap.to_rows, g)) if isinstance(g, tuple) else tap.to_rows(g)
-            call.saved |= {name: tap.to_rows(call.saved[name]) for name in tap.rule.batched if name in call.saved}
+            named = [name for name in tap.rule.batched if name in call.saved]
+            call.saved |= {name: map_tensors(tap.to_rows, call.saved[name]) for name in named}
         owner = tap.owner
         sharded = tap.rule.reads_parameters and any(id(p) in self.sharded for p in tap.params.values())
         if sharded and (self.over or any(map(freed, tap.params.values()))):

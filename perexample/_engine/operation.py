@@ -15,7 +15,7 @@ from .._private import inside_functorch, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
 from ..errors import RuleContractError
 from ..place import Lost, Place
-from ..rule import Bound, Rule, function_rule
+from ..rule import Bound, Rule, captured, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, names
 from .lost import is_sparse as is_sparse  # which others import from here, as those with `as`
@@ -222,8 +222,10 @@ class Operation(Placing):
             if isinstance(located, str):  # the examples are where this rule cannot have them
                 self._leave_general(self._general(), name, edges, targets, None)(outputs, places, chosen)
                 return
-            saved = rule.capture(bound.module, bound.args, {}, outputs[0])
-            place, kept = located[0], [p for p in located[1] if p is not None]
+            place = located[0]
+            elsewhere = bool(place.axis) or place.folded
+            saved = captured(rule, bound.module, bound.args, {}, outputs[0], name, moved=elsewhere)
+            kept = [p for p in located[1] if p is not None]
             tap = Tap(name, rule, bound.module, params, self.record, saved, place, kept)
             tap.attach(outputs, edges, self.inputs)
 

@@ -26,7 +26,7 @@ from .._private import (
     undispatched,
 )
 from .._tree import map_tensors, tensors_in, tensors_of
-from ..errors import BatchAxisError, RuleContractError
+from ..errors import BatchAxisError
 from ..place import Lost, Place, Space
 from ..rule import Rule, captured, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded, is_own
@@ -635,9 +635,7 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
     if not any(tapped):
         _put_all(results, places)
         return output
-    saved = captured(rule, module, args, kwargs, output, frame.name)
-    if (place.axis or place.folded) and not rule.own_axes:
-        _refuse_unnamed(rule, frame, saved)
+    saved = captured(rule, module, args, kwargs, output, frame.name, moved=bool(place.axis) or place.folded)
     if isinstance(rule, GenericRule):
         saved = saved | rule.after(module, frame.before)
     elif frame.before:
@@ -655,17 +653,6 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         shown = [p is not None and _may_require_grad(t) for t, p in zip(results, places, strict=True)]
         tap.leave_out([(t, own) for t, own, one in zip(results, tapped, shown, strict=True) if one])
     return output
-
-
-def _refuse_unnamed(rule: Rule, frame: Frame, saved: dict[str, Any]) -> None:
-    """What is captured comes with the rows on axis 0 only if it is named; without, it would meet those of others."""
-    for name, value in saved.items():
-        if name not in rule.batched and isinstance(value, Tensor) and isinstance(place_of(value), Place):
-            raise RuleContractError(
-                f"`{type(rule).__name__}.capture` for `{frame.name}` ({type(frame.module).__name__}) returned "
-                f"`{name}`, a tensor of shape {list(value.shape)} that depends on the batch, and `batched` does not "
-                f"name it, so that its rows would not come on axis 0; name it: batched = {(*rule.batched, name)}."
-            )
 
 
 def _put_all(tensors: Any, places: Sequence[Place | None]) -> None:

@@ -48,8 +48,10 @@ def asked(rule: Rule, kind: str, call: Call, g: Any, *args: Tensor) -> Any:
     return found
 
 
-def captured(rule: Rule, module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> dict[str, Any]:
-    """What `Rule.capture` returned, after checking that it can be kept."""
+def captured(
+    rule: Rule, module: Any, args: tuple, kwargs: dict, output: Any, name: str, *, moved: bool
+) -> dict[str, Any]:
+    """What `Rule.capture` returned, after checking that it can be kept; ``moved``: its rows are brought to axis 0."""
     where = f"`{type(rule).__name__}.capture` for `{name}` ({type(module).__name__})"
     try:
         saved = rule.capture(module, args, kwargs, output)
@@ -64,7 +66,23 @@ def captured(rule: Rule, module: nn.Module, args: tuple, kwargs: dict, output: A
         raise RuleContractError(
             f"{where} returned {type(saved).__name__}; return a dict of what the backward needs, by names of your own."
         )
+    if moved and not rule.own_axes:
+        unnamed = {key: value for key, value in saved.items() if key not in rule.batched and tensors_of(value)}
+        for key, t in [(key, t) for key, value in unnamed.items() for t in _not_of_module(module, value)]:
+            raise RuleContractError(
+                f"{where} returned `{key}`, a tensor of shape {list(t.shape)}, and `batched` does not name it, so that "
+                f"its rows would not come on axis 0, and here they are elsewhere; name it: batched = "
+                f"{(*rule.batched, key)}. Take what all examples share from call.module, or compute it when the "
+                f"gradient is there."
+            )
     return saved
+
+
+def _not_of_module(module: Any, value: Any) -> list[Tensor]:
+    """Tensors that may be data: all but single numbers and what a module keeps."""
+    kept = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    own = {t.data_ptr() for t in kept if t.layout is torch.strided}
+    return [t for t in tensors_of(value) if t.dim() and (t.layout is not torch.strided or t.data_ptr() not in own)]
 
 
 def _given(call: Call, g: Any, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
