@@ -115,10 +115,11 @@ def checked(rule: Rule, call: Call, result: Any, kind: str, name: str, shape: tu
             f"{_where(rule, call, kind)} returned {got} for `{name}`; it must be a tensor of shape {list(shape)}, "
             f"for N = {call.n} examples and the parameter's shape {list(call.params[name].shape)}."
         )
-    if not value.is_floating_point() or value.dtype.itemsize < 4:
+    as_parameter = value.is_floating_point() or (value.is_complex() and call.params[name].is_complex())
+    if not as_parameter or value.dtype.itemsize < 4:
         raise RuleContractError(
             f"{_where(rule, call, kind)} returned {value.dtype} for `{name}`; gradients are floating-point numbers, "
-            f"real and in at least float32, as `g` is."
+            f"real where the parameter is, and in at least float32, as `g` is."
         )
     if value.device != (device := call.params[name].device):
         raise RuleContractError(
