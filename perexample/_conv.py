@@ -161,11 +161,11 @@ def _looked_up(x: Tensor, geometry: Geometry, positions: Size) -> Tensor:
 def _places(sizes: Size, geometry: Geometry, positions: Size) -> Tensor:
     """Number of each window's entries in a flattened channel, ``[K L]``."""
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    firsts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    firsts = offsets = torch.zeros(1, dtype=torch.long, device="cpu")
     for axis, stride in enumerate(strides):
         step = stride * geometry.stride[axis]
-        firsts = (firsts[:, None] + step * torch.arange(positions[axis])).flatten()
-        taps = stride * geometry.dilation[axis] * torch.arange(geometry.kernel[axis])
+        firsts = (firsts[:, None] + step * torch.arange(positions[axis], device="cpu")).flatten()
+        taps = stride * geometry.dilation[axis] * torch.arange(geometry.kernel[axis], device="cpu")
         offsets = (offsets[:, None] + taps).flatten()
     return (offsets[:, None] + firsts).flatten()
 

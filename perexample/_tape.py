@@ -217,7 +217,11 @@ class Tape(TorchDispatchMode):
             with self:
                 if name == "equal":
                     alike = args[0].shape == args[1].shape
-                    equal = (args[0] == args[1]).all() if alike else torch.zeros((), dtype=torch.bool)
+                    equal = (
+                        (args[0] == args[1]).all()
+                        if alike
+                        else torch.zeros((), dtype=torch.bool, device=args[0].device)
+                    )
                     return equal if found else ~equal
                 return (args[0] == found).all()
 

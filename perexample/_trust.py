@@ -108,6 +108,6 @@ def blocks(term: Term) -> list[Tensor]:
     """Masks that cut the examples into blocks whose gradients are small enough to form."""
     per_block = max(1, BLOCK // max(1, term.shape.numel()))
     if 0 < term.n <= per_block:
-        return [torch.ones(term.n, dtype=torch.bool)]
-    position = torch.arange(term.n)
+        return [torch.ones(term.n, dtype=torch.bool, device="cpu")]
+    position = torch.arange(term.n, device="cpu")
     return [(position >= start) & (position < start + per_block) for start in range(0, term.n, per_block)]

@@ -130,7 +130,7 @@ _ROUNDED = 1e-4  # of the model's largest gradient; smaller ones may be rounding
 
 
 def _weights(n: int) -> Tensor:
-    return torch.arange(1, n + 1, dtype=torch.float64) / n
+    return torch.arange(1, n + 1, dtype=torch.float64, device="cpu") / n
 
 
 def check(
@@ -322,7 +322,7 @@ def _moved(
     for j in range(0, n, max(1, n // 8)):
         other = tuple(map_tensors(partial(_exchanged, j=j), part) for part in batch)
         for name, gradients in _measured(model, loss_fn, other, reduction).items():
-            rest = torch.arange(n) != j
+            rest = torch.arange(n, device="cpu") != j
             moved[name] = max(moved[name], _relative(gradients[rest], found[name][rest], least))
     return moved
 

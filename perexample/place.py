@@ -38,7 +38,7 @@ class Space:
         noted.beside = True
         return noted
 
-    def owners(self, device: Any = None) -> Tensor:
+    def owners(self, device: Any = "cpu") -> Tensor:
         """Example of each row, ``[M]``."""
         return torch.arange(self.rows, device=device) if self.owner is None else self.owner.to(device)
 
@@ -83,12 +83,12 @@ class Place:
         """Whether another place divides its axis into the same rows, wherever that axis is."""
         return (self.outer, self.inner) == (other.outer, other.inner) and self.space.same(other.space)
 
-    def row_of_entry(self, device: Any = None) -> Tensor:
+    def row_of_entry(self, device: Any = "cpu") -> Tensor:
         """Row of each entry of the axis, ``[outer * M * inner]``."""
         rows = torch.arange(self.space.rows, device=device).view(1, -1, 1)
         return rows.expand(self.outer, -1, self.inner).reshape(-1)
 
-    def owner_of_entry(self, device: Any = None) -> Tensor:
+    def owner_of_entry(self, device: Any = "cpu") -> Tensor:
         """Example of each entry of the axis, ``[outer * M * inner]``."""
         return self.space.owners(device)[self.row_of_entry(device)]
 
@@ -236,7 +236,7 @@ def from_owners(owner: Tensor, whole: Space, made: str = "", *, one_example: boo
     known = owner[owner >= 0]
     written = known.numel() < owner.numel() and not one_example
     if known.numel() == 0 or (not written and bool((known == known[0]).all())):
-        one = known[:1].cpu() if known.numel() else torch.full((1,), -1)
+        one = known[:1].cpu() if known.numel() else torch.full((1,), -1, device="cpu")
         alone = Space(whole.record, 1, one, made)
         return Place(alone if known.numel() == owner.numel() else alone.with_constants(), None)
     for axis in range(owner.dim()):

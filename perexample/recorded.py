@@ -291,7 +291,7 @@ class RecordedStep:
             if batch is self._batch.own:
                 raise
             return None
-        return self._collected(losses, outputs, torch.ones((), dtype=torch.bool))
+        return self._collected(losses, outputs, torch.ones((), dtype=torch.bool, device="cpu"))
 
     def _context(self, *more: Extension) -> perex:
         return perex(*self._asked, *more, loss_reduction="sum", grad=False, **self.options)

@@ -192,7 +192,9 @@ void elsewhere(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<std::pair<at::Generator, at::Generator>> drawn;  // by generators of the CPU that stand for those of here
   for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    if (!value.isGenerator() || value.toGenerator().device().is_cpu()) continue;
+    if (!value.isGenerator()) continue;
+    TORCH_CHECK(!own || value.toGenerator().device() == HERE, "Expected a generator of '", HERE, "' but found 'cpu'.");
+    if (value.toGenerator().device().is_cpu()) continue;
     auto random = at::make_generator<at::CPUGeneratorImpl>();
     random.set_state(value.toGenerator().get_state());
     drawn.emplace_back(value.toGenerator(), random);

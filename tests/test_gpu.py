@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from perexample import check, extend, perex, plan, privatize, register_rule
 from perexample._precision import full_precision
+from perexample.errors import CrossExampleError
 from perexample.extension import Extension
 from perexample.extensions import (
     BatchDotGrad,
@@ -349,6 +350,52 @@ def test_what_is_repeated_draws_the_same_numbers(name):
         (out if isinstance(out, torch.Tensor) else out[0]).square().flatten(1).sum(1).mean().backward()
     for p in model.parameters():
         torch.testing.assert_close(p.grad_batch.mean(0), p.grad)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 20), nn.ModuleList(nn.Linear(8, 8) for _ in range(20))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chosen, out = self.gate(tokens).topk(2).indices, torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            mask = (chosen == number).any(1)
+            out[mask] += expert(tokens[mask])
+        return out.view_as(x)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(8, 5, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        lengths = torch.arange(1, len(x) + 1, device="cpu") % x.shape[1] + 1
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
+
+
+@pytest.mark.parametrize("make", [Routed, Packed, DRAWING["encoder"], lambda: nn.Conv1d(3, 5, 2, padding=1)])
+def test_a_default_device(make):
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model, x = extend(make().double()), torch.randn(5, 3, 8, dtype=torch.float64)
+        with perex(BatchGrad(), BatchL2Grad(), ClippedGrad(1.0)):
+            model(x).square().flatten(1).sum(1).mean().backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad_batch.mean(0), p.grad)
+            torch.testing.assert_close(p.grad_batch.flatten(1).square().sum(1), p.batch_l2)
+
+
+def test_a_default_device_and_losses_that_are_looked_at():
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model, x = extend(nn.Linear(8, 5)), torch.randn(4, 8)
+        with pytest.raises(CrossExampleError), perex(BatchGrad()):
+            (model(x) @ model(x).T).softmax(1).diagonal().log().mean().backward()
 
 
 def test_noise_on_a_gpu():

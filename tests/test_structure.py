@@ -134,6 +134,22 @@ def test_core_needs_torch_and_einops_only():
             assert {name.partition(".")[0] for name in names} <= core, (path, names)
 
 
+MAKERS = {
+    "arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
+}  # fmt: skip
+OF_USERS = {("steps.py", "zeros")}  # what a loop is given
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_no_tensor_is_made_on_the_default_device(path):
+    """It may be a GPU, and what is noted of examples lies on the CPU."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    made = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in MAKERS]
+    for call in made:
+        if ast.unparse(call.func.value) == "torch" and (path.name, call.func.attr) not in OF_USERS:
+            assert any(word.arg == "device" for word in call.keywords), ast.unparse(call)
+
+
 @pytest.mark.parametrize("package", [perexample, perexample.extensions, perexample.privacy])
 def test_every_public_name_exists_has_a_docstring_and_is_in_the_docs(package):
     api = (ROOT / "docs" / "api.rst").read_text()

@@ -80,7 +80,9 @@ def _form(nodes: Sequence[Node], n: int) -> int:
 def _meet(edge: GradientEdge, place: Place, near: Sequence[Near], bit: int, side: int) -> bool:
     """Whether the rows of examples whose number has a bit, or has it not, depend on the others."""
     weights = ones_for(edge)
-    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)).to(weights.device, weights.dtype)
+    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(
+        weights.device, weights.dtype
+    )
     wanted = _has(place.owner_of_entry(weights.device), bit) == side
     shape = [1] * weights.dim()
     shape[place.axis or 0] = -1

@@ -239,7 +239,7 @@ def _rows(near: Near, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def _noise(like: Tensor, draws: torch.Generator) -> Tensor:
     """Random weights."""
-    return torch.randn(like.shape, generator=draws).to(like.device, like.dtype)
+    return torch.randn(like.shape, generator=draws, device="cpu").to(like.device, like.dtype)
 
 
 def _across(taps: list[Near], sums: list[tuple[Tensor, Tensor]], bit: int) -> bool:
@@ -415,7 +415,9 @@ def _along(node: Node, a: Tensor, b: Tensor) -> bool:
 def _entry_meets(edge: GradientEdge, used: Tensor, found: Walk) -> bool:
     """Whether an entry of a tensor changes with several examples; some of those that the loss uses are tried."""
     entries = used.flatten().nonzero()[:, 0]
-    for number in torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:_SOME].tolist():
+    for number in torch.randperm(len(entries), generator=torch.Generator().manual_seed(0), device="cpu")[
+        :_SOME
+    ].tolist():
         weights = torch.zeros_like(ones_for(edge))
         weights.view(-1)[int(entries[number])] = 1.0
         if examples_of(edge, found, weights) > 1:

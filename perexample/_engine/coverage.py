@@ -228,7 +228,7 @@ def _as_many_each(total: float, targets: Tensor, ignored: int, n: int) -> bool:
         return False
     place = place_of(targets)
     if isinstance(place, Place) and place.axis is not None:
-        each = torch.zeros(n, dtype=torch.long).index_add_(
+        each = torch.zeros(n, dtype=torch.long, device="cpu").index_add_(
             0, place.owner_of_entry().cpu(), counted.flatten().long().cpu()
         )
         return bool((each == each[0]).all()) if targets.dim() == 1 else False

@@ -85,7 +85,7 @@ class _Made:
         self.generator = torch.Generator().manual_seed(rows + 1000 * trial)
         self.constants: dict[int, Tensor] = {}
         self.tracked = [t for t in tensors_in((args, kwargs)) if _has_rows(place_of(t))]
-        self.own = (torch.arange(rows) * (trial - _TRIALS)) if trial > _TRIALS else None
+        self.own = (torch.arange(rows, device="cpu") * (trial - _TRIALS)) if trial > _TRIALS else None
         self.values = [self._values(t) for t in self.tracked]
 
     def _values(self, t: Tensor, old: Tensor | None = None) -> Tensor:
@@ -101,13 +101,17 @@ class _Made:
             return t.detach().clone()
         if t.dtype == torch.bool:
             share = (0.5, 0.02, 0.98)[self.trial % 3]
-            return ~old if old is not None else (torch.rand(shape, generator=self.generator) < share).to(t.device)
+            return (
+                ~old
+                if old is not None
+                else (torch.rand(shape, generator=self.generator, device="cpu") < share).to(t.device)
+            )
         if not (t.is_floating_point() or t.is_complex()):
             low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
             low, high = min(low, 0), high + (low == high and self.trial % 2 == 0)
             if old is None or high == low:
-                return torch.randint(low, high + 1, shape, generator=self.generator).to(t)
-            step = torch.randint(1, high - low + 1, shape, generator=self.generator).to(t)
+                return torch.randint(low, high + 1, shape, generator=self.generator, device="cpu").to(t)
+            step = torch.randint(1, high - low + 1, shape, generator=self.generator, device="cpu").to(t)
             return low + (old - low + step) % (high - low + 1)
         if t.is_complex():
             return torch.complex(self._numbers(shape), self._numbers(shape)).to(t)
@@ -135,7 +139,7 @@ class _Made:
         return new
 
     def _numbers(self, shape: Any) -> Tensor:
-        made = torch.randn(shape, generator=self.generator, dtype=torch.float64) * self.scale
+        made = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * self.scale
         return made.abs() if self.scale != 1 else made
 
     def changed(self, rows: Tensor) -> list[Tensor]:
@@ -160,7 +164,9 @@ class _Made:
         if self.real or not (t.is_floating_point() or t.dtype == torch.bool):
             return t.detach().clone()
         if t.dtype == torch.bool:
-            self.constants.setdefault(id(t), (torch.rand(t.shape, generator=self.generator) < 0.5).to(t.device))
+            self.constants.setdefault(
+                id(t), (torch.rand(t.shape, generator=self.generator, device="cpu") < 0.5).to(t.device)
+            )
         if id(t) not in self.constants:
             self.constants[id(t)] = self._numbers(t.shape).to(t)
         return self.constants[id(t)].clone()
@@ -258,7 +264,7 @@ def _confirmed(func: Callable, args: tuple, kwargs: dict, forms: list[Form], row
     """Whether it holds for the real values too: with half of the rows exchanged among each other, the others stay."""
     with torch.no_grad(), random_kept(drawing_devices(tensors_in((args, kwargs)))):
         made = _Made(args, kwargs, rows, _TRIALS)
-        exchanged = torch.arange(rows) % 2 == 0
+        exchanged = torch.arange(rows, device="cpu") % 2 == 0
         try:
             base, after = made.call(func, made.values), made.call(func, made.rolled(exchanged))
         except Exception:  # noqa: BLE001 - in place on what has been changed since, for one
@@ -306,7 +312,7 @@ def _tried(func: Callable, args: tuple, kwargs: dict, rows: int, trial: int) -> 
     with torch.no_grad(), random_kept(drawing_devices(tensors_in((args, kwargs)))):
         made = _Made(args, kwargs, rows, trial)
         base = made.call(func, made.values)
-        numbers = torch.arange(rows)
+        numbers = torch.arange(rows, device="cpu")
         found = [[torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in base] for _ in range(2)]
         owner = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in base]
         told = [torch.ones(t.shape, dtype=torch.bool, device=t.device) for t in base]

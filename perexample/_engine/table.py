@@ -119,10 +119,12 @@ class _Written:
         place = self.writes[-1][1]
         assert isinstance(place, Place)
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
-        flat = torch.full((size,), -1)
+        flat = torch.full((size,), -1, device="cpu")
         for (shape, stride, offset), known in self.writes:
             assert isinstance(known, Place)
-            flat.as_strided(shape, stride, offset).copy_(entry_owners(torch.empty(()).expand(shape), known))
+            flat.as_strided(shape, stride, offset).copy_(
+                entry_owners(torch.empty((), device="cpu").expand(shape), known)
+            )
         owner = flat.as_strided(*_geometry(tensor))
         if not bool((owner >= 0).any()):
             return None

@@ -61,7 +61,7 @@ class _Kept:
 def _save(tensors: list[Tensor]) -> Any:
     if not saves_otherwise():
         return _Kept(tensors)
-    anchor = torch.empty(0, requires_grad=True)
+    anchor = torch.empty(0, requires_grad=True, device="cpu")
     return _Saved.apply(anchor, *(t.detach() for t in tensors)).grad_fn
 
 

@@ -12,7 +12,7 @@ from .._looks import holds
 from .backward import saves_otherwise
 
 with torch.inference_mode(False), torch.enable_grad():  # whatever holds where this is imported
-    _LEAF: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+    _LEAF: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True, device="cpu")).node)
 
 
 def leaf_of(node: Any) -> Tensor | None:

@@ -175,5 +175,7 @@ _PIECE = 1 << 20
 
 def _system_uniform(size: int) -> Tensor:
     """Multiples of 2^-53 in [0, 1), each as likely as the others."""
-    bits = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64) if size else torch.empty(0)
+    bits = (
+        torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64) if size else torch.empty(0, device="cpu")
+    )
     return (bits.to(torch.int64) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53)

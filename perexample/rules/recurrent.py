@@ -221,7 +221,7 @@ class RecurrentRule(Rule):
         if owner is None:
             return "was called with a packed sequence in which it cannot be told which steps belong to which example"
         whole = data.space.record.space
-        same = torch.equal(owner, torch.arange(whole.rows))
+        same = torch.equal(owner, torch.arange(whole.rows, device="cpu"))
         space = whole if same else Space(data.space.record, owner.numel(), owner, data.space.made)
         state = Place(space, 1)  # sizes and orders of the packed sequence belong to nobody
         states = [(t, known) for t, _ in self.states(module, args, kwargs) if (known := place_of(t)) is not None]

@@ -30,7 +30,7 @@ class Layout:
         """Which examples take part in which step, ``[T, N]``, where not all do."""
         if self.batch_sizes is None:
             return None
-        return (torch.arange(int(self.batch_sizes[0])) < self.batch_sizes[:, None]).to(device)
+        return (torch.arange(int(self.batch_sizes[0]), device="cpu") < self.batch_sizes[:, None]).to(device)
 
     def time_major(self, data: Tensor) -> Tensor:
         """``[T, N, F]``, zeros beyond the end of a sequence, from what the module takes or gives."""

@@ -152,7 +152,7 @@ def keeping(term: Term, formed: Formed, drift: float | None = None) -> tuple[Ten
 
 def blockwise(term: Term, form: Callable[[Any], Tensor], drift: float | None = None) -> tuple[Tensor, Term]:
     """Norms of gradients that are formed block by block and let go; ``drift`` is that of the term by default."""
-    masks = [torch.ones(term.n, dtype=torch.bool)] if blind() else blocks(term)
+    masks = [torch.ones(term.n, dtype=torch.bool, device="cpu")] if blind() else blocks(term)
     parts = [squared_norms(form(term.select(one) if len(masks) > 1 else term)) for one in masks]
     l2 = torch.cat(parts) if parts else term.factors()[0].new_zeros(0, dtype=torch.float64)
     return remembering(term, direct(term, l2, term.drift() if drift is None else drift))
