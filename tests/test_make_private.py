@@ -475,15 +475,15 @@ def test_sums_under_way_are_forgotten_when_a_state_is_loaded():
 
 def test_noise_does_not_come_again_on_another_batch():
     """The difference of two releases with the same noise would be that of their sums."""
-    p = private(sampling_generator=None)
+    p = private(sampling_generator=None, noise_multiplier=100.0)
     state, draws = p.state_dict(), []
     for _ in range(2):
         p.load_state_dict(state)
         before = p.optimizer.param_groups[0]["params"][0].detach().clone()
         run(p, until=1)
         draws.append(p.optimizer.param_groups[0]["params"][0].detach() - before)
-    noise = [torch.randn(4, 3, generator=generator(4), dtype=torch.float64)]
-    assert (draws[0] - draws[1]).norm() * 10 / 0.5 > noise[0].norm() / 3  # sums alone differ by far less
+    # Sums alone, each of some twenty examples of norm 0.5, differ by less; noise of norm 50 in 12 entries by more.
+    assert (draws[0] - draws[1]).norm() * 10 / 0.5 > 20
 
     def stream(**options):
         q = private(**options)
