@@ -31,7 +31,8 @@ from .._tree import PLAIN, tensors_in
 from ..place import Lost, Place, broadcast, entry_owners, from_owners
 from .arithmetic import simple_place
 from .kinds import HOOKING, LEAVING, TRAITS, Kind, Traits, traits_of
-from .operation import Operation, where
+from .lost import where
+from .operation import Operation
 from .parts import PARTS
 from .state import STATE, resumed
 from .table import known_place, origin_of, place_of, put, put_all_on_edges, put_made, put_on_edge, put_origin

@@ -18,10 +18,7 @@ from ..place import Lost, Place
 from ..rule import Bound, Rule, captured, function_rule
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, names
-from .lost import is_sparse as is_sparse  # which others import from here, as those with `as`
 from .lost import lose
-from .lost import lost_if_sparse as lost_if_sparse
-from .lost import where as where
 from .owners import values_of
 from .placing import Placing
 from .state import STATE, quiet

@@ -101,11 +101,9 @@ class _Made:
             return t.detach().clone()
         if t.dtype == torch.bool:
             share = (0.5, 0.02, 0.98)[self.trial % 3]
-            return (
-                ~old
-                if old is not None
-                else (torch.rand(shape, generator=self.generator, device="cpu") < share).to(t.device)
-            )
+            if old is not None:
+                return ~old
+            return (torch.rand(shape, generator=self.generator, device="cpu") < share).to(t.device)
         if not (t.is_floating_point() or t.is_complex()):
             low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
             low, high = min(low, 0), high + (low == high and self.trial % 2 == 0)
@@ -156,7 +154,7 @@ class _Made:
         return new
 
     def _seed(self) -> None:
-        """Let a random function draw the same numbers each time; other devices are left alone."""
+        """Let a random function draw the same numbers each time."""
         seed(0, drawing_devices(self.tracked))
 
     def _constant(self, t: Tensor) -> Tensor:
@@ -164,9 +162,8 @@ class _Made:
         if self.real or not (t.is_floating_point() or t.dtype == torch.bool):
             return t.detach().clone()
         if t.dtype == torch.bool:
-            self.constants.setdefault(
-                id(t), (torch.rand(t.shape, generator=self.generator, device="cpu") < 0.5).to(t.device)
-            )
+            half = torch.rand(t.shape, generator=self.generator, device="cpu") < 0.5
+            self.constants.setdefault(id(t), half.to(t.device))
         if id(t) not in self.constants:
             self.constants[id(t)] = self._numbers(t.shape).to(t)
         return self.constants[id(t)].clone()

@@ -31,7 +31,8 @@ from ..place import Lost, Place, Space
 from ..rule import Rule, captured, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded, is_own
 from .follow import Follow, forget_followers, note_checkpoint, recognise
-from .operation import is_sparse, lose, lost_if_sparse, parted
+from .lost import is_sparse, lose, lost_if_sparse
+from .operation import parted
 from .parts import tied
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
