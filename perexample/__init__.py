@@ -24,6 +24,7 @@ from .model import extend, unextend
 from .optim import DP_SGD, privatize
 from .plan import Plan, plan
 from .recorded import RecordedStep
+from .recorded_model import RecordedModel
 from .rule import Bound, Call, Rule, Sizes, register_rule, registered_functions, registered_rules
 from .rules import GenericRule
 
@@ -48,6 +49,7 @@ __all__ = [
     "PerExampleError",
     "Plan",
     "PrivacyBudgetError",
+    "RecordedModel",
     "RecordedStep",
     "Rule",
     "RuleContractError",

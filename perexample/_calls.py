@@ -225,19 +225,51 @@ def folded(calls: list[Call], roots: list[int], written: set[int], wanted: set[i
     return kept
 
 
-def code_of(calls: list[Call], inputs: int, wanted: list[int]) -> Callable[..., tuple]:
-    """The calls as the code of one function."""
-    kept = set(wanted)
+@dataclass(frozen=True)
+class Pause:
+    """Where a computation stops until the rest of its inputs is given.
+
+    Attributes:
+        place: How many calls come before.
+        shown: Numbers of the tensors that are handed out there.
+        given: Numbers of the inputs that are given there.
+    """
+
+    place: int
+    shown: Sequence[int]
+    given: Sequence[int]
+
+
+def code_of(calls: list[Call], inputs: int, wanted: list[int], pause: Pause | None = None) -> Callable[..., Any]:
+    """The calls as the code of one function.
+
+    Args:
+        calls: The operations.
+        inputs: How many tensors are given, which have the first numbers.
+        wanted: Numbers of the tensors that are returned.
+        pause: Where to wait for some of the inputs.
+
+    Returns:
+        The function; with a pause a generator: it yields a list of what is shown, to be emptied, and is sent the rest.
+    """
+    kept, later = set(wanted), () if pause is None else pause.given
     last: dict[int, int] = {}
     for place, call in enumerate(calls):
         last |= dict.fromkeys([*call.uses(), *(number for number in call.results if number >= 0)], place)
+    # What nobody needs after it is not held there: it would hold itself, as what is handed out holds what is to come.
+    over = [] if pause is None else [slot for slot in pause.shown if last.get(slot, 0) < pause.place]
+    last = {slot: place for slot, place in last.items() if slot not in over}
     gone: dict[int, list[int]] = {}
     for slot, place in last.items():
         if slot not in kept:
             gone.setdefault(place, []).append(slot)
     names: dict[str, Any] = {}
-    lines = [f"def replay({', '.join(f't{slot}' for slot in range(inputs))}):"]
+    lines = [f"def replay({', '.join(f't{slot}' for slot in range(inputs) if slot not in later)}):"]
     for place, call in enumerate(calls):
+        if pause is not None and place == pause.place:
+            lines.append(f"    shown = [{', '.join(f't{slot}' for slot in pause.shown)}]")
+            lines += [f"    del t{slot}" for slot in dict.fromkeys(over)]
+            lines.append(f"    {''.join(f't{slot}, ' for slot in later)}= yield shown")
         names[f"f{place}"] = call.direct
         given = [_source(a, names) for a in call.args] + [f"{k}={_source(v, names)}" for k, v in call.kwargs.items()]
         lines.append(f"    {_target(call)}f{place}({', '.join(given)})")

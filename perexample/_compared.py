@@ -49,6 +49,7 @@ class Comparison:
         usual: Takes the step as usual on a batch; ``None`` if it cannot be taken.
         seen: What was seen of the first run.
         device: Where the model is.
+        graph: Whether replays are those of a CUDA graph.
     """
 
     def __init__(
@@ -59,8 +60,11 @@ class Comparison:
         usual: Callable[[tuple], Found | None],
         seen: Seen,
         device: torch.device,
+        *,
+        graph: bool,
     ) -> None:
         """Nothing is compared yet."""
+        self.graph = graph
         self.batch, self.extensions, self.replay, self.usual = batch, extensions, replay, usual
         self.random, self.drew, self.device = seen.random, seen.drew, device
         self._like = _COARSE if seen.half or reduced([device.type]) else _ROUNDED
@@ -74,12 +78,12 @@ class Comparison:
         Raises:
             ConfigurationError: If results differ by more than rounding.
         """
-        size, on_gpu = self.batch.size, self.device.type == "cuda"
-        if not (on_gpu and self.random):  # a CUDA graph draws other numbers, which cannot be replaced
+        size = self.batch.size
+        if not (self.graph and self.random):  # a CUDA graph draws other numbers, which cannot be replaced
             self._with_usual(size, nullcontext)
         if whole:
             return
-        for n in sorted({size - 1, 1} - {size, 0}, reverse=True) if not (on_gpu and self.random) else ():
+        for n in sorted({size - 1, 1} - {size, 0}, reverse=True) if not (self.graph and self.random) else ():
             self._with_usual(n, without_chance if self.random else nullcontext)
         if size > 1:
             self._fillers((size + 1) // 2)
@@ -147,22 +151,23 @@ class Comparison:
         return near([a[:n]], [b[:n]], like) if same_rows else near([a], [b], like)
 
 
-def refuse_memory(losses: Tensor, again: Tensor, *, coarse: bool) -> None:
+def refuse_memory(found: Sequence[Tensor], again: Sequence[Tensor], *, coarse: bool) -> None:
     """Whether two runs on the same batch, with the same random numbers, give the same.
 
     Args:
-        losses: Of the one.
+        found: Losses and outputs of the one.
         again: Of the other.
         coarse: Whether something is computed in less than float32.
 
     Raises:
         ConfigurationError: If they do not.
     """
-    if not near([again], [losses], _COARSE if coarse else _REPEATED):
+    like = _COARSE if coarse else _REPEATED
+    if not all(near([a], [b], like) for a, b in zip(again, found, strict=True)):
         raise ConfigurationError(
-            "This step cannot be recorded: the same batch has other losses in a second run. The model or its loss goes "
-            "on with what a run before has left (counters, schedules, states), which would be that of the recording "
-            "for ever. Give it with the batch, or run the step as usual."
+            "This step cannot be recorded: the same batch has other losses in a second run, or other outputs. The "
+            "model or its loss goes on with what a run before has left (counters, schedules, states), which would be "
+            "that of the recording for ever. Give it with the batch, or run the step as usual."
         )
 
 

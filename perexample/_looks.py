@@ -26,7 +26,8 @@ class Notes:
         excesses: Tensors whose entries should be at most 0, and finite.
         norms: Tensors whose entries should be below `_LARGE`.
         found: What was found out by looking, one after the other.
-        by_model: Whether the model or its loss has looked at a value that comes from the batch, of all of it perhaps.
+        looks: Whether the model or its loss has looked at a value.
+        by_model: Whether at one that comes from the batch, of all of it perhaps.
     """
 
     def __init__(self, before: Sequence[Any] | None = None) -> None:
@@ -35,7 +36,7 @@ class Notes:
         self.excesses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.found: list[Any] = []
-        self.by_model = False
+        self.looks = self.by_model = False
         self._before = before
 
     def found_out(self, finding: Callable[[], Any]) -> Any:
@@ -190,6 +191,7 @@ def model_looks(same: Callable[[], Tensor], *, at_batch: bool) -> bool:
     if notes is None:
         return False
     notes.conditions.append(same())
+    notes.looks = True
     notes.by_model |= at_batch
     return True
 

@@ -19,6 +19,7 @@ class StaticBatch:
     Args:
         batch: Tensors in nested tuples, lists and mappings, with the examples on their first axis.
         device: Where the model is.
+        name: Of what takes it, for messages.
 
     Attributes:
         size: How many examples there may be.
@@ -30,13 +31,14 @@ class StaticBatch:
         ConfigurationError: If there is something else than tensors, numbers and texts in it.
     """
 
-    def __init__(self, batch: tuple, device: torch.device) -> None:
+    def __init__(self, batch: tuple, device: torch.device, name: str) -> None:
         """Copy it twice."""
+        self._name = name
         self._form = _form(batch)
         self.size = _number(batch)
         if self.size < 1:
             raise BatchAxisError(
-                "RecordedStep needs a batch of one example or more to be recorded with, as many examples on the first "
+                f"{name} needs a batch of one example or more to be recorded with, as many examples on the first "
                 "axis of each tensor."
             )
         self.own = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
@@ -58,22 +60,13 @@ class StaticBatch:
             BatchAxisError: If it has another form, or more examples.
             ConfigurationError: If gradients of it are wanted.
         """
-        n, new, own = _number(batch), tensors_of(batch), tensors_of(self.own)
-        if not 0 <= n <= self.size or _form(batch) != self._form:
-            raise BatchAxisError(
-                f"RecordedStep was recorded with {_described(own)}, and was called with {_described(new)}; only the "
-                f"number of examples may be another, at most {self.size}, and all that is no tensor must be the same. "
-                f"Record a step with the largest batch."
-            )
-        if any(t.requires_grad for t in new):
-            raise ConfigurationError("RecordedStep leaves no gradients of its inputs; pass them without requires_grad.")
+        n, new, own = self._checked(batch), tensors_of(batch), tensors_of(self.own)
         if n != self._counted:
             self.real[:n] = True
             self.real[n:] = False
             self._counted = n
         self.read = own
-        apart = len({t.untyped_storage().data_ptr() for t in new}) == len(new)
-        if n == self.size and own[0].device.type != "cuda" and apart and all(map(_lie_alike, new, own)):
+        if n == self.size and own[0].device.type != "cuda" and _are_apart(new) and all(map(_lie_alike, new, own)):
             self.read = new  # no copy is needed
             return n
         for a, b, c in zip(new, own, tensors_of(self._spare), strict=True):
@@ -81,6 +74,42 @@ class StaticBatch:
             if n < self._filled:
                 b[n : self._filled].copy_(c[n : self._filled])
         self._filled = n
+        return n
+
+    def filled(self, batch: tuple, rest: int) -> tuple[int, list[Tensor]]:
+        """The number of examples of a batch, and tensors as `fill` lets them be read, which a later one leaves alone.
+
+        Args:
+            batch: As for `fill`.
+            rest: How many of its tensors, the last ones, are left out.
+
+        Returns:
+            The number, and the tensors.
+
+        Raises:
+            BatchAxisError: As `fill`.
+            ConfigurationError: As `fill`.
+        """
+        n, every = self._checked(batch), tensors_of(batch)
+        new = every[: len(every) - rest]
+        if not _are_apart(new):
+            new = [t.clone() for t in new]
+        triples = zip(new, tensors_of(self.own), tensors_of(self._spare), strict=False)
+        return n, [fitted(t, own, spare) for t, own, spare in triples]
+
+    def _checked(self, batch: tuple) -> int:
+        """The number of examples of a batch that can be read."""
+        n, new, own = _number(batch), tensors_of(batch), tensors_of(self.own)
+        if not 0 <= n <= self.size or _form(batch) != self._form:
+            raise BatchAxisError(
+                f"{self._name} was recorded with {_described(own)}, and was called with {_described(new)}; only the "
+                f"number of examples may be another, at most {self.size}, and all that is no tensor must be the same. "
+                f"Record a step with the largest batch."
+            )
+        if any(t.requires_grad for t in new):
+            raise ConfigurationError(
+                f"{self._name} leaves no gradients of its inputs; pass them without requires_grad."
+            )
         return n
 
     def refill(self) -> None:
@@ -92,6 +121,29 @@ class StaticBatch:
     def others(self, n: int) -> tuple:
         """A batch of n of its own examples, in another order."""
         return map_tensors(lambda t: t.roll(1, 0)[:n].clone(), self._spare)
+
+
+def fitted(t: Tensor, like: Tensor, rest: Tensor | None = None) -> Tensor:
+    """A tensor as one of another's shape, device and layout: itself, if it is, else a copy.
+
+    Args:
+        t: With as many entries on the first axis, or fewer.
+        like: The other one.
+        rest: What the entries behind these are taken from, by their places; zeros if not given.
+
+    Returns:
+        The tensor.
+    """
+    n = len(t)
+    if n == len(like) and _lie_alike(t, like):
+        return t
+    whole = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    whole[:n].copy_(t)
+    if rest is None:
+        whole[n:].zero_()
+    else:
+        whole[n:].copy_(rest[n:])
+    return whole
 
 
 def _number(batch: Any) -> int:
@@ -106,7 +158,7 @@ def _form(tree: Any) -> Any:
         if tree.layout is not torch.strided or tree.is_quantized or not tree.dim():
             kind = "a number" if not tree.dim() else "a quantized one" if tree.is_quantized else str(tree.layout)
             raise ConfigurationError(
-                f"RecordedStep takes batches of dense tensors with the examples on their first axis, and one is "
+                f"A recording takes batches of dense tensors with the examples on their first axis, and one is "
                 f"{kind}; make it dense, or let the loss have it in another way."
             )
         return "tensor", tree.shape[1:], tree.dtype
@@ -119,9 +171,14 @@ def _form(tree: Any) -> Any:
     if type(tree) in PLAIN:
         return type(tree), tree
     raise ConfigurationError(
-        f"RecordedStep takes batches of tensors, in tuples, lists, mappings and dataclasses; a {type(tree).__name__} "
+        f"A recording takes batches of tensors, in tuples, lists, mappings and dataclasses; a {type(tree).__name__} "
         f"would be that of the recording for ever."
     )
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of them share memory."""
+    return len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
 def _lie_alike(t: Tensor, other: Tensor) -> bool:

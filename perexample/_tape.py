@@ -6,7 +6,7 @@ long, so that a small model's step is mostly that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ._calls import (
     WRITES_STATISTICS,
     Call,
     Form,
+    Pause,
     Slot,
     code_of,
     folded,
@@ -48,6 +49,7 @@ _COMPARED = {"_local_scalar_dense", "equal"}  # of these, those that may be look
 _VIEWS: dict[str, Callable[..., Tensor]] = {
     "t_": torch.t, "transpose_": torch.transpose, "unsqueeze_": torch.unsqueeze, "squeeze_": torch.squeeze,
 }  # fmt: skip
+_FULL = {"ones_like": 1, "zeros_like": 0}
 _OTHER_SHAPE = {"set_", "resize_", "resize_as_", "as_strided_", *_VIEWS}
 
 
@@ -73,19 +75,29 @@ class Tape(TorchDispatchMode):
         self._left: set[int] = set()  # memory of those that were made on another tape
         self._wanted: Any = None
         self._program: tuple[list[Call], int, list[int]] | None = None
-        self._code: Callable[..., tuple] | None = None
+        self._code: Callable[..., Any] | None = None
+        self._pause: Pause | None = None
+        self._shown_tree: Any = None  # what is handed out at the pause
+        self._copied: set[int] = set()  # of that, what the rest of the computation needs as it is
         self._fused: Fused | None = None
         self.random = False
         self._memories: set[int] = set()  # of all that operations have made
         self._changing: set[int] = set()  # memory that may hold other values in a replay
         self._of_batch: set[int] = set()  # the same, if they come from the inputs or by chance
 
-    def record(self, function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Any:
+    def record(
+        self,
+        function: Callable[[], Any],
+        inputs: Sequence[Tensor] = (),
+        later: int = 0,
+    ) -> Any:
         """Call a function and record what it does.
 
         Args:
             function: Returns tensors in nested tuples, lists and dictionaries.
             inputs: Tensors that it reads, in whose place others are given in a replay.
+            later: How many of these, the last ones, are given when the computation has gone as far as it can without.
+                Then the function returns a pair: what is handed out at that point, and what at the end.
 
         Returns:
             What it returns.
@@ -109,7 +121,11 @@ class Tape(TorchDispatchMode):
             calls = folded(calls, self._roots, self._written, set(wanted))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
         self._program = calls, len(inputs), wanted
-        self._code = code_of(calls, len(inputs), wanted)
+        if later:
+            self._shown_tree, self._wanted = self._wanted
+            wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
+            self._pause = self._paused(calls, range(len(inputs) - later, len(inputs)))
+        self._code = code_of(calls, len(inputs), wanted, self._pause)
         self._calls, self._shown, self._kept = [], {}, []
         return found
 
@@ -158,10 +174,56 @@ class Tape(TorchDispatchMode):
             DoesNotHold: If what it was compiled to cannot be used for these, after random numbers were drawn.
         """
         assert self._code is not None
+        if self._pause is not None:
+            early = len(inputs) - len(self._pause.given)
+            shown, finish = self.begin(inputs[:early])
+            return shown, finish(inputs[early:])
         code = self._code if self._fused is None or not self._fused.fits else self._fused
         with undispatched(), torch.no_grad():  # function modes, as a default device, have been recorded
-            values = iter(code(*inputs))
-        return map_tensors(lambda slot: next(values) if slot.number >= 0 else slot.tensor, self._wanted, Slot)
+            return _filled(self._wanted, code(*inputs))
+
+    def begin(self, inputs: Sequence[Tensor]) -> tuple[Any, Callable[[Sequence[Tensor]], Any]]:
+        """Do it as far as it can be done without the inputs that are given later.
+
+        Args:
+            inputs: The others.
+
+        Returns:
+            What is shown, tensors that may be written to; and what goes on from there, once, when it is given the rest.
+        """
+        assert self._code is not None
+        assert self._pause is not None
+        with undispatched(), torch.no_grad():
+            under_way = self._code(*inputs)
+            found = next(under_way)
+            pairs = zip(self._pause.shown, found, strict=True)
+            shown = _filled(self._shown_tree, [t.clone() if number in self._copied else t for number, t in pairs])
+            found.clear()
+
+        def finish(rest: Sequence[Tensor]) -> Any:
+            try:
+                with undispatched(), torch.no_grad():
+                    under_way.send(tuple(rest))
+            except StopIteration as end:
+                return _filled(self._wanted, end.value)
+            raise AssertionError("there is one pause")
+
+        return shown, finish
+
+    def _paused(self, calls: Sequence[Call], given: Sequence[int]) -> Pause:
+        """Where it has to wait for these inputs."""
+        place = next(place for place, call in enumerate(calls) if not set(given).isdisjoint(call.uses()))
+        shown = [slot.number for slot in slots_of(self._shown_tree) if slot.number >= 0]
+        roots = [self._roots[number] for number in shown]
+        used = {self._roots[number] for call in calls[place:] for number in call.uses()}
+        again = {number for at, number in enumerate(shown) if roots[at] in used or roots[at] in roots[:at]}
+        if not {*shown} <= {*range(max(given) + 1), *(number for call in calls[:place] for number in call.results)}:
+            raise ConfigurationError(
+                "This step cannot be recorded: what it is to hand out is made of what it would be given then. Run it "
+                "as usual."
+            )
+        self._copied = again | {number for number in shown if number <= max(given)}
+        return Pause(place, shown, given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Note an operation."""
@@ -181,6 +243,9 @@ class Tape(TorchDispatchMode):
             _refuse_looks(name, args)
         _refuse_generators((*args, *kwargs.values()))
         found = func(*args, **kwargs)
+        if name in _FULL and not found.dim():  # which takes a number's shape alone, and needs not wait for it
+            func, args, given = torch.ops.aten.full.default, ([], _FULL[name]), []
+            kwargs = {"dtype": found.dtype, "device": found.device}
         if name.startswith("lift_fresh"):  # a constant that may be written to afterwards
             copy = torch.ops.aten.clone.default
             self._calls.append(
@@ -234,7 +299,7 @@ class Tape(TorchDispatchMode):
             setattr(view, _SLOT, (self, _CONSTANT))
             return True
         root = self._root(of)
-        key = root, view.shape, view.stride(), view.storage_offset(), view.dtype, view.is_conj(), view.is_neg()
+        key = _layout(root, view)
         slot = self._shown.get(key)
         if slot is None:
             self._shown[key] = len(self._roots)  # the number that it is about to get
@@ -252,10 +317,10 @@ class Tape(TorchDispatchMode):
         self._roots.append(root)
         self._forms.append(Form(t.shape, t.dtype))
         setattr(t, _SLOT, (self, number))
+        if memory:
+            self._shown.setdefault(_layout(root, t), number)
         if shared is None and memory:
             self._memories.add(memory)
-            key = number, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
-            self._shown[key] = number
         return number
 
     def _root(self, t: Tensor) -> int:
@@ -311,6 +376,17 @@ class Tape(TorchDispatchMode):
         if not isinstance(found, Tensor) or not given or not is_view(func):
             return False
         return memory_of(found) != 0 and memory_of(found) == memory_of(given[0])
+
+
+def _layout(root: int, t: Tensor) -> Any:
+    """All that tells tensors apart that show the same memory."""
+    return root, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
+
+
+def _filled(tree: Any, values: Iterable[Tensor]) -> Any:
+    """A structure with tensors in the place of their slots."""
+    every = iter(values)
+    return map_tensors(lambda slot: next(every) if slot.number >= 0 else slot.tensor, tree, Slot)
 
 
 def _tried(found: Any, given: Sequence[Tensor]) -> Any:

@@ -92,10 +92,12 @@ class RecordedStep:
         (torch.Size([5]), torch.Size([2, 3]), 5)
     """
 
+    _name = "RecordedStep"  # for messages
+
     def __init__(
         self,
         model: nn.Module,
-        losses: Callable[..., Tensor],
+        losses: Callable[..., Any],
         *batch: Any,
         extensions: Extension | Sequence[Extension],
         strategy: str = "measure",
@@ -104,14 +106,14 @@ class RecordedStep:
     ) -> None:
         """Run the step a few times, record it, and compare."""
         if not isinstance(model, nn.Module):
-            raise ConfigurationError(f"RecordedStep takes a torch.nn.Module, not {type(model).__name__}.")
+            raise ConfigurationError(f"{self._name} takes a torch.nn.Module, not {type(model).__name__}.")
         losses_of("losses", losses, "the loss of each example, [N]")
         self.model, self.losses, self.compiled = model, losses, flag("compiled", compiled)
         self.options: dict[str, Any] = {"strategy": strategy, "room": room}
         self.extensions: list[Extension] = [*extensions] if isinstance(extensions, Sequence) else [extensions]
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
-        self._by_model = False  # whether the model looks at values
+        self._looks = self._by_model = False  # whether the model looks at values, and at those of the batch
         self._seen, self._names = Seen(), frozenset[str]()
         perex(*self.extensions, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
@@ -119,29 +121,34 @@ class RecordedStep:
             if is_sharded(p):
                 raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
         self._device = self._only_device()
-        self._batch = StaticBatch(batch, self._device)
+        self._batch = StaticBatch(batch, self._device, self._name)
         self._asked = [_stand_in(extension) for extension in self.extensions]
         before = state_of(self.model, self._device, None)
         kept = random_kept([self._device])
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
-            self._replay = self._captured() if self._device.type == "cuda" else self._taped()
+            self._replay = self._captured() if self._on_graph else self._taped()
             self._compare()
         self._model_was = state_of(self.model, self._device, self._names)
         self._settings_were = settings_of(self.extensions)
         # What a forward leaves at the modules says nothing of what is to be done.
         self._left = frozenset(key for key, value in self._model_was.items() if before.get(key, before) != value)
 
+    @property
+    def _on_graph(self) -> bool:
+        """Whether it becomes a CUDA graph."""
+        return self._device.type == "cuda"
+
     def _only_device(self) -> torch.device:
         devices = {p.device for p in self._parameters.values()}
         if len(devices) != 1:
             where = " and ".join(sorted(map(str, devices))) or "none: it has no parameters"
             raise ConfigurationError(
-                f"RecordedStep needs a model on one device; this one is on {where}. Run such a step as usual."
+                f"{self._name} needs a model on one device; this one is on {where}. Run such a step as usual."
             )
         [device] = devices
         if self.compiled and device.type != "cpu":
             raise ConfigurationError(
-                f"RecordedStep(compiled=True) is for models on a CPU, and this one is on {device}; leave it out."
+                f"{self._name}(compiled=True) is for models on a CPU, and this one is on {device}; leave it out."
             )
         return device
 
@@ -183,7 +190,7 @@ class RecordedStep:
 
     def _replayed_if_it_can(self) -> Found | None:
         """What a replay finds; nothing where it fails, as the step as usual says what is wrong, or nothing is."""
-        if self._device.type == "cuda":
+        if self._on_graph:
             return self._replay()
         try:
             return self._replay()
@@ -213,7 +220,7 @@ class RecordedStep:
         self._warm_up()
         tape = Tape()
         with no_host_reads():
-            tape.record(self._run, tensors_of(self._batch.own))
+            self._record(tape)
 
         self._tape = tape
         if self.compiled:
@@ -224,13 +231,21 @@ class RecordedStep:
 
         def replay() -> Found:
             with self._as_replayed():
-                return tape.replay(self._batch.read)
+                return self._replayed(tape)
 
         return replay
 
+    def _record(self, tape: Tape) -> None:
+        tape.record(self._run, tensors_of(self._batch.own))
+
+    def _replayed(self, tape: Tape) -> Found:
+        return cast(Found, tape.replay(self._batch.read))
+
     def _compare(self) -> None:
         """Whether replays do what the step does as usual; if they do not as compiled, whether they do without."""
-        comparison = Comparison(self._batch, self.extensions, self._again, self._usual, self._seen, self._device)
+        comparison = Comparison(
+            self._batch, self.extensions, self._again, self._usual, self._seen, self._device, graph=self._on_graph
+        )
         try:
             comparison.refuse_differences(whole=self._by_model)
         except ConfigurationError:
@@ -242,7 +257,7 @@ class RecordedStep:
 
     def _not_compiled(self, why: str) -> None:
         self.compiled = False
-        warnings.warn(f"RecordedStep: its operations are replayed as they are, not compiled: {why}.", stacklevel=4)
+        warnings.warn(f"{self._name}: its operations are replayed as they are, not compiled: {why}.", stacklevel=4)
 
     @contextmanager
     def _as_replayed(self) -> Iterator[None]:
@@ -253,19 +268,20 @@ class RecordedStep:
 
     def _warm_up(self) -> None:
         """What is measured and looked at once, and what a loss is looked at for twice."""
-        own, device, losses = self._batch.own, self._device, []
+        own, device, found = self._batch.own, self._device, []
 
         def run(*more: Extension) -> None:
-            losses.append(cast(Found, self._usual(own, *more)).losses)
+            one = cast(Found, self._usual(own, *more))
+            found.append(tensors_of((one.losses, one.outputs)))
 
         seed(SEED, [device])
         self._seen = first_run(run, self.model, self._parameters, own, device)
         self._names = names_read(self.losses, self.model, self._seen.called)
         seed(SEED, [device])
         refuse_remembering(run, [a for a, own in zip(self._asked, self.extensions, strict=True) if a is own])
-        refuse_memory(*losses, coarse=self._seen.half or reduced([device.type]))
+        refuse_memory(*found, coarse=self._seen.half or reduced([device.type]))
         # What a run leaves to the next one is marked by a tape of its own.
-        for rehearsal in (nullcontext(), nullcontext() if device.type == "cuda" else Tape()):
+        for rehearsal in (nullcontext(), nullcontext() if self._on_graph else Tape()):
             self._before = None
             with rehearsal:
                 self._run()
@@ -325,7 +341,7 @@ class RecordedStep:
             found = self._collected(losses, outputs, losses)
             self._note_sums(found)
             found.held = notes.all_hold(self._device)
-        self._before, self._by_model = notes.found, notes.by_model
+        self._before, self._by_model, self._looks = notes.found, notes.by_model, notes.looks
         return found
 
     def _note_sums(self, found: Found) -> None:
@@ -416,8 +432,8 @@ class RecordedStep:
         what = what or what_differs(settings_of(self.extensions), self._settings_were)
         if what is not None:
             raise StaleGradientError(
-                f"RecordedStep: {described(what)} has changed since the step was recorded, and a replay would not know "
-                f"of it; make a new RecordedStep."
+                f"{self._name}: {described(what)} has changed since the step was recorded, and a replay would not know "
+                f"of it; make a new {self._name}."
             )
 
 

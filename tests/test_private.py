@@ -269,6 +269,8 @@ def test_hooks_are_found_and_removed_with_all_their_flags():
     module.register_forward_pre_hook(Hook(), with_kwargs=True)
     module.register_forward_hook(Hook(), with_kwargs=True, always_call=True)
     assert _private.has_hook(module, Hook)
+    assert isinstance(_private.hook_of(module, Hook), Hook)
+    assert _private.hook_of(module, str) is None
     _private.remove_hooks(module, (Hook,))
     assert not _private.has_hook(module, Hook)
     module(torch.ones(1, 1))

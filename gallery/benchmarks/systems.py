@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from models import Case
 from torch import Tensor, nn
 
-from perexample import RecordedStep, extend, perex
+from perexample import RecordedModel, RecordedStep, extend, perex
 from perexample._tape import Tape
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 
@@ -251,6 +251,22 @@ class OursRecorded(OursClipped):
         self.recorded(self.x, self.y)
         if self.recorded.repeated:
             raise RuntimeError("a step had to be run as usual")
+
+
+class OursModel(OursClipped):
+    """This library's clipped sums by an ordinary loop with a recorded model."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.recorded = RecordedModel(self.model, self.x, extensions=self.asked)
+
+    def losses(self) -> Tensor:
+        return self.problem.case.losses(self.recorded(self.x), self.y)
+
+    def step(self) -> None:
+        super().step()
+        if self.recorded.repeated:
+            raise RuntimeError("a call had to be run as usual")
 
 
 class OursCompiled(OursRecorded):

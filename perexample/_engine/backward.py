@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -82,13 +82,19 @@ class Backward:
         seeded = not context.grad and not found.leaves and loss.dtype in (torch.float32, torch.float64)
         n = float(self.n) if mean and self.n else 1.0  # what an example's own loss is divided by
         self.seed = n if seeded else 1.0
-        scale = (self.n if mean else 1.0) / self.seed / loss_scale
+        self.scale = (self.n if mean else 1.0) / self.seed / loss_scale
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make a view for each parameter, and count what each waits for."""
+        context, found = self.context, self.found
         forwards = frozenset(tap.record for tap in found.taps)
         trainable = [(key, p, name) for key, (p, name) in self.names.items() if p.requires_grad]
         self.choice = _choice(context.strategy, self.joint, context.room)
         self.over = False  # whether autograd has run, so that parameters in shards may be gone
         self.again: set[int] = set()  # in a second pass, the tensors whose terms are wanted once more
-        self.views = {key: ParameterView(name, p, self.n, scale, forwards, self.choice) for key, p, name in trainable}
+        made = partial(ParameterView, n=self.n, scale=self.scale, forwards=forwards, choice=self.choice)
+        self.views = {key: made(name, p) for key, p, name in trainable}
         self.arrived: dict[Tap, dict[int, Tensor]] = {tap: {} for tap in found.taps}
         for view in self.views.values():
             view.wait()

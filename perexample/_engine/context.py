@@ -15,9 +15,9 @@ from .._private import loss_reduction_of, sums_losses, undispatched, whole_argum
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import ROOM, Choice
-from .backward import Backward
 from .kinds import HOOKING
 from .record import forget_forwards
+from .replayed import backward_of
 from .state import STATE
 from .walk import walk
 
@@ -144,7 +144,7 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
         forget_forwards()
         with undispatched():
             _check_loss(loss, gradient, inputs, self.loss_reduction)
-            run = Backward(self, loss, walk([loss]))
+            run = backward_of(self, loss, walk([loss]))
         keep = create_graph if retain_graph is None else retain_graph
 
         def backward(inputs: Any, keep: bool) -> None:

@@ -26,6 +26,7 @@ from .hooks import (
     global_hooks,
     has_backward_hooks,
     has_hook,
+    hook_of,
     remove_hooks,
     run_first,
     runs_last,

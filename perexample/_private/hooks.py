@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+H = TypeVar("H")
 
 
 def global_hooks() -> list[list[int]]:
@@ -39,7 +41,12 @@ def has_backward_hooks(module: nn.Module) -> bool:
 
 def has_hook(module: nn.Module, kind: type) -> bool:
     """Whether a forward pre-hook of this kind is registered."""
-    return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
+    return hook_of(module, kind) is not None
+
+
+def hook_of(module: nn.Module, kind: type[H]) -> H | None:
+    """The first forward pre-hook of this kind, if one is registered."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kind)), None)
 
 
 def run_first(module: nn.Module, kind: type) -> None:

@@ -162,14 +162,14 @@ MUTANTS = (
     mutant(
         "F36-unused",
         "has no sums for parameters that a loss does not reach",
-        Edit(f"{BACKWARD}.__init__", ("for key, p, name in trainable}", UNREACHED)),
+        Edit(f"{BACKWARD}._prepare", ("for key, p, name in trainable}", UNREACHED)),
         killers="test_optim.py::test_unreached_parameters_get_noise_of_the_same_scale",
     ),
     mutant(
         "F36-old-values",
         "leaves the values of an earlier backward where a loss does not reach a parameter",
         Edit(f"{BACKWARD}._write", ("elif hasattr(p, field):", "elif False:")),
-        Edit(f"{BACKWARD}.__init__", ("for key, p, name in trainable}", UNREACHED)),
+        Edit(f"{BACKWARD}._prepare", ("for key, p, name in trainable}", UNREACHED)),
         killers="test_faults.py::test_f36_not_reached_in_one_backward_only",
     ),
     mutant(

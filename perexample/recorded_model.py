@@ -1,0 +1,328 @@
+"""Models that are recorded once, and replayed in loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._arguments import shown
+from ._chance import random_kept, random_states, set_random_states
+from ._compared import Found
+from ._engine.record import Enter
+from ._engine.replayed import leave
+from ._engine.state import STATE
+from ._private import hook_of
+from ._static import fitted
+from ._tape import Tape
+from ._tree import map_tensors, tensors_of
+from ._unchanged import settings_of, what_differs
+from .errors import ConfigurationError
+from .extension import Extension
+from .recorded import RecordedStep
+
+
+class RecordedModel:
+    """An extended model that is recorded once: calls of it in a loop of one's own, and their backward, are replayed.
+
+    It takes the place of the model where ``loss.backward()`` runs in `perex`, and leaves the same fields, without most
+    of what Python, hooks and autograd take for them. The loss is computed as always, and may be any that examples have
+    of their own::
+
+        recorded = RecordedModel(model, x, extensions=clipping)
+        for x, y in loader:
+            with perex(clipping, grad=False):
+                F.cross_entropy(recorded(x), y).backward()
+            optimizer.step()
+
+    A `RecordedStep` replays the loss too, and can be compiled, which takes less time still; on a GPU it is a CUDA
+    graph, and this is not: there operations are launched one by one.
+
+    Before it is used the recording is compared with the model, on its examples in another order and on fewer. What a
+    replay takes for granted (that norms can be trusted in float32, that examples are finite) is looked at after each,
+    and if it was not so the batch is run again as usual. So are batches with more examples than it was recorded with.
+    Those with fewer, or none, are filled up with these.
+
+    The model must stay on its device, in its mode, with the same parameters, settings and hooks; what has changed is an
+    error. Optimizers, schedules, and the bound of `ClippedGrad` may go on as usual. Without gradients
+    (``torch.no_grad()``) a call is that of the model itself, in any mode.
+
+    Args:
+        model: The extended model.
+        args: Arguments of a call, with as many examples as a batch is to have at most on the first axis of each tensor.
+        extensions: One, or several: those that `perex` will have, the same objects.
+        strategy: As in `perex`, which must have the same.
+        room: As in `perex`, which must have the same.
+        kwargs: Keyword arguments of the call.
+
+    Attributes:
+        model: The model.
+        size: How many examples a replay may have.
+        repeated: How many calls with gradients were run as usual.
+
+    Raises:
+        ConfigurationError: If the model cannot be recorded: a forward that looks at values (``item()``, ``if``), sizes
+            that depend on values, outputs without the examples on the first axis, and as for `RecordedStep`.
+
+    Example:
+        >>> from perexample import RecordedModel, extend, perex
+        >>> from perexample.extensions import ClippedGrad
+        >>> model, clipping = extend(nn.Linear(3, 2)), ClippedGrad(1.0)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> recorded = RecordedModel(model, x, extensions=clipping)
+        >>> with perex(clipping, grad=False):
+        ...     nn.functional.cross_entropy(recorded(x[:5]), y[:5]).backward()
+        >>> model.weight.clipped_sum.shape, clipping.examples
+        (torch.Size([2, 3]), 5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        extensions: Extension | Sequence[Extension],
+        strategy: str = "measure",
+        room: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Run the model a few times, record it, and compare."""
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"RecordedModel takes a torch.nn.Module, not {type(model).__name__}.")
+        enter = hook_of(model, Enter)
+        if enter is None:
+            raise ConfigurationError("RecordedModel takes an extended model; call extend(model) before.")
+        if not enter.root:
+            raise ConfigurationError(
+                f"RecordedModel takes the model that was extended as a whole, and this is `{enter.name}` of one."
+            )
+        if enter.batch_dim != 0:
+            raise ConfigurationError(
+                f"RecordedModel needs the examples on the first axis, and the model was extended with "
+                f"batch_dim={enter.batch_dim}; call the model itself."
+            )
+        self.model = model
+        self._step = _Step(model, args, kwargs, extensions, strategy, room)
+
+    @property
+    def size(self) -> int:
+        """How many examples a replay may have."""
+        return self._step.size
+
+    @property
+    def repeated(self) -> int:
+        """How many calls with gradients were run as usual."""
+        return self._step.repeated
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Args:
+            args: As it was recorded with, but for the number of examples.
+            kwargs: The same.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            StaleGradientError: If the model is not as it was when it was recorded.
+            BatchAxisError: If the arguments have another form.
+            ConfigurationError: If gradients of the arguments are wanted, or it is called inside of another extended
+                model.
+        """
+        if not torch.is_grad_enabled():
+            return self.model(*args, **kwargs)
+        if STATE.frames:
+            raise ConfigurationError(
+                "A RecordedModel cannot be called inside of another extended model; record the outer one."
+            )
+        return self._step.outputs(args, kwargs)
+
+
+class _Pending:
+    """A call that waits for the gradients of its outputs."""
+
+    name, expected = "RecordedModel", False
+
+    def __init__(
+        self,
+        step: _Step,
+        n: int,
+        finish: Callable[[Sequence[Tensor]], Found],
+        arguments: tuple,
+        random: Sequence[Tensor] | None,
+    ) -> None:
+        self._step, self._n, self._finish, self._arguments, self._random = step, n, finish, arguments, random
+        self.extensions, self.options = step.extensions, step.context_options
+
+    def replay(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+        return self._step.finish(self._finish, self._n, gradients)
+
+    def again(self) -> list[Tensor]:
+        self._step.count_repeated()
+        args, kwargs = self._arguments
+        with random_kept([self._step.home]), torch.enable_grad(), self._step.autocast():
+            if self._random is not None:
+                set_random_states(self._random, [self._step.home])
+            return self._step.with_gradients(self._step.model(*args, **kwargs))
+
+
+class _Step(RecordedStep):
+    """A step whose losses are products of outputs and given gradients, which stops for these."""
+
+    _name = "RecordedModel"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+        extensions: Extension | Sequence[Extension],
+        strategy: str,
+        room: float | None,
+    ) -> None:
+        self.model = model
+        self._carries: list[bool] = []
+        self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._autocast = torch.is_autocast_enabled(self.home.type), torch.get_autocast_dtype(self.home.type)
+        gradients = self._made_up(args, kwargs)
+        super().__init__(
+            model, self._products, args, kwargs, gradients, extensions=extensions, strategy=strategy, room=room
+        )
+        if self._looks:
+            raise ConfigurationError(
+                "This model cannot be recorded: its forward looks at values (item(), if), which may be others in "
+                "another call, whose outputs would be wrong. Call the model itself, or use a RecordedStep."
+            )
+        self._batch.fill(self._batch.own)  # all of it is real, whatever was compared
+        context = self._context()
+        self.context_options = {key: getattr(context, key) for key in ("strategy", "room")}
+
+    def autocast(self) -> AbstractContextManager:
+        """As it was when the model was recorded; nothing that it casts may be that of another run."""
+        enabled, dtype = self._autocast
+        if not enabled and not torch.is_autocast_enabled(self.home.type):
+            return nullcontext()
+        return torch.autocast(self.home.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    @property
+    def _on_graph(self) -> bool:
+        return False
+
+    def with_gradients(self, outputs: Any) -> list[Tensor]:
+        """Those of a model's outputs that carry gradients."""
+        return [t for t, carries in zip(tensors_of(outputs), self._carries, strict=True) if carries]
+
+    def _made_up(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Gradients of the outputs of a call; whether they can be had."""
+        device = self.home
+        args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
+        n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
+        kept = random_kept([device])
+        with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), kept, self.autocast():
+            outputs = tensors_of(self.model(*args, **kwargs))
+        self._carries = [t.requires_grad for t in outputs]
+        carrying = [t for t in outputs if t.requires_grad]
+        for t in outputs:
+            if not t.dim() or len(t) != n or t.is_complex() or t.layout is not torch.strided:
+                raise ConfigurationError(
+                    f"RecordedModel: the model returns {shown(t.dtype)} of shape {list(t.shape)} for {n} examples; all "
+                    f"tensors that it returns must be dense and real, with the examples on the first axis. Call the "
+                    f"model itself, or use a RecordedStep."
+                )
+        if not carrying:
+            raise ConfigurationError(
+                "RecordedModel: no output of the model carries gradients; is everything frozen, or computed under "
+                "torch.no_grad()?"
+            )
+        draws = torch.Generator().manual_seed(0)
+        return tuple(
+            torch.randn(t.shape, generator=draws, device="cpu").to(device, t.dtype).contiguous() for t in carrying
+        )
+
+    def _products(self, args: tuple, kwargs: dict[str, Any], gradients: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        """For each example the sum of all products, whose gradients are those that are given; and the outputs."""
+        with self.autocast():
+            outputs = self.model(*args, **kwargs)
+        sums = [
+            (t * g).reshape(len(t), -1).sum(1) for t, g in zip(self.with_gradients(outputs), gradients, strict=True)
+        ]
+        total = sums[0]
+        for more in sums[1:]:
+            total = total + more
+        return total, outputs
+
+    def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> Found:
+        """Without the products, that nobody asks for."""
+        found = super()._collected(losses, outputs, held)
+        found.losses = torch.zeros(len(losses), device=self._device)
+        return found
+
+    def _record(self, tape: Tape) -> None:
+        own = tensors_of(self._batch.own)
+        later = len(own) - len(tensors_of(self._batch.own[:2]))
+        tape.record(lambda: _parted(self._run()), own, later)
+
+    def _replayed(self, tape: Tape) -> Found:
+        outputs, found = tape.replay(self._batch.read)
+        return replace(found, outputs=outputs)
+
+    def outputs(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The outputs of a call, which wait for their gradients."""
+        self._refuse_changes()
+        n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
+        if n > self.size:
+            return self._called(args, kwargs)
+        gradients = tuple(g[:n] for g in self._batch.own[2])
+        with torch.inference_mode(False):
+            n, tensors = self._batch.filled((args, kwargs, gradients), rest=len(gradients))
+            random = random_states([self._device]) if self._seen.random else None
+            try:
+                with self._as_replayed():
+                    [outputs], finish = self._tape.begin(tensors)
+            except Exception:  # noqa: BLE001 - whatever an operation raises, the model says it better
+                if random is not None:
+                    set_random_states(random, [self._device])
+                return self._called(args, kwargs)
+            outputs = map_tensors(lambda t: t if n == self.size else t[:n].clone(), outputs)
+            pending = _Pending(self, n, finish, (args, kwargs), random)
+            left = iter(leave(self.model, args, kwargs, self.with_gradients(outputs), pending))
+            carries = iter(self._carries)
+            return map_tensors(lambda t: next(left) if next(carries) else t, outputs)
+
+    def _called(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.count_repeated()
+        return self.model(*args, **kwargs)
+
+    def count_repeated(self) -> None:
+        """Note that a call is run as usual."""
+        self.repeated += 1
+        self._warn()
+
+    def finish(self, finish: Callable[[Sequence[Tensor]], Found], n: int, gradients: Sequence[Tensor | None]) -> bool:
+        """Replay the rest of a call; whether it holds, so that its fields were left at the parameters."""
+        if what_differs(settings_of(self.extensions), self._settings_were) is not None:
+            self._refuse_changes()
+        for extension, asked in zip(self.extensions, self._asked, strict=True):
+            extension.prepare(asked)
+        own = self._batch.own[2]
+        given = [
+            torch.zeros_like(like) if g is None else fitted(g, like) for g, like in zip(gradients, own, strict=True)
+        ]
+        with torch.inference_mode(False), torch.enable_grad(), self._as_replayed():
+            try:
+                found = finish(given)
+            except Exception:  # noqa: BLE001 - the model as usual says what is wrong, or nothing is
+                found = None
+        if found is None or not found.held.item():
+            return False
+        self._take_over(found, n)
+        return True
+
+
+def _parted(found: Found) -> tuple[Any, Found]:
+    """The outputs, and all else."""
+    return found.outputs, replace(found, outputs=None)
