@@ -60,7 +60,7 @@ class StaticBatch:
             BatchAxisError: If it has another form, or more examples.
             ConfigurationError: If gradients of it are wanted.
         """
-        n, new, own = self._checked(batch), tensors_of(batch), tensors_of(self.own)
+        n, new, own = self._checked(batch, self._form[1]), tensors_of(batch), tensors_of(self.own)
         if n != self._counted:
             self.real[:n] = True
             self.real[n:] = False
@@ -76,12 +76,11 @@ class StaticBatch:
         self._filled = n
         return n
 
-    def filled(self, batch: tuple, rest: int) -> tuple[int, list[Tensor]]:
+    def filled(self, batch: tuple) -> tuple[int, list[Tensor]]:
         """The number of examples of a batch, and tensors as `fill` lets them be read, which a later one leaves alone.
 
         Args:
-            batch: As for `fill`.
-            rest: How many of its tensors, the last ones, are left out.
+            batch: As for `fill`, or the first parts of it.
 
         Returns:
             The number, and the tensors.
@@ -90,17 +89,16 @@ class StaticBatch:
             BatchAxisError: As `fill`.
             ConfigurationError: As `fill`.
         """
-        n, every = self._checked(batch), tensors_of(batch)
-        new = every[: len(every) - rest]
+        n, new = self._checked(batch, self._form[1][: len(batch)]), tensors_of(batch)
         if not _are_apart(new):
             new = [t.clone() for t in new]
-        triples = zip(new, tensors_of(self.own), tensors_of(self._spare), strict=False)
-        return n, [fitted(t, own, spare) for t, own, spare in triples]
+        parts = tensors_of(self.own[: len(batch)]), tensors_of(self._spare[: len(batch)])
+        return n, [fitted(t, own, spare) for t, own, spare in zip(new, *parts, strict=True)]
 
-    def _checked(self, batch: tuple) -> int:
-        """The number of examples of a batch that can be read."""
-        n, new, own = _number(batch), tensors_of(batch), tensors_of(self.own)
-        if not 0 <= n <= self.size or _form(batch) != self._form:
+    def _checked(self, batch: tuple, form: tuple) -> int:
+        """The number of examples of a batch, which must be of this form."""
+        n, new, own = _number(batch), tensors_of(batch), tensors_of(self.own[: len(form)])
+        if not 0 <= n <= self.size or _form(batch)[1] != form:
             raise BatchAxisError(
                 f"{self._name} was recorded with {_described(own)}, and was called with {_described(new)}; only the "
                 f"number of examples may be another, at most {self.size}, and all that is no tensor must be the same. "

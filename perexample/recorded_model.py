@@ -276,9 +276,8 @@ class _Step(RecordedStep):
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
         if n > self.size:
             return self._called(args, kwargs)
-        gradients = tuple(g[:n] for g in self._batch.own[2])
         with torch.inference_mode(False):
-            n, tensors = self._batch.filled((args, kwargs, gradients), rest=len(gradients))
+            n, tensors = self._batch.filled((args, kwargs))
             random = random_states([self._device]) if self._seen.random else None
             try:
                 with self._as_replayed():

@@ -913,13 +913,35 @@ def test_parameters_laid_out_in_one_are_recognised(process_group):
     assert not _private.laid_out_in_one(nn.Parameter(torch.ones(2)))
 
 
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_nodes_of_torch_that_are_named_by_their_kind():
+    z = torch.randn(4, 3, requires_grad=True)
+    written = z * 1
+    written[0] = z[1]
+    others = [z.exp(), z.mean().log(), torch.nn.functional.mse_loss(z, z.detach())]
+    assert all(_private.is_named_by_kind(t.grad_fn) for t in others)
+    assert len({type(t.grad_fn) for t in others}) == 3
+    assert not _private.is_named_by_kind(written.grad_fn)
+    assert not _private.is_named_by_kind(_Twice.apply(z).grad_fn)
+    assert not _private.is_named_by_kind(z.exp().grad_fn.next_functions[0][0])
+
+
 def test_what_graph_nodes_tell_of_what_they_gave():
     z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     parts = z.split(2)
-    assert _private.output_shapes(parts[0].grad_fn) == [torch.Size([2, 3])] * 2
+    assert [_private.output_shape(parts[0].grad_fn, i) for i in range(3)] == [torch.Size([2, 3])] * 2 + [None]
     ones = _private.ones_for(torch.autograd.graph.GradientEdge(parts[1].grad_fn, 1))
     assert (ones.shape, ones.dtype) == (torch.Size([2, 3]), torch.float64)
-    assert _private.output_shapes(z.square().mean().grad_fn) == [torch.Size([])]
+    assert _private.output_shape(z.square().mean().grad_fn, 0) == torch.Size([])
     assert _private.saved((z.mean() ** 3).grad_fn, "exponent") == 3
     assert _private.saved(z.mean().grad_fn, "exponent") is None
     loss = (z / z.detach()).sum()

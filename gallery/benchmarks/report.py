@@ -30,6 +30,7 @@ COLOURS = {
     "plain, recorded": "#b9bdc4",
     "plain, compiled": "#d6d9de",
     "ClippedGrad": "#c8664f",
+    "ClippedGrad, recorded model": "#b6573f",
     "ClippedGrad, recorded": "#a34a36",
     "ClippedGrad, compiled": "#7c2f1f",
     "ClippedGrad, roomy": "#e39b8a",
@@ -44,7 +45,7 @@ COLOURS = {
 }
 OURS = "ClippedGrad"
 PEERS = ("opacus", "backpack-for-pytorch")  # packages
-MARKERS = dict(zip(COLOURS, "oh8sH*pDPv^<>Xd", strict=True))
+MARKERS = dict(zip(COLOURS, "oh8sxH*pDPv^<>Xd", strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:

@@ -513,6 +513,7 @@ SYSTEMS: dict[str, type[System]] = {
     "plain, recorded": PlainRecorded,
     "plain, compiled": PlainCompiled,
     "ClippedGrad": OursClipped,
+    "ClippedGrad, recorded model": OursModel,
     "ClippedGrad, recorded": OursRecorded,
     "ClippedGrad, compiled": OursCompiled,
     "ClippedGrad, roomy": OursRoomy,

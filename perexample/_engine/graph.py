@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import metadata, ones_for, output_shapes, saved
+from .._private import is_named_by_kind, metadata, ones_for, output_shape, saved
 from .kinds import names
 from .tap import KEY, RETURNED, Tap
 from .walk import Walk
@@ -26,15 +26,22 @@ _MOST = 4096  # forms that are remembered
 Near = tuple[GradientEdge, Tap, int]  # an edge at which a tap is, and which of its outputs that is
 
 
+_KINDS: dict[type, str] = {}
+
+
 def kind_of(node: Node) -> str:
     """The operation that a graph node differentiates, without the number of its variant."""
-    return node.name().partition("Backward")[0]
+    kind = _KINDS.get(type(node))
+    if kind is None:
+        kind = node.name().partition("Backward")[0]
+        if is_named_by_kind(node):
+            _KINDS[type(node)] = kind
+    return kind
 
 
 def shape_of(node: Node | None, number: int) -> torch.Size | None:
     """Shape of a tensor, as far as the graph tells it."""
-    shapes = [] if node is None else output_shapes(node)
-    return shapes[number] if number < len(shapes) else None
+    return None if node is None else output_shape(node, number)
 
 
 def dims_of(node: Node, axes: int) -> set[int]:

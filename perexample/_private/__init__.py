@@ -8,6 +8,7 @@ from .backward import follow_recomputation, graph_task, repeats_forward, saves_o
 from .generators import MT_STATE, generator_of, is_default_generator, system_generator
 from .graph import (
     handed_through,
+    is_named_by_kind,
     leaf_of,
     looked_up,
     loss_reduction_of,
@@ -16,7 +17,7 @@ from .graph import (
     norm_statistics,
     ones_for,
     options_of,
-    output_shapes,
+    output_shape,
     reentrant_checkpoint,
     saved,
     sums_losses,

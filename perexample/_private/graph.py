@@ -25,9 +25,16 @@ def metadata(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]
 
 
-def output_shapes(node: Node) -> list[torch.Size]:
-    """Shapes of what a graph node gave; empty where it does not tell."""
-    return [torch.Size(known.shape) for known in getattr(node, "_input_metadata", ())]
+def is_named_by_kind(node: Node) -> bool:
+    """Whether a graph node is of torch's own, and all nodes of its class have the same name."""
+    kind = type(node)
+    return kind.__module__ == "builtins" and kind.__name__ == node.name()
+
+
+def output_shape(node: Node, number: int) -> torch.Size | None:
+    """Shape of what a graph node gave, of several the one of this number; ``None`` where it does not tell."""
+    known = getattr(node, "_input_metadata", ())
+    return torch.Size(known[number].shape) if number < len(known) else None
 
 
 def ones_for(edge: GradientEdge) -> Tensor:
