@@ -7,15 +7,15 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ._calls import Call, Form, slots_of
+from ._calls import Call, Form, Pause, slots_of
 from ._checks import checks_something_else
-from ._graph import Graph
+from ._graph import Graph, graph_of
 from ._indices import may_take_others
 from ._private import dispatch_modes_active, undispatched
 from .errors import ConfigurationError
@@ -125,6 +125,75 @@ class Fused:
             return False
         with undispatched():
             return all(map(Tensor.is_set_to, self._graph.constants, self._constants))
+
+
+class Halves:
+    """Operations with a pause, each half compiled: a generator as that of `code_of`.
+
+    Args:
+        calls: The operations.
+        forms: Of the tensors that they make, by their numbers.
+        inputs: How many tensors are given, which have the first numbers.
+        wanted: Numbers of the tensors that are returned.
+        pause: Where they wait for some of the inputs, the last ones.
+        example: Tensors that are given.
+
+    Raises:
+        ConfigurationError: As `Fused`.
+        DoesNotHold: As `Fused`.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        forms: Sequence[Form],
+        inputs: int,
+        wanted: Sequence[int],
+        pause: Pause,
+        example: Sequence[Tensor],
+    ) -> None:
+        """Compile both."""
+        first, second, early = calls[: pause.place], calls[pause.place :], range(inputs - len(pause.given))
+        used = {*wanted, *(number for call in second for number in call.uses())}
+        made = [number for call in first for number in call.results if number in used]
+        self._again = [number for number in early if number in used]
+        self._shown = len(pause.shown)
+        self._first = Fused(graph_of(first, forms, early, [*pause.shown, *made]), example[: len(early)])
+        given = [example[number] for number in self._again]
+        given += [*self._first(*example[: len(early)])[self._shown :], *example[len(early) :]]
+        self._second = Fused(graph_of(second, forms, [*self._again, *made, *pause.given], wanted), given)
+
+    def __call__(self, *given: Tensor) -> Generator[list[Tensor], Any, tuple]:
+        """Do the first, and the second when the rest is there."""
+        found = list(self._first(*given))
+        kept = [given[number] for number in self._again] + found[self._shown :]
+        del found[self._shown :]
+        rest = yield found
+        return self._second(*kept, *rest)
+
+    @property
+    def fits(self) -> bool:
+        """As of `Fused`."""
+        return self._first.fits and self._second.fits
+
+
+def through(program: Callable[..., Generator[Any, Any, tuple]], pause: Pause, *given: Tensor) -> tuple:
+    """What a computation with a pause returns, when all that it is given is there."""
+    early = len(given) - len(pause.given)
+    under_way = program(*given[:early])
+    next(under_way)
+    try:
+        under_way.send(given[early:])
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("there is one pause")
+
+
+def writes_over_the_pause(calls: Sequence[Call], roots: Sequence[int], pause: Pause) -> bool:
+    """Whether operations behind it write into what was there before."""
+    before = {roots[number] for call in calls[: pause.place] for number in call.results if number >= 0}
+    written = [slot for call in calls[pause.place :] for slot in slots_of(call.written())]
+    return any(roots[slot.number] in before for slot in written if slot.number >= 0)
 
 
 def is_faster(one: Callable[..., tuple], other: Callable[..., tuple], inputs: Sequence[Tensor]) -> bool:

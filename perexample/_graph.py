@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,13 @@ class Graph:
     checked: bool
 
 
-def graph_of(calls: Sequence[Call], forms: Sequence[Form], inputs: int, wanted: Sequence[int]) -> Graph:
+def graph_of(calls: Sequence[Call], forms: Sequence[Form], inputs: Iterable[int], wanted: Sequence[int]) -> Graph:
     """The calls as a graph.
 
     Args:
         calls: The operations.
         forms: Of the tensors that they make, by their numbers.
-        inputs: How many tensors are given, which have the first numbers.
+        inputs: Numbers of the tensors that are given, in their order.
         wanted: Numbers of the tensors that are returned.
 
     Returns:
@@ -53,11 +53,11 @@ def graph_of(calls: Sequence[Call], forms: Sequence[Form], inputs: int, wanted: 
 class _UnderWay:
     """A graph to which calls are added."""
 
-    def __init__(self, calls: Sequence[Call], forms: Sequence[Form], inputs: int) -> None:
+    def __init__(self, calls: Sequence[Call], forms: Sequence[Form], inputs: Iterable[int]) -> None:
         self.graph, self.forms = fx.Graph(), forms
         slots = [slot for call in calls for slot in slots_of((call.args, call.kwargs))]
         self.constants = {id(slot.tensor): slot.tensor for slot in slots if slot.tensor is not None}
-        self.made = {number: self.graph.placeholder(f"t{number}") for number in range(inputs)}
+        self.made = {number: self.graph.placeholder(f"t{number}") for number in inputs}
         self.there = {key: self.graph.placeholder(f"c{place}") for place, key in enumerate(self.constants)}
         self.right: list[fx.Node] = []  # whether it holds, of each thing that is checked
         self.checked: dict[Any, fx.Node] = {}  # what is right in any case, by what it stands for

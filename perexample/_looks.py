@@ -26,7 +26,7 @@ class Notes:
         excesses: Tensors whose entries should be at most 0, and finite.
         norms: Tensors whose entries should be below `_LARGE`.
         found: What was found out by looking, one after the other.
-        looks: Whether the model or its loss has looked at a value.
+        looks: Those of the conditions that say that the model or its loss would see the same again.
         by_model: Whether at one that comes from the batch, of all of it perhaps.
     """
 
@@ -36,7 +36,8 @@ class Notes:
         self.excesses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.found: list[Any] = []
-        self.looks = self.by_model = False
+        self.looks: list[Tensor] = []
+        self.by_model = False
         self._before = before
 
     def found_out(self, finding: Callable[[], Any]) -> Any:
@@ -190,10 +191,16 @@ def model_looks(same: Callable[[], Tensor], *, at_batch: bool) -> bool:
     notes = _notes()
     if notes is None:
         return False
-    notes.conditions.append(same())
-    notes.looks = True
+    notes.looks.append(same())
+    notes.conditions.append(notes.looks[-1])
     notes.by_model |= at_batch
     return True
+
+
+def would_see_the_same() -> Tensor | None:
+    """Whether all that a model has looked at so far would be the same; ``None`` where nothing was, or is noted."""
+    notes = _notes()
+    return torch.stack(notes.looks).all() if notes is not None and notes.looks else None
 
 
 def not_large(norms: Tensor) -> bool:

@@ -7,6 +7,7 @@ long, so that a small model's step is mostly that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from ._calls import (
     written_by,
 )
 from ._direct import direct
-from ._fused import DoesNotHold, Fused, is_faster, why_not_fused
+from ._fused import DoesNotHold, Fused, Halves, is_faster, through, why_not_fused, writes_over_the_pause
 from ._graph import graph_of
 from ._looks import model_looks, trying
 from ._precision import without_autocast
@@ -79,7 +80,7 @@ class Tape(TorchDispatchMode):
         self._pause: Pause | None = None
         self._shown_tree: Any = None  # what is handed out at the pause
         self._copied: set[int] = set()  # of that, what the rest of the computation needs as it is
-        self._fused: Fused | None = None
+        self._fused: Fused | Halves | None = None
         self.random = False
         self._memories: set[int] = set()  # of all that operations have made
         self._changing: set[int] = set()  # memory that may hold other values in a replay
@@ -120,11 +121,11 @@ class Tape(TorchDispatchMode):
         with torch.no_grad(), without_autocast({"cpu", *(t.device.type for t in inputs)}):
             calls = folded(calls, self._roots, self._written, set(wanted))
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
-        self._program = calls, len(inputs), wanted
         if later:
             self._shown_tree, self._wanted = self._wanted
             wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
             self._pause = self._paused(calls, range(len(inputs) - later, len(inputs)))
+        self._program = calls, len(inputs), wanted
         self._code = code_of(calls, len(inputs), wanted, self._pause)
         self._calls, self._shown, self._kept = [], {}, []
         return found
@@ -145,14 +146,24 @@ class Tape(TorchDispatchMode):
         assert self._program is not None
         assert self._code is not None
         calls, number, wanted = self._program
+        pause = self._pause
         if (why := why_not_fused(calls, self._roots, self._forms)) is not None:
             return why
+        if pause is not None and writes_over_the_pause(calls, self._roots, pause):
+            return "what its forward has computed is written to in its backward"
         with undispatched(), torch.no_grad():  # both are timed as `replay` does them
+            fused: Any
+            one: Callable[..., tuple]
             try:
-                fused = Fused(graph_of(calls, self._forms, number, wanted), inputs)
+                if pause is None:
+                    fused = Fused(graph_of(calls, self._forms, range(number), wanted), inputs)
+                    one, other = fused, self._code
+                else:
+                    fused = Halves(calls, self._forms, number, wanted, pause, inputs)
+                    one, other = partial(through, fused, pause), partial(through, self._code, pause)
             except DoesNotHold:
                 return "on the batch that it was recorded with they have to be done one by one"
-            if always or is_faster(fused, self._code, inputs):
+            if always or is_faster(one, other, inputs):
                 self._fused = fused
                 return None
         return "fused they take longer on the batch that it was recorded with"
@@ -173,14 +184,16 @@ class Tape(TorchDispatchMode):
         Raises:
             DoesNotHold: If what it was compiled to cannot be used for these, after random numbers were drawn.
         """
-        assert self._code is not None
         if self._pause is not None:
             early = len(inputs) - len(self._pause.given)
             shown, finish = self.begin(inputs[:early])
             return shown, finish(inputs[early:])
-        code = self._code if self._fused is None or not self._fused.fits else self._fused
         with undispatched(), torch.no_grad():  # function modes, as a default device, have been recorded
-            return _filled(self._wanted, code(*inputs))
+            return _filled(self._wanted, self._program_for_now()(*inputs))
+
+    def _program_for_now(self) -> Callable[..., Any]:
+        assert self._code is not None
+        return self._code if self._fused is None or not self._fused.fits else self._fused
 
     def begin(self, inputs: Sequence[Tensor]) -> tuple[Any, Callable[[Sequence[Tensor]], Any]]:
         """Do it as far as it can be done without the inputs that are given later.
@@ -191,10 +204,9 @@ class Tape(TorchDispatchMode):
         Returns:
             What is shown, tensors that may be written to; and what goes on from there, once, when it is given the rest.
         """
-        assert self._code is not None
         assert self._pause is not None
         with undispatched(), torch.no_grad():
-            under_way = self._code(*inputs)
+            under_way = self._program_for_now()(*inputs)
             found = next(under_way)
             pairs = zip(self._pause.shown, found, strict=True)
             shown = _filled(self._shown_tree, [t.clone() if number in self._copied else t for number, t in pairs])

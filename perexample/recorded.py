@@ -113,7 +113,7 @@ class RecordedStep:
         self.extensions: list[Extension] = [*extensions] if isinstance(extensions, Sequence) else [extensions]
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
-        self._looks = self._by_model = False  # whether the model looks at values, and at those of the batch
+        self._by_model = False  # whether the model looks at values
         self._seen, self._names = Seen(), frozenset[str]()
         perex(*self.extensions, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
@@ -319,7 +319,7 @@ class RecordedStep:
                 f"RecordedStep: losses returned {got} for {self.size} examples; it must return the loss of each, "
                 f"[{self.size}], as with reduction='none'."
             )
-        others = [t for t in _leaves(outputs) if not isinstance(t, Tensor)]
+        others = [t for t in leaves(outputs) if not isinstance(t, Tensor)]
         if others:
             raise LossError(
                 f"RecordedStep: losses returned {shown(others[0])} behind the losses, which would be that of the "
@@ -341,7 +341,7 @@ class RecordedStep:
             found = self._collected(losses, outputs, losses)
             self._note_sums(found)
             found.held = notes.all_hold(self._device)
-        self._before, self._by_model, self._looks = notes.found, notes.by_model, notes.looks
+        self._before, self._by_model = notes.found, notes.by_model
         return found
 
     def _note_sums(self, found: Found) -> None:
@@ -458,13 +458,13 @@ def _stand_in(extension: Extension) -> Extension:
     return asked
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def leaves(tree: Any) -> Iterator[Any]:
     """What a structure holds."""
     if isinstance(tree, Mapping):
         tree = tuple(tree.values())
     if isinstance(tree, (tuple, list)):
         for one in tree:
-            yield from _leaves(one)
+            yield from leaves(one)
     elif tree is not None:
         yield tree
 
@@ -511,4 +511,4 @@ class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
         return func(*args, **whole_arguments(func, kwargs or {}))
 
 
-__all__ = ["RecordedStep", "as_usual"]
+__all__ = ["RecordedStep", "as_usual", "leaves"]

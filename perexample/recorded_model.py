@@ -16,6 +16,7 @@ from ._compared import Found
 from ._engine.record import Enter
 from ._engine.replayed import leave
 from ._engine.state import STATE
+from ._looks import would_see_the_same
 from ._private import hook_of
 from ._static import fitted
 from ._tape import Tape
@@ -23,7 +24,7 @@ from ._tree import map_tensors, tensors_of
 from ._unchanged import settings_of, what_differs
 from .errors import ConfigurationError
 from .extension import Extension
-from .recorded import RecordedStep
+from .recorded import RecordedStep, leaves
 
 
 class RecordedModel:
@@ -39,13 +40,14 @@ class RecordedModel:
                 F.cross_entropy(recorded(x), y).backward()
             optimizer.step()
 
-    A `RecordedStep` replays the loss too, and can be compiled, which takes less time still; on a GPU it is a CUDA
-    graph, and this is not: there operations are launched one by one.
+    A `RecordedStep` replays the loss too, which takes less time still; on a GPU it is a CUDA graph, and this is not:
+    there operations are launched one by one.
 
     Before it is used the recording is compared with the model, on its examples in another order and on fewer. What a
     replay takes for granted (that norms can be trusted in float32, that examples are finite) is looked at after each,
     and if it was not so the batch is run again as usual. So are batches with more examples than it was recorded with.
-    Those with fewer, or none, are filled up with these.
+    Those with fewer, or none, are filled up with these. Where the model looks at values (``item()``, ``if``), batches
+    for which it would see others are run as usual, and so are those with fewer examples.
 
     The model must stay on its device, in its mode, with the same parameters, settings and hooks; what has changed is an
     error. Optimizers, schedules, and the bound of `ClippedGrad` may go on as usual. Without gradients
@@ -57,16 +59,18 @@ class RecordedModel:
         extensions: One, or several: those that `perex` will have, the same objects.
         strategy: As in `perex`, which must have the same.
         room: As in `perex`, which must have the same.
+        compiled: As in `RecordedStep`: let `torch.compile` fuse the operations of the forward, and of the rest.
         kwargs: Keyword arguments of the call.
 
     Attributes:
         model: The model.
         size: How many examples a replay may have.
         repeated: How many calls with gradients were run as usual.
+        compiled: Whether fused operations are replayed.
 
     Raises:
-        ConfigurationError: If the model cannot be recorded: a forward that looks at values (``item()``, ``if``), sizes
-            that depend on values, outputs without the examples on the first axis, and as for `RecordedStep`.
+        ConfigurationError: If the model cannot be recorded: outputs without the examples on the first axis, and as for
+            `RecordedStep`.
 
     Example:
         >>> from perexample import RecordedModel, extend, perex
@@ -87,6 +91,7 @@ class RecordedModel:
         extensions: Extension | Sequence[Extension],
         strategy: str = "measure",
         room: float | None = None,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         """Run the model a few times, record it, and compare."""
@@ -105,7 +110,7 @@ class RecordedModel:
                 f"batch_dim={enter.batch_dim}; call the model itself."
             )
         self.model = model
-        self._step = _Step(model, args, kwargs, extensions, strategy, room)
+        self._step = _Step(model, args, kwargs, extensions, strategy, room, compiled=compiled)
 
     @property
     def size(self) -> int:
@@ -116,6 +121,11 @@ class RecordedModel:
     def repeated(self) -> int:
         """How many calls with gradients were run as usual."""
         return self._step.repeated
+
+    @property
+    def compiled(self) -> bool:
+        """Whether fused operations are replayed."""
+        return self._step.compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -183,20 +193,19 @@ class _Step(RecordedStep):
         extensions: Extension | Sequence[Extension],
         strategy: str,
         room: float | None,
+        *,
+        compiled: bool,
     ) -> None:
         self.model = model
         self._carries: list[bool] = []
+        self._same: Tensor | None = None
         self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._autocast = torch.is_autocast_enabled(self.home.type), torch.get_autocast_dtype(self.home.type)
         gradients = self._made_up(args, kwargs)
         super().__init__(
-            model, self._products, args, kwargs, gradients, extensions=extensions, strategy=strategy, room=room
-        )
-        if self._looks:
-            raise ConfigurationError(
-                "This model cannot be recorded: its forward looks at values (item(), if), which may be others in "
-                "another call, whose outputs would be wrong. Call the model itself, or use a RecordedStep."
-            )
+            model, self._products, args, kwargs, gradients, extensions=extensions, strategy=strategy, room=room,
+            compiled=compiled,
+        )  # fmt: skip
         self._batch.fill(self._batch.own)  # all of it is real, whatever was compared
         context = self._context()
         self.context_options = {key: getattr(context, key) for key in ("strategy", "room")}
@@ -223,7 +232,13 @@ class _Step(RecordedStep):
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
         kept = random_kept([device])
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), kept, self.autocast():
-            outputs = tensors_of(self.model(*args, **kwargs))
+            returned = self.model(*args, **kwargs)
+        outputs, others = tensors_of(returned), [one for one in leaves(returned) if not isinstance(one, Tensor)]
+        if others:
+            raise ConfigurationError(
+                f"RecordedModel: the model returns {shown(others[0])}, which would be that of the recording for ever; "
+                f"let it return tensors alone (for models of transformers: use_cache=False)."
+            )
         self._carries = [t.requires_grad for t in outputs]
         carrying = [t for t in outputs if t.requires_grad]
         for t in outputs:
@@ -247,6 +262,7 @@ class _Step(RecordedStep):
         """For each example the sum of all products, whose gradients are those that are given; and the outputs."""
         with self.autocast():
             outputs = self.model(*args, **kwargs)
+        self._same = would_see_the_same()
         sums = [
             (t * g).reshape(len(t), -1).sum(1) for t, g in zip(self.with_gradients(outputs), gradients, strict=True)
         ]
@@ -264,28 +280,37 @@ class _Step(RecordedStep):
     def _record(self, tape: Tape) -> None:
         own = tensors_of(self._batch.own)
         later = len(own) - len(tensors_of(self._batch.own[:2]))
-        tape.record(lambda: _parted(self._run()), own, later)
+
+        def run() -> tuple[Any, Found]:
+            found = self._run()
+            return (found.outputs, self._same), replace(found, outputs=None)
+
+        tape.record(run, own, later)
 
     def _replayed(self, tape: Tape) -> Found:
-        outputs, found = tape.replay(self._batch.read)
+        (outputs, _), found = tape.replay(self._batch.read)
         return replace(found, outputs=outputs)
 
     def outputs(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The outputs of a call, which wait for their gradients."""
         self._refuse_changes()
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
-        if n > self.size:
+        if n > self.size or (self._by_model and 0 < n < self.size):  # of all of which it may have found out something
             return self._called(args, kwargs)
         with torch.inference_mode(False):
             n, tensors = self._batch.filled((args, kwargs))
             random = random_states([self._device]) if self._seen.random else None
             try:
                 with self._as_replayed():
-                    [outputs], finish = self._tape.begin(tensors)
+                    (outputs, same), finish = self._tape.begin(tensors)
+                replayed = same is None or bool(same)
             except Exception:  # noqa: BLE001 - whatever an operation raises, the model says it better
+                replayed = False
+            if not replayed:
                 if random is not None:
                     set_random_states(random, [self._device])
                 return self._called(args, kwargs)
+            [outputs] = outputs
             outputs = map_tensors(lambda t: t if n == self.size else t[:n].clone(), outputs)
             pending = _Pending(self, n, finish, (args, kwargs), random)
             left = iter(leave(self.model, args, kwargs, self.with_gradients(outputs), pending))
@@ -320,8 +345,3 @@ class _Step(RecordedStep):
             return False
         self._take_over(found, n)
         return True
-
-
-def _parted(found: Found) -> tuple[Any, Found]:
-    """The outputs, and all else."""
-    return found.outputs, replace(found, outputs=None)

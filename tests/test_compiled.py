@@ -33,6 +33,7 @@ from torch.utils.data import TensorDataset
 from perexample import (
     ConfigurationError,
     NonFiniteExampleWarning,
+    RecordedModel,
     RecordedStep,
     StaleGradientError,
     _fused,
@@ -41,6 +42,7 @@ from perexample import (
     privatize,
 )
 from perexample._fused import OPTIONS, DoesNotHold
+from perexample._tape import Tape
 from perexample._tree import map_tensors
 from perexample.extensions import AdaptiveClippedGrad, BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.privacy import make_private
@@ -789,3 +791,73 @@ def test_gpus_are_refused():
     model, x, y = made()
     with pytest.raises(ConfigurationError, match="is for models on a CPU"):
         compiled(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", pytest.param("tied", marks=pytest.mark.slow), pytest.param("cnn", marks=pytest.mark.slow)]
+)
+def test_a_recorded_model(name):
+    model, x, y = made(name, torch.float64)
+    own, other = [BatchL2Grad(), ClippedGrad(0.3)], [BatchL2Grad(), ClippedGrad(0.3)]
+    recorded = RecordedModel(model, x, extensions=own, strategy="model", compiled=True)
+    assert recorded.compiled
+    for n in (N, 4, 1):
+        results = []
+        for call, extensions in ((recorded, own), (model, other)):
+            with perex(*extensions, grad=False, strategy="model"):
+                out = call(x[:n])
+                F.cross_entropy(out, y[:n]).backward()
+            results.append((out.detach(), fields(model, "clipped_sum", "batch_l2")))
+            extensions[1].zero_grad()
+        torch.testing.assert_close(results[0][0], results[1][0])
+        near(results[0][1], results[1][1], 1e-11)
+    assert not recorded.repeated
+
+
+class Ids(nn.Module):
+    """Rows that are looked up, and outputs that the backward needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(self.table(ids)).sigmoid()
+
+
+def test_a_recorded_model_of_ids_that_are_not_there():
+    model = extend(Ids())
+    ids, y = torch.randint(5, (N,)), torch.randint(3, (N,))
+    own = ClippedGrad(0.3)
+    recorded = RecordedModel(model, ids, extensions=own, strategy="model", compiled=True)
+    assert recorded.compiled
+    with pytest.raises(IndexError):
+        recorded(ids + 5)
+    with perex(own, grad=False, strategy="model"):
+        out = recorded(ids)
+        loss = F.cross_entropy(out, y)
+        out.detach().zero_()
+        loss.backward()
+        found = fields(model, "clipped_sum")
+        own.zero_grad()
+        F.cross_entropy(model(ids), y).backward()
+    near(found, fields(model, "clipped_sum"))
+    assert recorded.repeated == 1
+
+
+def test_what_is_written_over_a_pause_is_not_compiled():
+    x, g = torch.randn(3, 4), torch.randn(3, 4)
+
+    def function():
+        y = x.exp()
+        z = y * 2
+        y.mul_(g)
+        return z, (y + z).sum()
+
+    tape = Tape()
+    tape.record(function, [x, g], later=1)
+    assert "written to in its backward" in tape.fuse([x, g], always=True)
+    x, g = torch.randn(3, 4), torch.randn(3, 4)
+    shown, finish = tape.begin([x])
+    torch.testing.assert_close(shown, x.exp() * 2)
+    torch.testing.assert_close(finish([g]), (x.exp() * g + x.exp() * 2).sum())

@@ -431,8 +431,36 @@ class Frozen(nn.Linear):
         return super().forward(x).detach()
 
 
+@pytest.mark.parametrize(("kind", "repeated"), [(Looking, (0, 1, 2, 2)), (Knows, (0, 0, 0, 1))])
+def test_models_that_look_at_values(kind, repeated):
+    """Where a call would see others it is that of the model, whose outputs are other ones."""
+    torch.manual_seed(0)
+    model = extend(kind(7, 11).to(DEVICE))
+    x, y = torch.rand(N, 7, device=DEVICE), torch.randint(11, (N,), device=DEVICE)
+    own, other = ClippedGrad(0.3), ClippedGrad(0.3)
+    with torch.no_grad():
+        model.weight.abs_()
+    recorded = RecordedModel(model, x, extensions=own)
+    for batch, sign, count in zip((x, -x, x[:3], x), (1, 1, 1, -1), repeated, strict=True):
+        with torch.no_grad():
+            model.weight.mul_(sign)
+        outputs, found = [], []
+        for call, clipping in ((recorded, own), (model, other)):
+            outputs.append(backward(call, (batch, y[: len(batch)]), clipping))
+            found.append(fields(model, "clipped_sum"))
+            clipping.zero_grad()
+        torch.testing.assert_close(*outputs)
+        near(*found)
+        assert recorded.repeated == count
+
+
+class Caching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), object()
+
+
 @pytest.mark.parametrize(("kind", "match"), [
-    (Looking, "looks at values"), (Knows, "looks at values"), (Scalar, "examples on the first axis"),
+    (Scalar, "examples on the first axis"), (Caching, "returns a object, which would be that of the recording"),
     (Frozen, "no output of the model carries gradients"),
 ])  # fmt: skip
 def test_models_that_cannot_be_recorded(kind, match):

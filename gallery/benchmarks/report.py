@@ -31,6 +31,7 @@ COLOURS = {
     "plain, compiled": "#d6d9de",
     "ClippedGrad": "#c8664f",
     "ClippedGrad, recorded model": "#b6573f",
+    "ClippedGrad, compiled model": "#93402d",
     "ClippedGrad, recorded": "#a34a36",
     "ClippedGrad, compiled": "#7c2f1f",
     "ClippedGrad, roomy": "#e39b8a",
@@ -45,7 +46,7 @@ COLOURS = {
 }
 OURS = "ClippedGrad"
 PEERS = ("opacus", "backpack-for-pytorch")  # packages
-MARKERS = dict(zip(COLOURS, "oh8sxH*pDPv^<>Xd", strict=True))
+MARKERS = dict(zip(COLOURS, "oh8s+xH*pDPv^<>Xd", strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:

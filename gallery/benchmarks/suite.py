@@ -143,7 +143,7 @@ def remarks(data: dict) -> list[list[str]]:
 MEANING = (
     "Ratios to the plain step beside each (median); 1 is the cost of training without clipping. ClippedGrad, "
     "BatchL2Grad (norms only) and BatchGrad (gradients only) are this library's; all others make clipped sums, in "
-    "float32. Recorded model: an ordinary loop with a RecordedModel in the place of the model; recorded: by "
+    "float32. Recorded model: an ordinary loop, with a RecordedModel in the place of the model; recorded: by "
     "RecordedStep, and the plain step recorded in the same way; compiled: the same with "
     "compiled=True, each where that is faster than without. Roomy: perex(room=1e6) lets "
     "per-example gradients be kept where that is faster, as most peers keep them. "

@@ -256,9 +256,14 @@ class OursRecorded(OursClipped):
 class OursModel(OursClipped):
     """This library's clipped sums by an ordinary loop with a recorded model."""
 
+    compiled = False
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.recorded = RecordedModel(self.model, self.x, extensions=self.asked)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            self.recorded = RecordedModel(self.model, self.x, extensions=self.asked, compiled=self.compiled)
+        self.note = "; ".join(str(one.message) for one in told if "not compiled" in str(one.message))
 
     def losses(self) -> Tensor:
         return self.problem.case.losses(self.recorded(self.x), self.y)
@@ -267,6 +272,12 @@ class OursModel(OursClipped):
         super().step()
         if self.recorded.repeated:
             raise RuntimeError("a call had to be run as usual")
+
+
+class OursCompiledModel(OursModel):
+    """The same, its operations fused by torch.compile where that is faster."""
+
+    compiled = True
 
 
 class OursCompiled(OursRecorded):
@@ -514,6 +525,7 @@ SYSTEMS: dict[str, type[System]] = {
     "plain, compiled": PlainCompiled,
     "ClippedGrad": OursClipped,
     "ClippedGrad, recorded model": OursModel,
+    "ClippedGrad, compiled model": OursCompiledModel,
     "ClippedGrad, recorded": OursRecorded,
     "ClippedGrad, compiled": OursCompiled,
     "ClippedGrad, roomy": OursRoomy,
