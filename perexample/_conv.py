@@ -56,9 +56,14 @@ class Geometry:
 def native(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[int, ...] | int = 0) -> Tensor:
     """The convolution's own weight gradient, summed over the examples given, ``[*shape]``."""
     return _WEIGHT_GRADIENT[x.dim() - 2](
-        x, list(geometry.shape), g, stride=geometry.stride, padding=padding, dilation=geometry.dilation,
+        _plain(x), list(geometry.shape), _plain(g), stride=geometry.stride, padding=padding, dilation=geometry.dilation,
         groups=geometry.groups,
     )  # fmt: skip
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Images of one entry with the strides of their shape: torch may take others for channels that come last."""
+    return t.view(-1).view(t.shape) if t.stride(1) == 1 and t.is_contiguous() else t
 
 
 def one_by_one(x: Tensor, g: Tensor, geometry: Geometry, padding: tuple[int, ...] | int = 0) -> Tensor:

@@ -27,7 +27,7 @@ from perexample import (
     terms,
 )
 from perexample import methods as choosing
-from perexample._conv import Geometry
+from perexample._conv import Geometry, examples_as_groups, one_by_one
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.methods import Choice, Method, choose, forget_choices, settled
 from perexample.terms import Formed, Outer, Windows
@@ -1053,3 +1053,13 @@ def test_a_choice_among_other_methods_is_made_anew(monkeypatch):
     pretend(monkeypatch, "abc".index)
     assert choose(Three(None, held=(1, 1, 1)), Choice(sums=True)).name == "a"
     assert choose(Three(None, held=(10, 1, 1)), Choice(sums=True)).name == "b"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_of_one_pixel_are_no_channels_that_come_last(dtype):
+    """Their strides may be those of either, of which torch's own gradient of a weight refuses one."""
+    x, g = torch.randn(3, 8, 1, 1, dtype=dtype), torch.randn(3, 8, 1, 1, dtype=dtype)
+    other = x.as_strided(x.shape, (8, 1, 8, 8))
+    geometry = Geometry(torch.Size((8, 8, 3, 3)), (1, 1), (1, 1), 1)
+    for form in (examples_as_groups, one_by_one):
+        torch.testing.assert_close(form(other, g, geometry, (1, 1)), form(x, g, geometry, (1, 1)))
