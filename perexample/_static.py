@@ -90,8 +90,6 @@ class StaticBatch:
             ConfigurationError: As `fill`.
         """
         n, new = self._checked(batch, self._form[1][: len(batch)]), tensors_of(batch)
-        if not _are_apart(new):
-            new = [t.clone() for t in new]
         parts = tensors_of(self.own[: len(batch)]), tensors_of(self._spare[: len(batch)])
         return n, [fitted(t, own, spare) for t, own, spare in zip(new, *parts, strict=True)]
 

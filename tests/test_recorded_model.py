@@ -104,12 +104,12 @@ def test_a_sum_of_losses():
 def test_a_factor_on_the_loss_is_divided_out(dtype):
     model, x, y = made()
     model.to(dtype)
-    own, other = ClippedGrad(0.1), ClippedGrad(0.1)
+    own, other = [BatchL2Grad(), ClippedGrad(0.1)], [BatchL2Grad(), ClippedGrad(0.1)]
     recorded = RecordedModel(model, x.to(dtype), extensions=own)
-    backward(recorded, (x.to(dtype), y), own, scale=1024.0)
-    found = fields(model, "clipped_sum")
-    backward(model, (x.to(dtype), y), other, scale=1024.0)
-    near(found, fields(model, "clipped_sum"), 1e-4 if dtype == torch.float32 else 2e-2)
+    backward(recorded, (x.to(dtype), y), *own, scale=1024.0)
+    found = fields(model, "clipped_sum", "batch_l2")
+    backward(model, (x.to(dtype), y), *other, scale=1024.0)
+    near(found, fields(model, "clipped_sum", "batch_l2"), 1e-4 if dtype == torch.float32 else 3e-2)
     assert recorded.repeated == (dtype != torch.float32)  # whose gradients would be rounded twice
 
 
