@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from harness import jittered, largest, trainable
 from torch import Tensor, nn
 
-from perexample import PerExampleError, extend, perex
+from perexample import PerExampleError, RecordedModel, extend, perex
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 
 PROGRAMS = int(os.environ.get("PEREX_PROGRAMS", "150"))
@@ -678,6 +678,32 @@ def verdict(p: Program) -> str:
     return outcome if apart else f"{outcome}, mixes"
 
 
+def recorded_verdict(p: Program) -> str:
+    """The same of a model that is recorded with other inputs, for all examples and for fewer of them."""
+    torch.manual_seed(p.seed + 1)
+    model = jittered(Net(p))
+    x, targets = torch.randn(p.shape, dtype=torch.float64), torch.randn(p.n, 1, dtype=torch.float64)
+    wanted, apart = truth(model, x, targets)
+    extensions = BatchL2Grad(), ClippedGrad(0.7)
+    try:
+        recorded = RecordedModel(extend(model), torch.randn_like(x), extensions=extensions)
+        for n in (p.n, p.n - 1):
+            with perex(*extensions, grad=False):
+                losses(recorded(x[:n]), targets[:n]).mean().backward()
+            if n < 1 or wanted is None:
+                break
+            assert apart, "examples are mixed, and it was not refused"
+            rows = {name: of_all[:n] for name, of_all in wanted.items()}
+            norms = {name: par.batch_l2 for name, par in trainable(model).items()}
+            assert_near(norms, {name: reference.batch_l2(g) for name, g in rows.items()}, TOLERANCE, "batch_l2")
+            sums = {name: par.clipped_sum for name, par in trainable(model).items()}
+            assert_near(sums, reference.clipped_sum(rows, n, 0.7), TOLERANCE, "clipped_sum")
+            extensions[1].zero_grad()
+    except PerExampleError:
+        return "refused"
+    return "as usual" if recorded.repeated else "exact"
+
+
 def seeded_input(p: Program) -> bool:
     return p.seed % 4 == 0
 
@@ -703,6 +729,23 @@ def test_random_programs_are_exact_or_refused() -> None:
     print(outcomes, f"{refused} of {clean} refused without need")
     assert not wrong, "\n".join(wrong)
     assert refused <= MOST_REFUSED * clean
+
+
+def test_recorded_random_programs_are_exact_or_refused() -> None:
+    """The same of recorded models, of fewer programs, as each is run many times to be recorded."""
+    outcomes: dict[str, int] = {}
+    wrong: list[str] = []
+    for seed in range(FIRST, FIRST + PROGRAMS // 3):
+        p = program(seed)
+        try:
+            outcome = recorded_verdict(p)
+        except Exception as error:  # noqa: BLE001 - all are failures
+            wrong.append(f"{seed}: N={p.n} {p.shape} {' '.join(p.names)}: {type(error).__name__}: {error}")
+            continue
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    print(outcomes)
+    assert not wrong, "\n".join(wrong)
+    assert outcomes["exact"] >= 0.4 * sum(outcomes.values())
 
 
 @pytest.mark.parametrize("seed", ONCE_WRONG)
