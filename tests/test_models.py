@@ -3,9 +3,12 @@ backward per example.
 """
 
 import pytest
+import torch
 from model_zoo import ROWS, assert_exact, float64_throughout, measure, mixing, parameters
+from torch import Tensor
 
-from perexample import PerExampleError
+from perexample import PerExampleError, RecordedModel, extend, perex
+from perexample.extensions import BatchL2Grad, ClippedGrad
 
 pytest.importorskip("transformers", reason="the models are those of transformers, which is not installed")
 
@@ -58,3 +61,32 @@ def test_refused(row):
 
 def test_rows_have_names_of_their_own():
     assert len({row.id for row in ROWS}) == len(ROWS)
+
+
+RECORDED = (
+    "bert-sdpa", "bert-mlm-tied", "deberta-v2", "gpt2-tied", "llama-sdpa", "gemma3", "mamba", "t5-lm-tied", "bart",
+    "vit", "convnext", "whisper",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [row for row in EXACT if row.id in RECORDED], ids=lambda row: row.id)
+def test_as_recorded_models(row):
+    """The same as the model itself, with all examples and with fewer."""
+    model, inputs = row.model(), row.inputs(row.n)
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "use_cache"):
+            module.config.use_cache = False
+    extend(model)
+    own, other = (ClippedGrad(0.1), BatchL2Grad()), (ClippedGrad(0.1), BatchL2Grad())
+    recorded = RecordedModel(model, extensions=own, **inputs)
+    named = [p for p in model.parameters() if p.requires_grad]
+    for n in (row.n, row.n - 1):
+        batch = {key: t[:n] if isinstance(t, Tensor) else t for key, t in inputs.items()}
+        found = []
+        for call, extensions in ((recorded, own), (model, other)):
+            with perex(*extensions, grad=False):
+                row.loss(call(**batch)).backward()
+            found.append([getattr(p, extension.field).clone() for extension in extensions for p in named])
+            extensions[0].zero_grad()
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
