@@ -49,9 +49,10 @@ _LOOKS = {
 _COMPARED = {"_local_scalar_dense", "equal"}  # of these, those that may be looked at with a note
 _VIEWS: dict[str, Callable[..., Tensor]] = {
     "t_": torch.t, "transpose_": torch.transpose, "unsqueeze_": torch.unsqueeze, "squeeze_": torch.squeeze,
+    "as_strided_": torch.as_strided,  # as pooling to one pixel does, where channels come last
 }  # fmt: skip
 _FULL = {"ones_like": 1, "zeros_like": 0}
-_OTHER_SHAPE = {"set_", "resize_", "resize_as_", "as_strided_", *_VIEWS}
+_OTHER_SHAPE = {"set_", "resize_", "resize_as_", *_VIEWS}
 
 
 class Tape(TorchDispatchMode):

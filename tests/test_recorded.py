@@ -745,6 +745,21 @@ def test_more_than_losses_may_be_returned():
         RecordedStep(model, counting, x, y, extensions=ClippedGrad(1.0))
 
 
+def test_pooling_to_one_pixel_where_channels_come_last():
+    """Which gives what it has made other strides, in place."""
+    last = torch.channels_last
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 11))
+    model = extend(model.to(DEVICE, memory_format=last))
+    x, y = images(N).to(DEVICE, memory_format=last), torch.randint(11, (N,), device=DEVICE)
+    step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    for n in (N, 2):
+        step(x[:n], y[:n])
+        found = fields(model, "grad_batch")
+        usual(model, x[:n], y[:n], BatchGrad())
+        near(found, fields(model, "grad_batch"))
+    assert not step.repeated
+
+
 def test_random_numbers_go_on_as_if_nothing_had_been_recorded():
     model, x, y = made()
     model.insert(1, nn.Dropout(0.5).to(DEVICE))
