@@ -100,6 +100,41 @@ ENTRIES = (
                     F.cross_entropy(model(x), y).backward()
                 """,
             ),
+            Example(
+                "A parameter in a method that is called by itself",
+                """
+                class Scaled(nn.Module):
+                    def __init__(self):
+                        super().__init__()
+                        self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+
+                    def logits(self, x):
+                        return self.scale * self.layer(x)
+
+                    def forward(self, x):
+                        return self.logits(x)
+
+                model = extend(Scaled())
+                with perex(BatchGrad()):
+                    F.cross_entropy(model.logits(x), y).backward()
+                """,
+                """
+                class Scaled(nn.Module):
+                    def __init__(self):
+                        super().__init__()
+                        self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+
+                    def logits(self, x):
+                        return self.scale * self.layer(x)
+
+                    def forward(self, x):
+                        return self.logits(x)
+
+                model = extend(Scaled())
+                with perex(BatchGrad()):
+                    F.cross_entropy(model(x), y).backward()
+                """,
+            ),
         ),
     ),
     Entry(

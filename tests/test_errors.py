@@ -649,6 +649,44 @@ def bad_input_of_another_size():
         extend(model)(ones(4, 5), ones(3, 5)).backward()
 
 
+class Coder(nn.Module):
+    """A model whose parts are called by methods, as autoencoders' are."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.gain = nn.Linear(5, 2), nn.Parameter(ones(2))
+
+    def encode(self, x):
+        return self.encoder(x) * self.gain
+
+    def scale(self, x):
+        return x[:, :2] * self.gain
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+@case(UncoveredParameterError, r"`gain` \(Coder\) is used outside of any forward of its Coder.*method.*of `encoder`\.")
+def bad_method_in_place_of_the_forward():
+    model = extend(Coder())
+    with perex(BatchGrad()):
+        model.encode(ones(4, 5)).mean().backward()
+
+
+@case(UncoveredParameterError, r"`gain` \(Coder\) reaches the loss, but no call.*a method was called in its place")
+def bad_method_without_modules():
+    model = extend(Coder())
+    with perex(BatchGrad()):
+        model.scale(ones(4, 5)).mean().backward()
+
+
+@case(UncoveredParameterError, r"`gain` \(Coder\) reaches.* outside of the model's forward, as in the loss function")
+def bad_parameter_in_the_loss():
+    model = extend(Coder())
+    with perex(BatchGrad()):
+        (model(ones(4, 5)).square() * model.gain.exp()).mean().backward()
+
+
 @case(BatchAxisError, r"number of examples in the call of `Lambda`")
 def bad_no_tensor_input():
     model = Lambda(lambda self, n: self.a(ones(n, 5)), a=nn.Linear(5, 2))

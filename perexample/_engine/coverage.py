@@ -162,10 +162,11 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
     if not found.taps:
         return UncoveredParameterError(
             f"{where} ({kind}) reaches the loss, but no call of an extended module does that could be followed: the "
-            f"forward ran before extend() or under torch.compile, the loss (a penalty on weights?) does not depend on "
-            f"the batch, or the parameter is used by a torch.autograd.Function in a module with children. Run the "
-            f"forward again; put such a function into a module without children, or register a rule for the module "
-            f"that uses it (register_rule(ThatClass)(GenericRule)).{STATE.hinted()}"
+            f"forward ran before extend() or under torch.compile, a method was called in its place, the loss (a "
+            f"penalty on weights?) does not depend on the batch, or the parameter is used by a torch.autograd.Function "
+            f"in a module with children. Call the model (model(x)) again; put such a function into a module without "
+            f"children, or register a rule for the module that uses it "
+            f"(register_rule(ThatClass)(GenericRule)).{STATE.hinted()}"
         )
     tap = found.within.get(id(module._parameters[name]))
     if tap is not None and not isinstance(tap.rule, GenericRule):
@@ -176,13 +177,22 @@ def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerEx
             f"False for such a module, so that the operations inside are followed one by one, or register the generic "
             f"rule, which takes it as a whole: register_rule({tap.kind}, overwrite=True)(GenericRule)."
         )
+    roots = {tap.record.root_name: tap.record.root() for tap in found.taps}
+    if not any(module in root.modules() for root in roots.values() if root is not None):
+        return UncoveredParameterError(
+            f"{where} ({kind}) is used outside of any forward of its {kind}: by the loss function, a penalty, or a "
+            f"method that is called by itself, where nothing is followed; the loss comes from the forward of "
+            f"{', '.join(f'`{name}`' for name in roots)}. Let forward do what uses the parameter (it may return each "
+            f"example's own loss), and call the model; add penalties in the optimizer (weight_decay)."
+        )
     return UncoveredParameterError(
-        f"{where} ({kind}) reaches the loss where no tap could be left: in a penalty, in what the model returns beside "
-        f"data, in a factor of the loss when the examples are joined already, in gradients (create_graph=True), or "
-        f"through an operation that could not be followed, such as a torch.autograd.Function in a module with "
-        f"children. Add penalties in the optimizer (weight_decay), bring what is returned to the shape of data "
-        f"(log_std.expand_as(mean)) and factors to each example's own loss inside the model, put such a function into "
-        f"a module without children, register a rule for the module that uses it "
+        f"{where} ({kind}) reaches the loss where no tap could be left: outside of the model's forward, as in the loss "
+        f"function, in a penalty, in what the model returns beside data, in a factor of the loss when the examples are "
+        f"joined already, in gradients (create_graph=True), or through an operation that could not be followed, such "
+        f"as a torch.autograd.Function in a module with children. Let forward do what uses it (it may return each "
+        f"example's own loss), add penalties in the optimizer (weight_decay), bring what is returned to the shape of "
+        f"data (log_std.expand_as(mean)) and factors to each example's own loss inside the model, put such a function "
+        f"into a module without children, register a rule for the module that uses it "
         f"(register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False).{STATE.hinted()}"
     )
 
