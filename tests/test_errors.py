@@ -345,6 +345,21 @@ def bad_nested():
         pass
 
 
+@case(ExtensionError, r"A generator that was left in a context keeps it open until its close\(\)")
+def bad_nested_in_a_generator():
+    def steps():
+        with perex(BatchGrad()):
+            yield
+
+    left = steps()
+    next(left)
+    try:
+        with perex(BatchL2Grad()):
+            pass
+    finally:
+        left.close()
+
+
 def test_after_a_nested_context_all_is_as_before():
     with perex(BatchGrad()):
         with pytest.raises(ExtensionError), perex(Variance()):

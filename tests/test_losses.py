@@ -401,6 +401,25 @@ def test_sizes_that_examples_divide_hide_nothing(loss):
         loss(model(torch.randn(4, 3))).backward()
 
 
+def test_two_views_of_each_example_belong_in_its_row():
+    """One behind the other they would be 2 N examples that meet in pairs; the error says what to write."""
+    model, views = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()), torch.randn(2, 5, 3).double()
+    weight = model[0].weight
+
+    def losses(one, two):
+        return F.pairwise_distance(one, two).square()
+
+    with perex(BatchGrad()):
+        with pytest.raises(CrossExampleError, match=r"call the model for each view, or .* \[N, 2, \.\.\.\]; not"):
+            losses(*model(views.flatten(0, 1)).chunk(2)).mean().backward()
+        losses(*map(model, views)).mean().backward()
+        called = weight.grad_batch
+        losses(*model(views.transpose(0, 1)).unbind(1)).mean().backward()
+    wanted = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses(*map(model, views))]
+    torch.testing.assert_close(called, torch.stack(wanted))
+    torch.testing.assert_close(weight.grad_batch, called)
+
+
 class Scaled(nn.Module):
     """One number for each example."""
 

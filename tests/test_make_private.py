@@ -18,6 +18,7 @@ from perexample import (
     DP_SGD,
     ConfigurationError,
     CrossExampleError,
+    ExtensionError,
     PrivacyBudgetError,
     StaleGradientError,
     UnsupportedModuleError,
@@ -25,7 +26,7 @@ from perexample import (
     perex,
     privatize,
 )
-from perexample.extensions import AdaptiveClippedGrad, Clip, ClippedGrad
+from perexample.extensions import AdaptiveClippedGrad, BatchL2Grad, Clip, ClippedGrad
 from perexample.privacy import (
     EmptyBatches,
     Ledger,
@@ -828,6 +829,43 @@ class Wrapping(torch.optim.SGD):
     def __init__(self, params, **options):
         super().__init__(params, **options)
         self.base_optimizer = torch.optim.Adam(self.param_groups)
+
+
+def test_more_than_the_sums_of_a_training():
+    """A context does not open within another; what the error says to write in its place is the same training."""
+    p, q = private(), private()
+    for x, y in p:
+        with (
+            pytest.raises(
+                ExtensionError, match=r"perex\(private\.clipping, BatchL2Grad\(\), grad=False\) in its place"
+            ),
+            p,
+        ):
+            perex(BatchL2Grad()).__enter__()
+        with perex(p.clipping, BatchL2Grad(), grad=False):
+            F.cross_entropy(p.model(x), y).backward()
+        norms = sum(parameter.batch_l2 for parameter in p.model.parameters()).sqrt()
+        torch.testing.assert_close(norms, p.clipping.norms)
+        p.step()
+    run(q, 3)
+    assert_bitwise(parameters(p.model), parameters(q.model))
+
+
+def test_a_tuple_of_arrays_is_no_data_set():
+    """Its length is 2, and each of these would be an example."""
+    for arrays in (data().tensors, tuple(t.numpy() for t in data().tensors)):
+        with pytest.raises(ConfigurationError, match=r"tuple of 2 arrays.*TensorDataset\(\*tensors\)"):
+            private(dataset=arrays)
+    assert len(private(dataset=list(zip(*data().tensors, strict=True))).loader.dataset) == N
+
+
+def test_more_steps_than_planned_with_noise_of_ones_own():
+    p = private(epochs=1)
+    run(p)
+    with pytest.raises(
+        PrivacyBudgetError, match=r"plan as many as there may be, and stop where epsilon\(\) has reached"
+    ):
+        run(p)
 
 
 def test_an_optimizer_inside_of_another_is_not_overlooked():

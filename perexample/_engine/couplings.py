@@ -110,7 +110,8 @@ def check_couplings(loss: Tensor, found: Walk, n: int) -> None:
             f"The loss couples examples: the gradient of one changes with the outputs of others{where}, so none has a "
             f"loss of its own, and clipping bounds nothing. Contrastive losses, statistics and distances over the "
             f"batch have no per-example gradients; use a loss of each example's own outputs, or let one example be a "
-            f"whole group that is compared within itself."
+            f"whole group that is compared within itself. Two views of each example belong in its row: call the model "
+            f"for each view, or put them on an axis of their own, [N, 2, ...]; not one behind the other as 2 N rows."
         )
 
 

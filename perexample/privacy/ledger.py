@@ -123,8 +123,9 @@ class Ledger:
             raise ConfigurationError(f"release must be a Release, such as Release(1.1, 0.01), not {release!r}.")
         if self.limit is not None and self.steps >= self.limit:
             raise PrivacyBudgetError(
-                f"The {self.limit} steps that were planned have been taken; another would cost more than the privacy "
-                f"budget that the noise was calibrated for. Stop here, or plan more steps (epochs) from the start."
+                f"The {self.limit} steps that were planned have been taken; another would cost more than what was "
+                f"planned. Stop here, or plan more steps (epochs) from the start; with a noise_multiplier of your own, "
+                f"plan as many as there may be, and stop where epsilon() has reached your budget."
             )
         self._check(release)
         self._write([release])
