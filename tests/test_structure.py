@@ -200,7 +200,8 @@ def test_our_side_of_the_migration_page_runs():
     text = (ROOT / "docs" / "migration.rst").read_text()
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
     ours = [block for block in map(textwrap.dedent, blocks) if block.startswith("# perexample")]
-    assert (len(blocks), len(ours)) == (6, 3)
+    assert (len(blocks), len(ours)) == (8, 4)
+    theirs = next(block for block in map(textwrap.dedent, blocks) if block.startswith("# torch.func"))
     setup = """
 import torch
 from torch import nn
@@ -214,6 +215,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     script = "\n".join(
         [setup, *ours[:2], "model = nn.Linear(4, 3); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)", ours[2]]
     )
+    script += f"\n{theirs}\n{ours[3]}\nfor name in params: torch.testing.assert_close(rows[name], theirs[name])"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import perexample.privacy
 from perexample import LossError, PerExampleError, StaleGradientError, UnsupportedModuleError, extend, perex, privatize
 from perexample.extensions import BatchGrad, ClippedGrad
-from perexample.privacy import PhysicalBatches, PoissonBatchSampler, make_private
+from perexample.privacy import PhysicalBatches, PoissonBatchSampler, Release, make_private
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "howto.rst").read_text()
 TITLES = re.split(r"^(.+)\n[=\-^]+\n", PAGE, flags=re.M)
@@ -630,6 +630,46 @@ def test_augmentation_multiplicity(run, made):
 
     space = run("Augmentation multiplicity")
     assert_equal(parameters(space["model"]), made[0].train(both_ways))
+
+
+def test_persons(run, made):
+    """The gradient of a person, the mean over the rows that are there, is clipped as one."""
+
+    def of_a_person(model, person):
+        x, y, there = person
+        return F.cross_entropy(model.network(x[there]), y[there])
+
+    space = run("Augmentation multiplicity|1", "Several rows of one person")
+    assert 0 < space["persons"].tensors[2].double().mean() < 1
+    assert_equal(parameters(space["model"]), made[0].train(of_a_person))
+
+
+def test_public_data(run, made):
+    """A usual step after each private one."""
+    space = run("Public data")
+
+    class Usual:
+        def __init__(self, _):
+            self.optimizer = torch.optim.SGD(made[0].model.parameters(), lr=0.05)
+
+        def step(self):
+            self.optimizer.zero_grad()
+            F.cross_entropy(made[0].model(space["public_x"]), space["public_y"]).backward()
+            self.optimizer.step()
+
+    assert_equal(parameters(space["model"]), made[0].train(own_loss, Usual))
+    assert space["private"].ledger.runs == [(Release(1.0, 0.2), 10)]
+
+
+def test_watching(run, made):
+    """More extensions in the context change nothing."""
+    space = run("Watching a training")
+    private, model = space["private"], space["model"]
+    assert_equal(parameters(model), made[0].train(own_loss))
+    assert space["of_a_layer"].shape == private.clipping.norms.shape == space["losses"].shape
+    assert 0 <= space["clipped"] == int((private.clipping.norms > 1.5).sum())
+    assert space["averaged"].n_averaged == private.steps == 10
+    assert private.epsilon() < 20
 
 
 def test_critic(run, made):
