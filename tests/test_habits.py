@@ -24,6 +24,7 @@ from harness import Net, Problem, assert_exact, assert_exact_or_refused, assert_
 from naive import assert_bitwise
 from torch import Tensor, distributions, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -741,6 +742,80 @@ def test_outputs_of_every_kind(name):
         (batch(), torch.rand(N, T) < 0.5),
         forward=lambda m, x, mask: unpack(m(x=x, mask=mask, output=pack)),
     )
+
+
+def _last(m, steps):
+    return m.head(m.rnn(steps)[1][-1])
+
+
+def _filled_up(m, steps):
+    """Steps that are computed one by one, and a mean over each example's own."""
+    inner = PackedSequence(m.each(steps.data).tanh() * m.p, *steps[1:])
+    out, lengths = pad_packed_sequence(m.rnn(inner)[0], batch_first=True)
+    return m.head(out.sum(1) / lengths.unsqueeze(1))
+
+
+def _beside(m, steps, context):
+    return _last(m, steps) + m.each(context)
+
+
+LENGTHS = {
+    "any": (2, 5, 1, 4),
+    "sorted": (5, 3, 3, 1),
+    "equal": (3, 3, 3, 3),
+    "as-many-steps": (4, 1, 4, 2),
+    "one": (3,),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("function", [_last, _filled_up, _beside])
+@pytest.mark.parametrize("cls", [nn.GRU, nn.RNN])
+def test_packed_sequences_that_a_model_is_given(cls, function, lengths):
+    """Packed outside of it: steps of all examples, longest first, and sizes and orders that belong to nobody."""
+    model = Net(
+        function, rnn=cls(D, D), head=nn.Linear(D, 5), each=nn.Linear(D, 5 if function is _beside else D), p=par(D)
+    )
+    context = (rand(len(lengths), D),) if function is _beside else ()
+
+    def forward(m, x, lengths, *context):
+        is_sorted = lengths.tolist() == sorted(lengths.tolist(), reverse=True)
+        return m(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=is_sorted), *context)
+
+    unused = {_last: "each p", _filled_up: "", _beside: "p"}[function].split()
+    for name in unused:
+        getattr(model, name).requires_grad_(False)
+    assert_exact(jittered(model), (rand(len(lengths), 5, D), torch.tensor(lengths), *context), forward=forward)
+
+
+def test_packed_ids_and_layers_that_are_models_themselves():
+    """An LSTM that is given states too, whose other axes are not taken for examples; lists of ids."""
+    lengths, states = torch.tensor(LENGTHS["any"]), rand(2, 2, N, D).unbind()
+    model, x = jittered(nn.LSTM(D, D, num_layers=2)), rand(N, 5, D)
+
+    def forward(m, x, lengths, *states):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, (h, _) = m(packed, tuple(s.transpose(0, 1).contiguous() for s in states))
+        return pad_packed_sequence(out, batch_first=True, total_length=5)[0], h[-1]
+
+    assert_exact(model, (x, lengths, *(s.transpose(0, 1) for s in states)), forward=forward)
+    ids = torch.randint(0, 9, (N, 5))
+
+    def embedded(m, steps):
+        return m.head(m.rnn(PackedSequence(m.table(steps.data), *steps[1:]))[1][-1])
+
+    assert_exact(
+        jittered(Net(embedded, table=nn.Embedding(9, D), rnn=nn.GRU(D, D), head=nn.Linear(D, 5))),
+        (ids, lengths),
+        forward=lambda m, ids, lengths: m(pack_padded_sequence(ids, lengths, batch_first=True, enforce_sorted=False)),
+    )
+
+
+def test_a_mean_over_all_steps_of_a_packed_sequence_mixes():
+    model = extend(Net(lambda m, steps: m.each(steps.data)[:N] + m.each(steps.data).mean(0), each=nn.Linear(D, 5)))
+    steps = pack_padded_sequence(torch.randn(N, 5, D), torch.tensor(LENGTHS["any"]), True, enforce_sorted=False)
+    with pytest.raises(CrossExampleError, match="`mean` in `Net`"), perex(BatchGrad()):
+        model(steps).square().sum(1).mean().backward()
 
 
 def test_the_forward_outside_of_the_context():

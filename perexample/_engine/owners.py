@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .._looks import blind, found_out, holds, looking
 from .._tree import map_tensors, tensors_in
@@ -41,6 +42,13 @@ MOVERS = names(
 )
 
 FINDS = names("nonzero argwhere where")  # the last without what to take from
+
+
+def owners_of_steps(packed: PackedSequence) -> Tensor:
+    """Example of each step of a packed sequence, whose steps come in order of time, the longest example's first."""
+    order = packed.sorted_indices
+    order = torch.arange(int(packed.batch_sizes[0]), device="cpu") if order is None else order.cpu()
+    return torch.cat([order[:count] for count in packed.batch_sizes.tolist()])
 
 
 def value_positions(func: Any) -> tuple[int, ...]:

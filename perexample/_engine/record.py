@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.utils.rnn import PackedSequence
 
 from .._private import (
     calls_under_way,
@@ -27,12 +28,13 @@ from .._private import (
 )
 from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import BatchAxisError
-from ..place import Lost, Place, Space
+from ..place import Lost, Place, Space, from_owners
 from ..rule import Rule, captured, refusal, rule_for, without_rule
 from ..rules.generic import GenericRule, graded, is_own
 from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .lost import is_sparse, lose, lost_if_sparse
 from .operation import parted
+from .owners import owners_of_steps
 from .parts import tied
 from .state import STATE, Frame
 from .table import forget, forget_memory, place_of, put, put_on_edge
@@ -101,12 +103,13 @@ class Record:
         self._shared = shared
         self.root = weakref.ref(module)
         self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
-        tensors = list(tensors_in((args, kwargs)))
-        self.input_sizes, self.output_sizes = self._sizes(tensors), list[int]()
+        tensors, packed = list(tensors_in((args, kwargs))), _packed((*args, *kwargs.values()))
+        self.input_sizes = self._sizes((*args, *kwargs.values()) if packed else tensors)
+        self.output_sizes: list[int] = []
         self.output_axes: set[int] = set()
         self.other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
-        flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point()
+        flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point() and not packed
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
         self.refused: list[tuple[str, str]] = []
         self.calls: dict[Any, int] = {}
@@ -117,16 +120,20 @@ class Record:
         self.given: list[tuple[GradientEdge, Place]] = []
         self.space = Space(self, self.input_sizes[0] if self.input_sizes and not self.pending else 0)
         if self.input_sizes and not self.pending:
-            self._place(tensors)
+            self._place(tensors, packed)
 
-    def _place(self, tensors: list[Tensor]) -> None:
+    def _place(self, tensors: list[Tensor], packed: Sequence[PackedSequence] = ()) -> None:
         """Inputs of N entries on the batch axis hold the examples there.
 
         Behind the first of these, one of ``[N, N]`` without gradient might as well be a mask that all examples share.
         Nothing depends on knowing it, as long as it meets data of which more is known.
         """
-        first = True
+        first, steps = not packed, {id(p.data): p for p in packed}
+        apart = {id(t) for p in packed for t in tensors_of(tuple(p))}  # sizes and orders belong to nobody
         for number, t in enumerate(tensors):
+            if id(t) in apart:
+                self._place_steps(number, t, steps.get(id(t)))
+                continue
             if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.space.rows:
                 if t.dim() > self.batch_dim and len(self._shared) < _MOST_SHARED:
                     self._shared.add((number, t.shape[self.batch_dim]))
@@ -153,6 +160,16 @@ class Record:
                     f"batches of another size"
                 ] = None
 
+    def _place_steps(self, number: int, t: Tensor, packed: PackedSequence | None) -> None:
+        """Each step of a packed sequence is that of an example."""
+        if packed is None or int(packed.batch_sizes[0]) != self.space.rows:
+            return
+        place = self._places[number] = from_owners(owners_of_steps(packed), self.space, "the packed sequence")
+        if place is not None:
+            put(t, place)
+            if t.grad_fn is not None:
+                self.given.append((GradientEdge(t.grad_fn, t.output_nr), place))
+
     def inputs(self) -> list[tuple[Tensor, Place]]:
         """Those of the inputs that hold the examples, as far as they are alive."""
         pairs = ((reference(), place) for reference, place in zip(self._inputs, self._places, strict=True))
@@ -167,12 +184,18 @@ class Record:
         self.pending, self.space = False, Space(self, n)
         self._place([t for reference in self._inputs if (t := reference()) is not None])
 
-    def _sizes(self, tree: Any) -> list[int]:
-        return [t.shape[self.batch_dim] for t in tensors_in(tree) if t.dim() > self.batch_dim]
+    def _sizes(self, values: Any) -> list[int]:
+        """Along the axis of the examples; of a packed sequence how many it holds."""
+        if any(isinstance(value, PackedSequence) for value in values):
+            return [size for value in values for size in self._sizes_of(value)]
+        return [t.shape[self.batch_dim] for t in tensors_in(values) if t.dim() > self.batch_dim]
+
+    def _sizes_of(self, value: Any) -> list[int]:
+        return [int(value.batch_sizes[0])] if isinstance(value, PackedSequence) else self._sizes((value,))
 
     def finish(self, output: Any) -> None:
         """Note the sizes of the outputs too; the user's own tensors are not known any more."""
-        self.output_sizes = self._sizes(output)
+        self.output_sizes = self._sizes(output if type(output) is tuple else (output,))
         self.output_axes = {size for t in tensors_in(output) for size in t.shape}
         self._judge(list(tensors_in(output)))
         self._hint(list(tensors_in(output)))
@@ -289,6 +312,10 @@ class Record:
         """The name, with a number from its second use on."""
         count = self.calls[key] = self.calls.get(key, 0) + 1
         return name if count == 1 else f"{name}#{count}"
+
+
+def _packed(values: Iterable[Any]) -> list[PackedSequence]:
+    return [value for value in values if isinstance(value, PackedSequence)]
 
 
 def forget_forwards() -> None:
