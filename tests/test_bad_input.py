@@ -373,7 +373,10 @@ def bad_dataset_that_is_indexed_by_names():
 
 @case(ConfigurationError, r"batch\[0\].*cannot be told", r"Let collate_fn itself handle \[\]")
 def bad_collate_fn_that_pads_to_the_batch():
-    private(dataset=Items(lambda index: torch.ones(3)), collate_fn=lambda items: [torch.ones(len(items) ** 2 + 3)])
+    private(
+        dataset=Items(lambda index: torch.ones(3)),
+        collate_fn=lambda items: [torch.ones(len(items) ** 2 + 3 // len(items))],
+    )
 
 
 @case(ConfigurationError, "collate_fn must be callable or None, not 3", "callable or None")

@@ -918,10 +918,10 @@ UNCLEAR = {  # collate_fn, example, what the message names
     "values": (counting, X, r"batch\['sizes'\].*Let collate_fn itself handle"),
     "a number": (lambda batch: {"x": torch.stack(batch), "n": len(batch)}, X, r"batch\['n'\]"),
     "packed sequence": (nn.utils.rnn.pack_sequence, X, r"batch\.batch_sizes"),
-    "kinds": (lambda batch: batch[0] if len(batch) == 1 else batch, X, "batch is"),
+    "kinds": (lambda batch: {1: batch[0], 2: batch}[len(batch)], X, r"batch is.*failed: IndexError"),
     "keys": (lambda batch: {str(len(batch)): torch.stack(batch)}, X, "batch is"),
-    "pairs": (lambda batch: torch.ones(len(batch), len(batch)), X, r"shape \[1, 1\]"),
-    "axes": (lambda batch: torch.ones([2] * len(batch)), X, r"shape \[2\] for one"),
+    "pairs": (lambda batch: torch.stack(batch) @ torch.stack(batch).T, X, r"shape \[1, 1\]"),
+    "axes": (lambda batch: torch.ones([2] * len(batch or 0)), X, r"shape \[2\] for one"),
     "fails": (None, object(), "collate_fn failed for 1 x the given example.*TypeError"),
     "fails for two": (lambda batch: torch.ones(1 // (2 - len(batch))), X, "failed for 2 x.*ZeroDivisionError"),
 }
@@ -932,6 +932,20 @@ def test_structures_without_an_empty_batch(case):
     collate_fn, example, text = UNCLEAR[case]
     with pytest.raises(ConfigurationError, match=text):
         EmptyBatches(collate_fn, example=example)
+
+
+def test_what_has_no_such_structure_is_collated_by_the_function_itself():
+    """As the error says that it should be; the same function is a batch's, of packed sequences and of pairs."""
+
+    def packed_or_none(batch):
+        return {"x": nn.utils.rnn.pack_sequence(batch) if batch else None, "n": torch.tensor(len(batch)).view(1)}
+
+    collate = EmptyBatches(packed_or_none, example=X)
+    assert collate([]) == {"x": None, "n": torch.zeros(1)}
+    assert collate([X, X])["x"].batch_sizes.tolist() == [2] * len(X)
+    collate([])["n"] += 1
+    assert collate([])["n"] == 0
+    assert EmptyBatches(lambda batch: torch.ones(len(batch), len(batch)), example=X)([]).shape == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ cutting a batch

@@ -21,7 +21,9 @@ class EmptyBatches:
     most functions fail. Which axis of which part counts examples is found by collating the given example once and
     twice: tensors and numpy arrays, in tuples, namedtuples, lists, dicts, other mappings (`BatchEncoding` of
     transformers) and dataclasses, get size 0 along the axis that doubles; lists that double become empty; what is the
-    same for both is kept. A data set with ``__getitems__`` is asked for no examples too; `make_private` sees to that.
+    same for both is kept. Where that does not tell, as for packed sequences and graphs, the function is asked for
+    ``[]`` itself: it may give ``None`` there, for a loop that runs no forward then. A data set with ``__getitems__`` is
+    asked for no examples too; `make_private` sees to that.
 
     Args:
         collate_fn: From a list of examples to a batch; by default that of torch. For workers that are spawned it has
@@ -46,7 +48,11 @@ class EmptyBatches:
         if collate_fn is not None and not callable(collate_fn):
             raise ConfigurationError(f"collate_fn must be callable or None, not {collate_fn!r}.")
         self.collate_fn = default_collate if collate_fn is None else collate_fn
-        self._empty = _none_of(self._collated(example, 1), self._collated(example, 2), "batch")
+        one, two = self._collated(example, 1), self._collated(example, 2)
+        try:
+            self._empty = _none_of(one, two, "batch")
+        except ConfigurationError as unclear:
+            self._empty = self._of_none(unclear)
 
     def __call__(self, examples: list[Any]) -> Any:
         """Collate.
@@ -58,6 +64,15 @@ class EmptyBatches:
             The batch.
         """
         return self.collate_fn(examples) if len(examples) else _fresh(self._empty)
+
+    def _of_none(self, unclear: ConfigurationError) -> Any:
+        """What the function itself makes of no examples, where the structure does not tell."""
+        try:
+            return self.collate_fn([])
+        except Exception as error:
+            raise ConfigurationError(
+                f"{unclear} Let collate_fn itself handle [], for which it failed: {type(error).__name__}: {error}."
+            ) from error
 
     def _collated(self, example: Any, times: int) -> Any:
         try:
@@ -201,7 +216,7 @@ def _cannot_tell(path: str, one: Any, two: Any) -> NoReturn:
     first, second = (f"shape {list(v.shape)}" if _is_array(v) else f"a {type(v).__name__}" for v in (one, two))
     raise ConfigurationError(
         f"What {path} is for a batch of no examples cannot be told: it is {first} for one example and {second} for two "
-        f"that are equal, which differ otherwise than by twice as many rows. Let collate_fn itself handle []."
+        f"that are equal, which differ otherwise than by twice as many rows."
     )
 
 
