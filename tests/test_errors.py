@@ -702,6 +702,31 @@ def bad_parameter_in_the_loss():
         (model(ones(4, 5)).square() * model.gain.exp()).mean().backward()
 
 
+@case(UnsupportedModuleError, r"`Linear` is given a nested tensor.*padded data.*packed sequence")
+def bad_nested_tensor():
+    model = extend(nn.Linear(5, 2))
+    with perex(BatchGrad()):
+        rows = model(torch.nested.nested_tensor([ones(2, 5), ones(3, 5)], layout=torch.jagged)).unbind()
+        torch.stack([row.mean() for row in rows]).mean().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_pass_through_an_extended_model(layout):
+    model, rows = nn.Sequential(nn.Linear(5, 2), nn.ReLU()), [torch.randn(2, 5), torch.randn(3, 5)]
+    wanted = [model(row) for row in rows]
+    found = extend(model)(torch.nested.nested_tensor(rows, layout=layout)).unbind()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@case(LossError, r"shape \[4\].*where backward was given weights, \(weights \* losses\)\.sum\(\)")
+def bad_backward_with_weights():
+    model = extend(nn.Linear(5, 2))
+    with perex(BatchGrad(), loss_reduction="sum"):
+        model(ones(4, 5)).square().sum(1).backward(ones(4))
+
+
 @case(BatchAxisError, r"number of examples in the call of `Lambda`")
 def bad_no_tensor_input():
     model = Lambda(lambda self, n: self.a(ones(n, 5)), a=nn.Linear(5, 2))

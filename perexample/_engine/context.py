@@ -210,7 +210,8 @@ def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> Non
     if loss.numel() != 1:
         raise LossError(
             f"backward was called on a tensor of shape {list(loss.shape)}; per-example gradients need a scalar loss. "
-            f"Use losses.mean() (or losses.sum() with perex(..., loss_reduction='sum'))."
+            f"Use losses.mean() (or losses.sum() with perex(..., loss_reduction='sum'); where backward was given "
+            f"weights, (weights * losses).sum())."
         )
     if gradient is not None:
         raise LossError("backward(gradient=...) would scale the examples' losses; multiply the loss, or leave it out.")

@@ -67,6 +67,10 @@ class _Roots:
 
 ROOTS = _Roots()
 _MOST_SHARED = 100
+NESTED = (
+    "is given a nested tensor, in which examples are not followed; give it padded data (to_padded_tensor) with a mask "
+    "or lengths, or a packed sequence"
+)
 _GENERIC = GenericRule()
 
 
@@ -103,7 +107,9 @@ class Record:
         self._shared = shared
         self.root = weakref.ref(module)
         self.root_name, self.batch_dim = name or type(module).__name__, batch_dim
-        tensors, packed = list(tensors_in((args, kwargs))), _packed((*args, *kwargs.values()))
+        tensors, packed = tensors_of((args, kwargs)), _packed((*args, *kwargs.values()))
+        nested = any(t.is_nested for t in tensors)
+        tensors = [t for t in tensors if not t.is_nested] if nested else tensors
         self.input_sizes = self._sizes((*args, *kwargs.values()) if packed else tensors)
         self.output_sizes: list[int] = []
         self.output_axes: set[int] = set()
@@ -111,7 +117,7 @@ class Record:
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
         flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point() and not packed
         self.pending = flat_ids and len(set(self.input_sizes)) > 1
-        self.refused: list[tuple[str, str]] = []
+        self.refused: list[tuple[str, str]] = [(self.root_name, NESTED)] if nested else []
         self.calls: dict[Any, int] = {}
         self.checkpointed = self.wrote = False
         self.opened = STATE.opened
@@ -188,7 +194,7 @@ class Record:
         """Along the axis of the examples; of a packed sequence how many it holds."""
         if any(isinstance(value, PackedSequence) for value in values):
             return [size for value in values for size in self._sizes_of(value)]
-        return [t.shape[self.batch_dim] for t in tensors_in(values) if t.dim() > self.batch_dim]
+        return [t.shape[self.batch_dim] for t in tensors_in(values) if t.dim() > self.batch_dim and not t.is_nested]
 
     def _sizes_of(self, value: Any) -> list[int]:
         return [int(value.batch_sizes[0])] if isinstance(value, PackedSequence) else self._sizes((value,))
@@ -196,7 +202,7 @@ class Record:
     def finish(self, output: Any) -> None:
         """Note the sizes of the outputs too; the user's own tensors are not known any more."""
         self.output_sizes = self._sizes(output if type(output) is tuple else (output,))
-        self.output_axes = {size for t in tensors_in(output) for size in t.shape}
+        self.output_axes = {size for t in tensors_in(output) if not t.is_nested for size in t.shape}
         self._judge(list(tensors_in(output)))
         self._hint(list(tensors_in(output)))
         for t in tensors_in(output):
@@ -214,7 +220,7 @@ class Record:
 
     def _beside(self, t: Tensor) -> bool:
         """Whether an output was computed from parameters alone, and is as long as there are examples."""
-        if self.pending or t.grad_fn is None or t.layout != torch.strided or place_of(t) is not None:
+        if self.pending or t.grad_fn is None or t.layout != torch.strided or t.is_nested or place_of(t) is not None:
             return False
         fits = t.dim() > self.batch_dim and t.shape[self.batch_dim] == self.space.rows
         return fits and not source_of(t).problem  # it may have been computed from data where nothing is followed
