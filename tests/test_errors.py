@@ -702,6 +702,31 @@ def bad_parameter_in_the_loss():
         (model(ones(4, 5)).square() * model.gain.exp()).mean().backward()
 
 
+@case(
+    CrossExampleError, r"in `a` \(MultiheadAttention\) mixes.*`a` has batch_first=False.*Make it with batch_first=True;"
+)
+def bad_attention_between_examples():
+    """The layer's own default, with examples first."""
+    model = Lambda(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2))
+    with perex(BatchGrad()):
+        extend(model)(torch.randn(3, 5, 4)).mean().backward()
+
+
+@case(BatchAxisError, r"`a` \(LSTM\) was called with the examples on axis 0.*extend\(model, batch_dim=1\)")
+def bad_recurrent_layer_of_time_first():
+    model = Lambda(lambda self, x: self.a(x)[0], a=nn.LSTM(4, 2))
+    with perex(BatchGrad()):
+        extend(model)(torch.randn(3, 5, 4)).mean().backward()
+
+
+@case(CrossExampleError, r"`mean` in `Lambda` \(Lambda\) mixes.*loss of each example\.$")
+def bad_mean_beside_a_layer_of_time_first():
+    """Nothing is said of what has no part in it."""
+    model = Lambda(lambda self, x: self.b(x) - self.b(x).mean(0), a=nn.LSTM(4, 2), b=nn.Linear(4, 2))
+    with perex(BatchGrad()):
+        extend(model)(torch.randn(3, 4)).mean().backward()
+
+
 @case(UnsupportedModuleError, r"`Linear` is given a nested tensor.*padded data.*packed sequence")
 def bad_nested_tensor():
     model = extend(nn.Linear(5, 2))

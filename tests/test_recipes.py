@@ -100,6 +100,10 @@ def test_a_part(run):
     space = run("A part of the parameters")
     torch.testing.assert_close(space["of_last"], each(losses(space), [space["model"][2].weight])[0])
     assert not hasattr(space["model"][0].weight, "grad_batch")
+    biases = each(losses(space), [space["model"][0].bias, space["model"][2].bias])
+    torch.testing.assert_close(space["of_biases"], torch.cat(biases, 1).norm(dim=1))
+    assert not hasattr(space["model"][2].weight, "batch_l2")
+    torch.testing.assert_close(space["model"][2].weight.grad, space["of_last"].mean(0))
 
 
 def test_a_function(run):

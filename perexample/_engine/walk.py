@@ -177,12 +177,13 @@ def refuse_lost(found: Walk) -> None:
     if lost is not None and lost.mixes:
         raise CrossExampleError(
             f"{lost.where} {lost.why}, so no example has a gradient of its own. Use operations that treat each example "
-            f"by itself, or move this one behind the loss of each example.{STATE.hinted()}"
+            f"by itself, or move this one behind the loss of each example.{_of_time_first(lost)}{STATE.hinted()}"
         )
     if lost is not None:
         raise BatchAxisError(
             f"{lost.where} {lost.why}, so it cannot be known which of its entries belong to which example. Keep the "
             f"examples on one axis there, or register a rule for the module around it (@register_rule, docs/extending)."
+            f"{_of_time_first(lost)}"
         )
     for tap in found.taps:
         for name, p in tap.params.items():
@@ -194,6 +195,19 @@ def refuse_lost(found: Walk) -> None:
                     f"torch.autograd.Function, torch.func or a compiled part. Put that operation into a module without "
                     f"children, or register a rule for the module around it (@register_rule, docs/extending)."
                 )
+
+
+def _of_time_first(lost: Lost) -> str:
+    """What is most often wrong where a layer that takes time first is given the examples there, as torch's do."""
+    root = lost.record.root()
+    for path, module in root.named_modules() if root is not None else ():
+        name = path or type(module).__name__
+        if getattr(module, "batch_first", None) is False and f"`{name}`" in lost.where:
+            return (
+                f" `{name}` has batch_first=False: it takes time on axis 0 and the examples on axis 1. Make it "
+                f"with batch_first=True; or, if the model is given them on axis 1, extend(model, batch_dim=1)."
+            )
+    return ""
 
 
 def _note(found: Walk, node: Node) -> str:
