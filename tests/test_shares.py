@@ -61,6 +61,15 @@ def backwards(loss, numbers, extension=ClippedGrad, **options):
             loss(model(torch.randn(n, 4)).square()).backward()
 
 
+def weighted(steps):
+    """Backwards of one model with two losses, one of which has a weight of its own in each."""
+    model = extend(nn.Linear(4, 3))
+    for n, weight in steps:
+        with perex(ClippedGrad(1.0)):
+            outputs = model(torch.randn(n, 4))
+            (outputs.square().mean() + weight * outputs.sin().mean()).backward()
+
+
 @pytest.mark.parametrize("loss", FOLLOWING.values(), ids=FOLLOWING)
 @pytest.mark.parametrize("numbers", [(64, 37), (32, 33), (64, 64, 32, 16), (2, 4, 8)], ids=str)
 def test_factors_that_follow_the_number_of_examples_are_an_error(loss, numbers):
@@ -110,6 +119,27 @@ def test_factors_may_change_otherwise():
     for n, factor in ((64, 0.1), (37, 0.2), (50, 0.3), (64, 0.4), (37, 0.5)):
         with perex(ClippedGrad(1.0)):
             (factor * model(torch.randn(n, 4)).square().mean()).backward()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ((7, 0.3), (4, 0.04), (5, 0.05), (6, 0.06)),
+        ((9, 0.3), (10, 0.09), (9, 0.081)),
+        ((10, 0.1), (7, 0.2), (10, 0.14)),
+    ],
+    ids=["two before", "another for the same number", "of two"],
+)
+def test_a_schedule_meets_ratios_of_numbers_by_chance(steps):
+    """As the growing weight of a divergence beside another loss, with Poisson batches."""
+    weighted(steps)
+
+
+def test_a_factor_that_follows_late_is_an_error():
+    """Behind batches in which it did not."""
+    late = [(n, n / B) for n in (37, 16, 50)]
+    with pytest.raises(LossError, match=r"batches of \d+ and 50"):
+        weighted([(64, 1.0), (37, 1.0), (50, 1.0), (64, 1.0), *late])
 
 
 @pytest.mark.parametrize("loss", [lambda z: F.mse_loss(z, torch.zeros_like(z)), lambda z: z.square().mean()])

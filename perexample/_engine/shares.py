@@ -21,7 +21,7 @@ from .graph import dims_of, kind_of, number_of, shape_of
 from .kinds import names
 from .tap import KEY
 
-_KEPT = 2  # losses of a model that are remembered, of different numbers of examples
+_KEPT = 3  # losses of a model that are remembered, of different numbers of examples; a schedule meets two by chance
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 256  # nodes
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
@@ -118,10 +118,13 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
         return
     shares = list(_shares(loss))
     known = _SHARES.setdefault(model, {})  # a sum and a mean of one model are two losses
-    before = [(m, others) for m, others in known.get(mean, []) if m != n and len(others) == len(shares)]
-    for power in (1, -1):
+    like = [(m, others) for m, others in known.get(mean, []) if len(others) == len(shares)]
+    before = [(m, others) for m, others in like if m != n]
+    # What is another for the same number follows something else: a schedule, whose ratios meet those of numbers.
+    scheduled = any(m == n and not _same(shares, others, n, mean=mean) for m, others in like)
+    for power in () if scheduled else (1, -1):
         alike = [m for m, others in before if _follow(shares, others, n, m, power, mean=mean)]
-        if len(alike) == _KEPT or (len(alike) == len(before) and any(not _is_plain(n, m) for m in alike)):
+        if alike and len(alike) == len(before) and (len(alike) > 1 or not _is_plain(n, alike[0])):
             raise LossError(
                 f"Each example's own loss is multiplied with a number that follows how many there are, in batches of "
                 f"{alike[0]} and {n} (loss * len(x) / B, or a sum over a batch divided by a constant), so one more "
@@ -130,6 +133,12 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
                 f"expected_batch_size."
             )
     known[mean] = [*before, (n, shares)][-_KEPT:]
+
+
+def _same(now: list[_Share], before: list[_Share], n: int, *, mean: bool) -> bool:
+    """Whether n examples have the same weights in two losses."""
+    pairs = zip(now, before, strict=True)
+    return all(math.isclose(*(share.weight(n, mean=mean) for share in pair), rel_tol=1e-6) for pair in pairs)
 
 
 def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int, *, mean: bool) -> bool:
