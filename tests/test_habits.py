@@ -818,6 +818,25 @@ def test_a_mean_over_all_steps_of_a_packed_sequence_mixes():
         model(steps).square().sum(1).mean().backward()
 
 
+def _with_candidates(m, users, candidates):
+    return m.users(users) @ m.items(candidates).T + m.p
+
+
+def _against_negatives(m, words, near, negatives):
+    own = (m.users(words) * m.items(near)).sum(1, keepdim=True)
+    return torch.cat([own, m.users(words) @ m.items(negatives).T], 1) * m.p
+
+
+@pytest.mark.parametrize("function", [_with_candidates, _against_negatives])
+def test_ids_beside_others_that_all_examples_share(function):
+    """Two lists of ids of different length are no bags where no layer takes any."""
+    count = 5 if function is _with_candidates else 1
+    model = Net(function, users=nn.Embedding(9, D), items=nn.Embedding(7, D), p=par(count))
+    own = (torch.randint(0, 7, (N,)),) * (function is _against_negatives)
+    inputs = (torch.randint(0, 9, (N,)), *own, torch.randint(0, 7, (5,)))
+    assert_exact(jittered(model), inputs, axes=(*[0] * (len(inputs) - 1), None))
+
+
 def test_the_forward_outside_of_the_context():
     model, x = bare(), batch()
     expected = wanted(model, x)

@@ -116,7 +116,7 @@ class Record:
         self.other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
         flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point() and not packed
-        self.pending = flat_ids and len(set(self.input_sizes)) > 1
+        self.pending = flat_ids and len(set(self.input_sizes)) > 1 and _has_bags(module)
         self.refused: list[tuple[str, str]] = [(self.root_name, NESTED)] if nested else []
         self.calls: dict[Any, int] = {}
         self.checkpointed = self.wrote = False
@@ -318,6 +318,11 @@ class Record:
         """The name, with a number from its second use on."""
         count = self.calls[key] = self.calls.get(key, 0) + 1
         return name if count == 1 else f"{name}#{count}"
+
+
+def _has_bags(module: nn.Module) -> bool:
+    """Whether a layer in it may be given the ids of all examples in one row."""
+    return any(rule.counts_rows for inner in module.modules() if (rule := rule_for(inner)) is not None)
 
 
 def _packed(values: Iterable[Any]) -> list[PackedSequence]:
