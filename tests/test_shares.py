@@ -124,11 +124,11 @@ def test_factors_may_change_otherwise():
 @pytest.mark.parametrize(
     "steps",
     [
-        ((7, 0.3), (4, 0.04), (5, 0.05), (6, 0.06)),
+        ((7, 0.3), (4, 0.04), (5, 0.05), (6, 0.06), (8, 0.08)),
         ((9, 0.3), (10, 0.09), (9, 0.081)),
         ((10, 0.1), (7, 0.2), (10, 0.14)),
     ],
-    ids=["two before", "another for the same number", "of two"],
+    ids=["three before", "another for the same number", "of two"],
 )
 def test_a_schedule_meets_ratios_of_numbers_by_chance(steps):
     """As the growing weight of a divergence beside another loss, with Poisson batches."""
@@ -137,8 +137,8 @@ def test_a_schedule_meets_ratios_of_numbers_by_chance(steps):
 
 def test_a_factor_that_follows_late_is_an_error():
     """Behind batches in which it did not."""
-    late = [(n, n / B) for n in (37, 16, 50)]
-    with pytest.raises(LossError, match=r"batches of \d+ and 50"):
+    late = [(n, n / B) for n in (37, 16, 50, 30, 20)]
+    with pytest.raises(LossError, match=r"batches of \d+ and \d+"):
         weighted([(64, 1.0), (37, 1.0), (50, 1.0), (64, 1.0), *late])
 
 

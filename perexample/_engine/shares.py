@@ -21,7 +21,7 @@ from .graph import dims_of, kind_of, number_of, shape_of
 from .kinds import names
 from .tap import KEY
 
-_KEPT = 3  # losses of a model that are remembered, of different numbers of examples; a schedule meets two by chance
+_KEPT = 4  # losses of a model that are remembered, of different numbers of examples; a schedule meets few by chance
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 256  # nodes
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
