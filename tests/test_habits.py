@@ -811,6 +811,19 @@ def test_packed_ids_and_layers_that_are_models_themselves():
     )
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS["any"], LENGTHS["one"]])
+def test_packed_sequences_in_a_mapping(lengths):
+    """That of a single example, too, which has as many rows as steps."""
+    model = Net(lambda m, batch: m.each(batch["steps"].data) * m.p, each=nn.Linear(D, D), p=par(D))
+
+    def forward(m, x, lengths):
+        steps = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=len(lengths) == 1)
+        out = m({"steps": steps, "name": "a"})
+        return pad_packed_sequence(PackedSequence(out, *steps[1:]), batch_first=True, total_length=5)[0]
+
+    assert_exact(jittered(model), (rand(len(lengths), 5, D), torch.tensor(lengths)), forward=forward)
+
+
 def test_a_mean_over_all_steps_of_a_packed_sequence_mixes():
     model = extend(Net(lambda m, steps: m.each(steps.data)[:N] + m.each(steps.data).mean(0), each=nn.Linear(D, 5)))
     steps = pack_padded_sequence(torch.randn(N, 5, D), torch.tensor(LENGTHS["any"]), True, enforce_sorted=False)

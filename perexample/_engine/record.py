@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,12 +192,14 @@ class Record:
 
     def _sizes(self, values: Any) -> list[int]:
         """Along the axis of the examples; of a packed sequence how many it holds."""
-        if any(isinstance(value, PackedSequence) for value in values):
+        if _packed(values):
             return [size for value in values for size in self._sizes_of(value)]
         return [t.shape[self.batch_dim] for t in tensors_in(values) if t.dim() > self.batch_dim and not t.is_nested]
 
     def _sizes_of(self, value: Any) -> list[int]:
-        return [int(value.batch_sizes[0])] if isinstance(value, PackedSequence) else self._sizes((value,))
+        if isinstance(value, PackedSequence):
+            return [int(value.batch_sizes[0])]
+        return self._sizes(_parts(value) or (value,))
 
     def finish(self, output: Any) -> None:
         """Note the sizes of the outputs too; the user's own tensors are not known any more."""
@@ -326,7 +328,16 @@ def _has_bags(module: nn.Module) -> bool:
 
 
 def _packed(values: Iterable[Any]) -> list[PackedSequence]:
-    return [value for value in values if isinstance(value, PackedSequence)]
+    """Packed sequences, in mappings and lists too."""
+    found: list[PackedSequence] = []
+    for value in values:
+        found += [value] if isinstance(value, PackedSequence) else _packed(_parts(value))
+    return found
+
+
+def _parts(value: Any) -> Collection[Any]:
+    """What a mapping, list or tuple holds; nothing of anything else."""
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
 
 
 def forget_forwards() -> None:
