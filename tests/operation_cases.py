@@ -784,6 +784,11 @@ def einsum(pattern: str, shape: tuple[int, ...]) -> list[Row]:
     ]
 
 
+def _with_bias(layer: nn.Linear, bias: nn.Parameter) -> nn.Linear:
+    layer.bias = bias
+    return layer
+
+
 PRODUCTS = [
     net("F.linear", lambda m, x: F.linear(x, m.w), w=(6, D), traps=(3, 6), empty=True),
     net("F.linear-bias", lambda m, x: F.linear(x, m.w, m.b), w=(6, D), b=(6,), empty=True),
@@ -809,6 +814,11 @@ PRODUCTS = [
     net("mm-vectors", lambda m, x: x.mm(m.w), vectors, w=(D, 6), traps=(6, D)),
     net("mm-weights-first", lambda m, x: torch.mm(m.w, x.t()).t(), vectors, w=(6, D), traps=(6, D)),
     net("addmm", _conv1d_of_gpt2, w=(D, 6), b=(6,), empty=True),
+    net("addmm-one-bias", lambda m, x: torch.addmm(m.b, x, m.w), vectors, w=(D, 6), b=(1,), traps=(6, D)),
+    net("linear-one-bias", lambda m, x: F.linear(x, m.w, m.b), w=(6, D), b=(1,)),
+    net("linear-bias-of-no-axis", lambda m, x: F.linear(x, m.w, m.b), vectors, w=(6, D), b=()),
+    net("linear-bias-of-positions", lambda m, x: F.linear(x, m.w, m.b), w=(6, D), b=(T, 6)),
+    net("linear-module-one-bias", lambda m, x: m.a(x), a=lambda: _with_bias(linear(), par(1))),
     net("addmm-method", lambda m, x: m.b.addmm(x, m.w), vectors, w=(D, 6), b=(6,), traps=(6, D)),
     net("addmm-alpha", lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2), vectors, w=(D, 6), b=(1, 6)),
     net("addmm-data-first", lambda m, x: torch.addmm(x, x, m.w), vectors, w=(D, D), traps=(D,)),

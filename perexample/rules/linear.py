@@ -22,6 +22,11 @@ def bias_term(g: Tensor) -> Dense:
     return Dense(g if g.dim() == 2 else g.flatten(1, -2).sum(1))
 
 
+def _is_full(bias: Any, outputs: int) -> bool:
+    """Whether a bias, if there is one, has an entry for each output; torch broadcasts others."""
+    return bias is None or tuple(bias.shape) == (outputs,)
+
+
 @register_rule(nn.Linear, F.linear)
 class LinearRule(Rule):
     """``y = x W^T + b``: weight ``G_n = sum_t g_nt x_nt^T``, bias ``sum_t g_nt``; x is ``[N, *T, I]``."""
@@ -33,15 +38,17 @@ class LinearRule(Rule):
         """The last axis holds the features."""
         return 1
 
-    def covers(self, module: nn.Module) -> bool:
+    def covers(self, module: Any) -> bool:
         """Only weight and bias."""
-        return only_parameters(module, "weight", "bias")
+        return only_parameters(module, "weight", "bias") and _is_full(module.bias, module.weight.shape[0])
 
     def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
         """``F.linear(input, weight, bias)``."""
         named = named_arguments("input weight bias", args, kwargs)
         weight, params = named["weight"], {"weight": named["weight"], "bias": named.get("bias")}
-        return Bound(SimpleNamespace(weight=weight), (named["input"],), params) if weight.dim() == 2 else None
+        if weight.dim() != 2 or not _is_full(params["bias"], weight.shape[0]):
+            return None
+        return Bound(SimpleNamespace(weight=weight), (named["input"],), params)
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """The input; its values are not kept where the weight is frozen."""
@@ -81,9 +88,9 @@ class MatmulRule(Rule):
             weight: Tensor = named["other"] if "other" in named else named["mat2"]
         else:
             named = named_arguments("input mat1 mat2", args, kwargs)
-            if named.get("beta", 1) != 1 or named.get("alpha", 1) != 1 or named["input"].dim() != 1:
-                return None
             bias, x, weight = named["input"], named["mat1"], named["mat2"]
+            if named.get("beta", 1) != 1 or named.get("alpha", 1) != 1 or not _is_full(bias, weight.shape[-1]):
+                return None
         if x.dim() < 2 or weight.dim() != 2:
             return None
         return Bound(SimpleNamespace(), (x,), {"weight": weight, "bias": bias})
