@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._private import memory_of
 from ._tree import map_tensors
 
 WRITES_STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm"}  # without a word
@@ -134,11 +135,6 @@ def form_of(slot: Slot, forms: Sequence[Form]) -> Form:
 def any_of(numbers: Any) -> bool:
     """Whether a number, or one of several, is not 0."""
     return any(numbers) if isinstance(numbers, (list, tuple)) else bool(numbers)
-
-
-def memory_of(t: Tensor) -> int:
-    """Where a tensor lies; 0 if that cannot be told."""
-    return t.untyped_storage().data_ptr() if t.layout is torch.strided else 0
 
 
 def slots_of(tree: Any) -> list[Slot]:

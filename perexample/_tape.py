@@ -23,7 +23,6 @@ from ._calls import (
     code_of,
     folded,
     is_view,
-    memory_of,
     needed,
     once,
     slots_of,
@@ -34,7 +33,7 @@ from ._fused import DoesNotHold, Fused, Halves, is_faster, through, why_not_fuse
 from ._graph import graph_of
 from ._looks import model_looks, trying
 from ._precision import without_autocast
-from ._private import is_default_generator, undispatched
+from ._private import is_default_generator, memory_of, undispatched
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 

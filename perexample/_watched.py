@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._calls import written_by
 from ._looks import trying
+from ._private import memory_of
 from ._tree import tensors_of
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -78,4 +79,4 @@ def _draws(name: str) -> bool:
 
 
 def _memory(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
+    return memory_of(t) or id(t)

@@ -242,6 +242,8 @@ ELEMENTWISE = [
     elementwise("p-squared", lambda p, x: p * p * x),
     elementwise("p-used-twice", lambda p, x: torch.tanh(x * p) - p),
     elementwise("p-used-thrice", lambda p, x: p * torch.tanh(p * torch.tanh(p * x))),
+    net("sgn", lambda m, x: torch.sgn(x * m.p) + (m.q.sgn() * x).cumsum(-1), p=(D,), q=(D,)),
+    net("sgn-alone", lambda m, x: torch.sgn(x * m.p), p=(D,)),
     elementwise("masked-fill-by-a-scalar", lambda p, x: x.masked_fill(x > 0, p.sum())),
     elementwise("negated-and-sliced", lambda p, x: x[..., :6] * -p[3:9]),
     elementwise("unbound", lambda p, x: sum(x * q for q in p.unbind()), 2),

@@ -298,6 +298,15 @@ def test_losses_tell_their_reduction(loss, reduction):
     assert _private.loss_reduction_of(node) == reduction
 
 
+def test_zeros_without_memory_are_brought_into_memory():
+    x = leaf(2, 3)
+    nothing = torch.autograd.grad(x.sgn(), x, torch.ones(2, 3))[0]
+    assert _private.memory_of(nothing) == 0 != _private.memory_of(x)
+    assert _private.in_memory(x) is x
+    assert _private.memory_of(_private.in_memory(nothing)) != 0
+    assert torch.equal(_private.in_memory(nothing), torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 4.0])])
 @pytest.mark.parametrize("tail", [(), (2,), (2, 3)])
 def test_a_mean_cross_entropy_tells_its_divisor_and_what_it_ignores(tail, weight):

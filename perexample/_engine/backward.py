@@ -15,7 +15,7 @@ from .._arguments import shown
 from .._grams import Grams
 from .._looks import blind, holds
 from .._placed import merged
-from .._private import version
+from .._private import in_memory, version
 from .._shards import freed
 from .._tree import map_tensors
 from .._vjp import pulled_back
@@ -223,7 +223,7 @@ class Backward:
         if gradients is None:
             return  # a second pass that does not want it
         if g is not None:
-            gradients[index] = tap.in_shape(index, g.detach())
+            gradients[index] = tap.in_shape(index, in_memory(g.detach()))
         if len(gradients) == len(self.found.taps[tap]):
             self._complete(tap)
 

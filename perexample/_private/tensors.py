@@ -57,6 +57,16 @@ def is_python_number(scalar: Tensor) -> bool:
     return scalar.dim() == 0 and torch.result_type(torch.zeros((), dtype=other, device=scalar.device), scalar) == other
 
 
+def in_memory(t: Tensor) -> Tensor:
+    """A tensor, as a new one if it is a zero of autograd's without memory, as the gradient of ``torch.sgn`` is."""
+    return t.clone() if t._is_zerotensor() else t
+
+
+def memory_of(t: Tensor) -> int:
+    """Where a tensor lies; 0 if that cannot be told."""
+    return 0 if t.layout is not torch.strided or t._is_zerotensor() else t.untyped_storage().data_ptr()
+
+
 def added_up(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     """``left[k] + right[k]`` for all k, new tensors, in few calls for many small ones, as torch's optimizers do it."""
     return list(torch._foreach_add(list(left), list(right))) if left else []

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from .._grams import Grams
 from .._looks import blind, holds
 from .._norms import norms_of, squared_norms
+from .._private import in_memory
 from .._trust import blocks, direct
 from ..methods import Choice, Method, choose, likeness, settled
 from .grouping import added
@@ -163,7 +164,7 @@ class Dense(Term):
 
     def __init__(self, value: Tensor) -> None:
         """Keep the gradients ``[N, *shape]``."""
-        self.value, self.n, self.shape = value, value.shape[0], value.shape[1:]
+        self.value, self.n, self.shape = in_memory(value), value.shape[0], value.shape[1:]
 
     def factors(self) -> list[Tensor]:
         """The gradients."""
