@@ -42,6 +42,52 @@ def test_a_common_divisor_is_refused(options):
         run(lambda out: F.cross_entropy(out, TARGET, **options))
 
 
+@pytest.mark.parametrize("options", [{"ignore_index": 2}, {"weight": torch.tensor([1.0, 2.0, 1.0, 1.0]).double()}])
+def test_a_common_divisor_of_a_sum_is_refused(options):
+    """A mean times the number of examples is the sum of their own losses only if they all count alike."""
+    with pytest.raises(LossError, match=r"divisor .* over 5 targets.*reduction='none'"):
+        run(lambda out: F.cross_entropy(out, TARGET, **options) * 5, loss_reduction="sum")
+
+
+def _by_itself(out, labels, **options):
+    return F.cross_entropy(out, labels, **options)
+
+
+def _counted(out, labels, **options):
+    return F.cross_entropy(out, labels, reduction="sum", **options) / (labels >= 0).sum()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "one", [_by_itself, _counted, functools.partial(_by_itself, weight=torch.arange(1.0, 5).double())]
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["in the loss", "in the model"])
+def test_a_divisor_of_each_examples_own_tokens_is_fine(one, reduction, inside):
+    """A loop over the examples, each of which averages over its own targets."""
+
+    def each(out):
+        return torch.stack([one(*pair) for pair in zip(out, labels, strict=True)])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 4).double()
+
+        def forward(self, x):
+            return each(self.inner(x)) if inside else self.inner(x)
+
+    labels = torch.arange(30).remainder(4).view(5, 6)
+    for i in range(5):
+        labels[i, : i + 1] = -100
+    model, x = Model(), torch.randn(5, 6, 3, dtype=torch.float64)
+    wanted = [torch.autograd.grad(one(model.inner(x[i]), labels[i]), model.inner.weight)[0] for i in range(5)]
+    extend(model)
+    with perex(BatchGrad(), loss_reduction=reduction):
+        out = model(x)
+        getattr(out if inside else each(out), reduction)().backward()
+    torch.testing.assert_close(model.inner.weight.grad_batch, torch.stack(wanted))
+
+
 def test_ignored_targets_with_a_mean_of_each_example():
     def loss(out):
         losses = F.cross_entropy(out, TARGET, ignore_index=2, reduction="none")

@@ -128,8 +128,8 @@ class Backward:
             )
         if self.n:
             check_sums(loss, self.found, self.n, loss_scale / (self.n if mean else 1.0))
-        if self.n and mean:
             check_divisors(self.found, self.n)
+        if self.n and mean:
             refuse_sums(loss, self.n, loss_scale)
         if self.joint and not mean:
             refuse_means(loss, self.n, loss_scale)

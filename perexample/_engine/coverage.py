@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
-from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, named_parameters, shards
+from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, named_parameters, ones_for, shards
 from .._shards import is_sharded
 from ..errors import (
     BatchAxisError,
@@ -20,6 +20,8 @@ from ..errors import (
 )
 from ..place import Place
 from ..rules.generic import GenericRule
+from .cuts import comes_from_rows
+from .graph import examples_of, live_taps
 from .record import ROOTS, Enter
 from .state import STATE
 from .table import place_of
@@ -204,7 +206,9 @@ def check_divisors(found: Walk, n: int) -> None:
         if over is None:
             continue
         total, targets, ignored = over
-        if targets.numel() >= n and total != targets.numel() and not _as_many_each(total, targets, ignored, n):
+        if targets.numel() < n or total == targets.numel() or _as_many_each(total, targets, ignored, n):
+            continue
+        if not _is_of_one_example(node, found):
             raise LossError(
                 f"The loss ({node.name()}) is a mean with the divisor {total:g} over {targets.numel()} targets "
                 f"(ignored targets or class weights), which all examples share, so none has a loss of its own. Use "
@@ -221,6 +225,8 @@ def check_sums(loss: Tensor, found: Walk, n: int, factor: float) -> None:
         total, targets, ignored = over
         if targets.numel() < n or total == targets.numel() or _as_many_each(total, targets, ignored, n):
             continue
+        if _is_of_one_example(node, found):
+            continue
         actual = float(torch.autograd.grad(loss, GradientEdge(node, 0), retain_graph=True)[0])
         if not math.isclose(actual, factor, rel_tol=1e-3):
             raise LossError(
@@ -229,6 +235,20 @@ def check_sums(loss: Tensor, found: Walk, n: int, factor: float) -> None:
                 f"from them, as num_items_in_batch of transformers is, leaves none a loss of its own. Use "
                 f"reduction='none', average over each example's own targets, then take the mean."
             )
+
+
+def _is_of_one_example(node: Node, found: Walk) -> bool:
+    """Whether a loss is that of one example's own rows, as in a loop over the examples."""
+    before, number = node.next_functions[0]
+    assert before is not None
+    edge = GradientEdge(before, number)
+    spaces = [tap.places[index].space for _, tap, index in live_taps(edge, found)]
+    alone = all(space.rows == 1 and space.owner is not None for space in spaces)
+    if not (alone or comes_from_rows(edge)):
+        return False
+    ones = ones_for(edge)
+    unlike = ones.cumsum(-1).cos()  # the gradient of a plain sum of log-probabilities is zero where all are the same
+    return examples_of(edge, found, unlike) < 2
 
 
 def _as_many_each(total: float, targets: Tensor, ignored: int, n: int) -> bool:
