@@ -85,10 +85,15 @@ def live_taps(edge: GradientEdge, found: Walk) -> list[Near]:
 
 
 def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> int:
-    """On how many examples a tensor depends, or its sum with some weights, by its gradients at the nearest taps."""
+    """On how many examples a tensor depends, or its sum with some weights."""
+    return len(owners_of(edge, found, weights))
+
+
+def owners_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) -> set[int]:
+    """The examples on which a tensor depends, or its sum with some weights, by its gradients at the nearest taps."""
     taps = list(nearest_taps(edge))
     if not taps:
-        return 0
+        return set()
     edges = [at for at, _, _ in taps]
     weights = ones_for(edge) if weights is None else weights
     grads = torch.autograd.grad(edge, edges, weights, retain_graph=True, allow_unused=True)
@@ -98,7 +103,7 @@ def examples_of(edge: GradientEdge, found: Walk, weights: Tensor | None = None) 
             place = tap.places[index]
             rows = (place.rows_first(tap.in_shape(index, g)) != 0).unsqueeze(-1).flatten(1).any(1)
             owners.update(place.space.owners(rows.device)[rows].tolist())
-    return len(owners - {-1})
+    return owners - {-1}
 
 
 def nodes_to_taps(edge: GradientEdge, *, behind_models: bool = False) -> list[Node]:

@@ -7,7 +7,9 @@ example does to it. The graph shows this for what is done after the first sum; w
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from collections import deque
 from collections.abc import Iterator
 
@@ -17,16 +19,21 @@ from torch.autograd.graph import GradientEdge, Node
 from .._private import is_python_number, loss_reduction_of, metadata, saved
 from ..errors import LossError
 from .cuts import comes_from_rows, entries_chosen, rows_cut_out
-from .graph import examples_of, kind_of, number_of, shape_of
-from .kinds import names
+from .graph import examples_of, kind_of, number_of, owners_of, shape_of
+from .kinds import is_pointwise, names
 from .tap import KEY
 from .walk import Walk
 
-_BENT = names(
-    "Sqrt Rsqrt Log Log2 Log10 Log1P Exp Exp2 Expm1 Pow Reciprocal Sigmoid Tanh Softplus LogSigmoid Abs Relu Clamp "
-    "ClampMin ClampMax Maximum Minimum LeakyRelu Elu Gelu Silu Hardtanh Threshold Sin Cos Tan Asin Acos Atan Atan2 "
-    "Sinh Cosh Erf Erfc Logsumexp Logaddexp Logaddexp2 Xlogy Softmax LogSoftmax Norm LinalgVectorNorm Dist Std Var "
-    "Prod Max Min Amax Amin Median Nanmedian Kthvalue"
+_BENT = names(  # besides functions of each entry
+    "Hardswish LogSigmoid Logsumexp Softmax LogSoftmax Norm LinalgVectorNorm Dist Std Var Prod Max Min Amax Amin "
+    "Aminmax Median Nanmedian Mode Kthvalue Topk MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D "
+    "AdaptiveMaxPool3D FractionalMaxPool2D FractionalMaxPool3D"
+)
+_REDUCING = names("SegmentReduce ScatterReduce IndexReduce")  # by a sum, or otherwise
+# Of those, what is linear, or has no gradient of its own.
+_STRAIGHT = names(
+    "Add Sub Rsub Neg Mul Div Where MaskedFill Lerp Addcmul Addcdiv Clone Copy ToCopy Alias Fill Zero NativeDropout "
+    "NanToNum Rad2Deg Deg2Rad Real Imag Conj ConjPhysical Floor Ceil Round Trunc Frac Sign Sgn Heaviside"
 )
 _MOST = 16  # doubts that are looked into, the nearest to the loss first: a loop over the examples has one for each
 
@@ -65,7 +72,9 @@ def check_cuts(loss: Tensor, found: Walk, n: int) -> None:
 def _refuse(doubts: Iterator[tuple[Node, str]], found: Walk) -> None:
     """Raise for the first of these that several examples meet in."""
     for node, why in itertools.islice(((node, why) for node, why in doubts if why), _MOST):
-        together = max((examples_of(edge, found) for edge in _inputs(node)), default=0)
+        each = [owners_of(edge, found) for edge in _inputs(node)]
+        apart = _beside_each_other(node) is not None
+        together = max(map(len, each), default=0) if apart else len(set[int]().union(*each))
         if together > 1:
             raise LossError(
                 f"The loss {why} ({node.name()}), where {together} examples are joined already: how much one of them "
@@ -116,10 +125,17 @@ def _inputs(node: Node) -> list[GradientEdge]:
     return [GradientEdge(before, number) for before, number in edges if before is not None]
 
 
+@functools.cache
+def _is_bent(kind: str) -> bool:
+    """Whether a kind of node is that of a function that is not linear; those of each entry are none, but for some."""
+    name = re.sub("([a-z])([A-Z])", r"\1_\2", kind).lower()
+    return kind in _BENT or (kind not in _STRAIGHT and is_pointwise(name))
+
+
 def _doubt(node: Node, n: int) -> str:
     """What may be wrong with an operation that gives one number, if several examples meet in it."""
     kind, inputs = kind_of(node), node.next_functions
-    if kind in _BENT:
+    if _is_bent(kind) or (kind in _REDUCING and saved(node, "reduce") != "sum"):
         return "" if kind == "Pow" and saved(node, "exponent") == 1 else "takes a function that is not linear"
     if kind == "Mul" and len(inputs) == 2 and inputs[0][0] is not None and inputs[1][0] is not None:
         return "multiplies two numbers that depend on the parameters"

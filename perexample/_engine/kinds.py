@@ -55,8 +55,8 @@ _PERMUTE = names("permute transpose swapaxes swapdims t .T .mT adjoint")
 _MOVE = names(
     "__setitem__ index_select gather take_along_dim take masked_select index index_put index_put_ index_add "
     "index_add_ index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_ "
-    "roll flip flipud fliplr rot90 as_strided scatter_reduce scatter_reduce_ index_reduce index_reduce_ put put_ "
-    "repeat_interleave index_fill index_fill_ _pack_padded_sequence  _pad_packed_sequence"
+    "roll flip flipud fliplr rot90 as_strided as_strided_copy scatter_reduce scatter_reduce_ index_reduce "
+    "index_reduce_ put put_ repeat_interleave index_fill index_fill_ _pack_padded_sequence _pad_packed_sequence"
 )
 _POINTWISE = names(
     "copy_ __and__ __or__ __xor__ __invert__ __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __floordiv__ "
@@ -78,7 +78,7 @@ def base_name(func: Any) -> str:
     return name
 
 
-def _tagged_pointwise(name: str) -> bool:
+def is_pointwise(name: str) -> bool:
     """Whether torch itself calls an overload of this name pointwise."""
     if not name or name.startswith("_") or name in _NOT_BROADCAST:
         return False
@@ -119,7 +119,7 @@ def _classify(func: Any) -> Kind:
         if name in names or (name.endswith("_") and not name.endswith("__") and name[:-1] in names):
             return kind
     plain = name[3:-2] if name.startswith("__i") and name.endswith("__") else name.strip("_")
-    return Kind.POINTWISE if _tagged_pointwise(plain) else Kind.OTHER
+    return Kind.POINTWISE if is_pointwise(plain) else Kind.OTHER
 
 
 class Traits:
