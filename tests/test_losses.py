@@ -478,6 +478,21 @@ def test_two_views_of_each_example_belong_in_its_row():
     torch.testing.assert_close(weight.grad_batch, called)
 
 
+def test_eigenvectors_whose_phases_the_loss_does_not_depend_on():
+    """A single entry of them has no derivative."""
+    model, x = nn.Linear(5, 5).double(), torch.randn(3, 5, 5, dtype=torch.float64)
+
+    def losses(out):
+        values, vectors = torch.linalg.eig(out)
+        return values.abs().sum(1) + (vectors.abs() * torch.arange(5)).sum((1, 2))
+
+    wanted = [torch.autograd.grad(losses(model(x[i : i + 1])).sum(), model.weight)[0] for i in range(3)]
+    extend(model)
+    with perex(BatchGrad()):
+        losses(model(x)).mean().backward()
+    torch.testing.assert_close(model.weight.grad_batch, torch.stack(wanted))
+
+
 class Scaled(nn.Module):
     """One number for each example."""
 
