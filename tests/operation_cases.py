@@ -18,7 +18,7 @@ from harness import Net, Row, par, pos, rand
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from perexample import CrossExampleError, PerExampleError, UncoveredParameterError
+from perexample import BatchAxisError, CrossExampleError, PerExampleError, UncoveredParameterError
 
 T, H, D = 3, 5, 15
 K = D // H
@@ -1547,7 +1547,63 @@ def _conv() -> nn.Conv2d:
     return nn.Conv2d(6, 6, 3, padding=1)
 
 
+def _turned(turn: Callable, back: Callable) -> Callable:
+    """A view of a part is turned in place, and what it shows stays where it is."""
+
+    def function(m, x):
+        h = torch.stack([m.a(x), x], -1)
+        part = h[..., 0]
+        turn(part)
+        return h * m.p.unsqueeze(-1) + back(part).unsqueeze(-1)
+
+    return function
+
+
+def _into(function: Callable) -> Callable:
+    """The data is brought into tensors that were there before."""
+
+    def into(m, x):
+        with torch.no_grad():
+            out = function(x)
+            kept = torch.empty_like(out) if isinstance(out, Tensor) else [torch.empty_like(t) for t in out]
+            function(x, out=kept)
+        return (kept if isinstance(kept, Tensor) else torch.stack(kept, 1)) * m.p
+
+    return into
+
+
+def _handed_on(m, x):
+    """A function that returns a tensor of one example beside a parameter and a constant, as they are."""
+    rows = [torch.atleast_1d(row, m.p, m.c) for row in x]
+    return torch.stack([row * p * c for row, p, c in rows])
+
+
 LAYOUTS = [
+    net("inv_ex", lambda m, x: torch.linalg.inv_ex(x[:, :, :T] + m.p)[0], p=(T, T)),
+    net("solve_ex", lambda m, x: torch.linalg.solve_ex(x[:, :, :T] @ m.c, m.p)[0], p=(T, 2), c=lambda: rand(T, T)),
+    net("handed-on", _handed_on, p=(D,), c=lambda: rand(D)),
+    net(
+        "meshgrid",
+        lambda m, x: torch.meshgrid(m.c, x[:, 0, 0] * m.p.sum(), indexing="xy")[1],
+        p=(D,),
+        c=lambda: rand(7),
+    ),
+    net("block_diag", lambda m, x: torch.block_diag(m.c, x * m.p)[2:, 3:], vectors, p=(D,), c=lambda: rand(2, 3)),
+    *(
+        net(f"turned-in-place-{name}", _turned(turn, back), a=linear, p=(D,))
+        for name, turn, back in (
+            ("unsqueeze_", lambda part: part.unsqueeze_(0), lambda part: part.squeeze(0)),
+            ("transpose_", lambda part: part.transpose_(0, 1), lambda part: part.transpose(0, 1)),
+        )
+    ),
+    *(
+        net(f"out-{name}", _into(function), p=(D,), deep=False)
+        for name, function in (
+            ("stack-of-rows", lambda x, **out: torch.stack([*x], **out)),
+            ("index_select", lambda x, **out: torch.index_select(x, 1, torch.tensor([1, 0, 1]), **out)),
+            ("unbind_copy", lambda x, **out: torch.unbind_copy(x, 1, **out)),
+        )
+    ),
     *(net(f"folded-{p}", _folded(p), a=linear, p=(D,), empty=p == "(b t) d") for p in ("(b t) d", "(t b) d", "t b d")),
     *(
         net(f"folded-{p}", _folded_heads(p), a=lambda: linear(K, K), w=(K, K), p=(K,), traps=(3, 5))
@@ -1964,12 +2020,25 @@ def _numbered(m, x):
     return (m.a(x) * m.p).flatten(1) * torch.unique(kinds, return_inverse=True)[1].unsqueeze(1)
 
 
+def _strided_rows(m, x):
+    """A row is a view of the memory of all of them."""
+    return torch.stack([row.as_strided((D,), (1,), 0) for row in m.a(x)]) * m.p
+
+
+def _strided_columns(m, x):
+    """Between the entries of one column there are those of another."""
+    columns = torch.stack([m.a(x), x.flip(0)], -1)
+    return columns[..., 0].as_strided((len(x), D), (2 * T * D, 1)) * m.p
+
+
 def _gram(m, x):
     return (x @ x.T) @ m.a(x) * m.p
 
 
 MIXED = [
     mixing("minus-mean-before-gain", lambda m, x: (x - x.mean(0)) * m.p + m.a(x), match="mean|sub|mul"),
+    mixing("read-beyond-the-row", _strided_rows, error=BatchAxisError, match="as_strided"),
+    mixing("read-between-the-rows", _strided_columns, error=BatchAxisError, match="as_strided"),
     mixing("minus-mean-before-layer", lambda m, x: m.a(x - x.mean(0)) * m.p, match="mean|sub"),
     mixing("minus-mean-between", lambda m, x: m.a((h := x * m.p) - h.mean(0)), match="mean|sub|mul"),
     mixing("minus-mean-of-the-output", lambda m, x: (h := m.a(x) * m.p) - h.mean(0), match="mean|sub"),

@@ -26,6 +26,7 @@ from .table import origin_of, place_of, put, wrote
 from .tap import Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
+_TURNS = names("squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_")  # only change how a tensor shows its memory
 _TIMES = names("mul rmul imul multiply")
 
 
@@ -54,15 +55,19 @@ class Operation(Placing):
                 self.record.wrote = True
                 put(t, self._lost("writes statistics of the examples into a buffer", True))
         outputs = [self.args[0]] if self.name == "__setitem__" else list(tensors_in(out))
+        outputs = outputs or list(tensors_in(self.kwargs.get("out")))  # of which several are not returned
         if not outputs:
             return out
         if any(inside_functorch(t) for t in outputs):
             return out
         if self.lost is not None:
-            self._conclude_lost(self.lost, outputs)
+            handed_on = self._handed_on(outputs)
+            self._conclude_lost(self.lost, [t for t in outputs if id(t) not in handed_on])
             return out
         places = self._unpacked(early(outputs) if early is not None else self._places(outputs), outputs)
-        lost = [place for place in places if isinstance(place, Lost)]
+        handed_on = self._handed_on(outputs)
+        if handed_on:
+            places = [place_of(t) if id(t) in handed_on else place for t, place in zip(outputs, places, strict=True)]
         for t, place in zip(outputs, places, strict=True):
             if isinstance(place, Lost):
                 lose([t], place)
@@ -74,13 +79,16 @@ class Operation(Placing):
                 self.record.wrote |= place is None
                 wrote(t, place, now)
         leave, self.tap = self.tap, None  # no cycle may keep the tensors
-        if leave is not None and not lost:
-            chosen = [i for i, t in enumerate(outputs) if t.requires_grad and t.grad_fn is not None]
+        if leave is not None:
+            own = [t.requires_grad and t.grad_fn is not None and id(t) not in handed_on for t in outputs]
+            chosen = [i for i, is_own in enumerate(own) if is_own]
+            if any(isinstance(places[i], Lost) for i in chosen):
+                return out
             if len(chosen) > 1:
                 out = parted(out)
                 outputs = list(tensors_in(out))
-                for t, place in zip(outputs, places, strict=True):
-                    put(t, place)
+                for i in chosen:
+                    put(outputs[i], places[i])
             if chosen:
                 leave([outputs[i] for i in chosen], [places[i] for i in chosen], chosen)
         return out
@@ -104,6 +112,12 @@ class Operation(Placing):
         n = self.record.space.rows
         return len(factors) < len(self.given) and not all(f == 0 or f == 1 or _is_share(f, n) for f in factors)
 
+    def _handed_on(self, outputs: list[Tensor]) -> set[int]:
+        """The arguments that the call returns as they were, each for itself, as `torch.atleast_1d` does."""
+        if self.kind is not Kind.OTHER or self.in_place or len(outputs) < 2:
+            return set()
+        return {id(t) for t in tensors_in(self.args)} & {id(t) for t in outputs}
+
     def _statistics(self) -> list[tuple[Tensor, int]]:
         """Running statistics that the call may change, and how often they were written to."""
         if self.name not in ("batch_norm", "instance_norm"):
@@ -113,7 +127,7 @@ class Operation(Placing):
 
     def _written(self) -> list[Tensor]:
         """The tensors that the call writes into."""
-        into = [self.args[0]] if self.in_place and self.args else []
+        into = [self.args[0]] if self.in_place and self.args and self.name not in _TURNS else []
         return [t for t in tensors_in((into, self.kwargs.get("out"))) if t.layout == torch.strided]
 
     def _unpacked(self, places: list[Any], outputs: list[Tensor]) -> list[Any]:

@@ -183,7 +183,7 @@ class _Made:
         result = func(*args, **kwargs)
         if base_name(func) == "__setitem__":
             result = args[0]
-        return list(tensors_in(result))
+        return list(tensors_in(result)) or list(tensors_in(kwargs.get("out")))
 
 
 def _has_rows(place: Any) -> bool:

@@ -5,7 +5,7 @@ This is exact whatever indices, masks or orders the operation was given, and whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,10 @@ _VALUES = {
     "index_fill_": (0, 3), "scatter_reduce": (0, 3), "scatter_reduce_": (0, 3), "index_reduce": (0, 3),
     "index_reduce_": (0, 3), "put": (0, 2), "put_": (0, 2), "_pad_packed_sequence": (0, 3),
 }  # fmt: skip
+_OF_ALL = names("block_diag meshgrid")  # take tensors one by one
+_FILLING = names("block_diag tril triu")  # with zeros
+STRIDED = names("as_strided as_strided_copy")  # read memory, be it what other tensors show
+_UNKNOWN = -2
 INTO = frozenset(_VALUES) - {"_pad_packed_sequence"}
 _NAMED = {0: ("input", "tensors"), 2: ("values", "source", "value"), 3: ("source", "src", "value", "padding_value")}
 _ADDING = names(
@@ -51,15 +55,16 @@ def owners_of_steps(packed: PackedSequence) -> Tensor:
     return torch.cat([order[:count] for count in packed.batch_sizes.tolist()])
 
 
-def value_positions(func: Any) -> tuple[int, ...]:
+def value_positions(func: Any, args: tuple) -> Sequence[int]:
     """Positions of the arguments whose entries are moved."""
-    return _VALUES.get(base_name(func), (0,))
+    name = base_name(func)
+    return range(len(args)) if name in _OF_ALL else _VALUES.get(name, (0,))
 
 
 def values_of(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors whose entries are moved."""
     chosen: list[Any] = []
-    for position in value_positions(func):
+    for position in value_positions(func, args):
         if position < len(args):
             chosen.append(args[position])
         else:
@@ -148,20 +153,21 @@ def _stays(target: Any, owner: Tensor) -> Place | None:
 
 def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
     """The owners of the entries of each output; empty if examples meet in one entry."""
+    name = base_name(func)
+    shift = int(name in _FILLING)  # what fills up is nobody's, and not the first example's
 
     def owner(t: Tensor) -> Tensor:
         place = place_of(t)
-        return entry_owners(t, None if isinstance(place, Lost) else place)
+        return entry_owners(t, None if isinstance(place, Lost) else place) + shift
 
-    new_args, new_kwargs = list(args), dict(kwargs)
-    for position in value_positions(func):
+    new_args, new_kwargs = list(args), {key: value for key, value in kwargs.items() if key != "out"}
+    for position in value_positions(func, args):
         if position < len(args):
             new_args[position] = _replaced(args[position], owner)
         else:
-            for name in _NAMED.get(position, ()):
-                if name in kwargs:
-                    new_kwargs[name] = _replaced(kwargs[name], owner)
-    name = base_name(func)
+            for given in _NAMED.get(position, ()):
+                if given in kwargs:
+                    new_kwargs[given] = _replaced(kwargs[given], owner)
     if name in FINDS:
         return _found(func, args[0], kwargs)
     if name in _ADDING or (name in ("scatter", "scatter_") and _argument(new_args, new_kwargs, 4, "reduce")):
@@ -172,12 +178,15 @@ def owners_after(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
         new_args, new_kwargs = _padding_with_nobody(new_args, new_kwargs)
     if name == "pad_sequence":  # as torch.nn.utils.rnn calls it; what fills up belongs to no example
         new_args[2] = -1
-    if name == "as_strided":
+    if name in STRIDED:
         new_args, new_kwargs = _strided_alike(args, new_args, new_kwargs)
+        read = func(*new_args, **new_kwargs)
+        return [read] if holds(read != _UNKNOWN) else []
     if name == "__setitem__" or name.endswith("_"):
         new_args[0] = new_args[0].clone()
     result = func(*new_args, **new_kwargs)
-    return list(tensors_in(new_args[0] if name == "__setitem__" else result))[: _outputs_that_move(name)]
+    results = tensors_in(new_args[0] if name == "__setitem__" else result)
+    return [t - shift if shift else t for t in results][: _outputs_that_move(name)]
 
 
 def _found(func: Callable, t: Tensor, kwargs: dict) -> list[Tensor]:
@@ -241,9 +250,11 @@ def _met(target: Tensor, dim: int, index: Tensor, source: Tensor) -> list[Tensor
 
 
 def _strided_alike(args: tuple, new_args: list, kwargs: dict) -> tuple[list, dict]:
-    """Owners that lie in memory as the values do, counted from where these begin."""
+    """Owners that lie in memory as the values do, counted from where these begin; what lies between is unknown."""
     t, begin = args[0], args[0].storage_offset()
-    alike = torch.empty_strided(t.shape, t.stride(), dtype=torch.long, device=t.device).copy_(new_args[0])
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    memory = torch.full((reach,), _UNKNOWN, device=t.device)
+    alike = memory.as_strided(t.shape, t.stride()).copy_(new_args[0])
     rest = list(new_args[1:])
     if len(rest) > 2 and rest[2] is not None:
         rest[2] -= begin

@@ -25,7 +25,7 @@ from .choosing import index_of
 from .kinds import Kind, Traits, names, traits_of
 from .lost import is_sparse, lost_if_sparse, where
 from .oracle import Form, fits, form_key, forms_of
-from .owners import FINDS, INTO, MOVERS, ForeignError, moved, values_of
+from .owners import FINDS, INTO, MOVERS, STRIDED, ForeignError, moved, values_of
 from .state import quiet
 from .table import place_of, put
 
@@ -72,9 +72,10 @@ class Placing:
         space = self._space()
         if space is None:
             return self._apart(outputs)
-        if space.rows <= 1 and not self._fills():
+        if space.rows <= 1 and not self._fills() and self.name not in STRIDED:
             place = Place(self._beside_constants(space), None)
-            return [place] * len(outputs)
+            called = self._called() if any(map(is_sparse, outputs)) else ""
+            return [lost_if_sparse(self.record, called, t) if is_sparse(t) else place for t in outputs]
         if self._shape is not None:
             found = reshaped(self.tracked[0][1], self._shape, outputs[0].shape)
             return [found or self._lost("leaves no axis that tells the examples apart", False)]
