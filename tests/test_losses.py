@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perexample import CrossExampleError, LossError, RecordedStep, extend, perex
+from perexample import BatchAxisError, CrossExampleError, LossError, RecordedStep, extend, perex
 from perexample._engine import couplings, graph
 from perexample.extensions import BatchGrad
 
@@ -86,6 +86,33 @@ def test_a_divisor_of_each_examples_own_tokens_is_fine(one, reduction, inside):
         out = model(x)
         getattr(out if inside else each(out), reduction)().backward()
     torch.testing.assert_close(model.inner.weight.grad_batch, torch.stack(wanted))
+
+
+class Labelled(nn.Module):
+    """Losses of the examples that a model computes itself."""
+
+    def __init__(self, width, ignored):
+        super().__init__()
+        self.inner, self.ignored = nn.Linear(width, 3), ignored
+
+    def forward(self, x, labels):
+        return F.cross_entropy(self.inner(x).mT, labels, reduction="none", ignore_index=self.ignored).sum(1)
+
+
+def test_a_batch_whose_labels_are_all_ignored():
+    model, x, labels = extend(Labelled(11, -100)), torch.randn(4, 5, 11), torch.arange(20).remainder(3).view(4, 5)
+    for known in (torch.full_like(labels, -100), labels):
+        with perex(BatchGrad()):
+            model(x, known).mean().backward()
+        assert (model.inner.weight.grad_batch.abs().amax((1, 2)) > 0).tolist() == [known is labels] * 4
+
+
+def test_a_batch_that_shows_nothing_is_not_remembered():
+    model, x, labels = extend(Labelled(13, 9)), torch.randn(4, 5, 13), torch.arange(20).remainder(3).view(4, 5)
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match=r"`cross_entropy` .* no trial could change"):
+        model(x, torch.full_like(labels, 9)).mean().backward()
+    with perex(BatchGrad()):
+        model(x, labels).mean().backward()
 
 
 def test_ignored_targets_with_a_mean_of_each_example():

@@ -106,6 +106,8 @@ class _Made:
             return (torch.rand(shape, generator=self.generator, device="cpu") < share).to(t.device)
         if not (t.is_floating_point() or t.is_complex()):
             low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
+            if low < 0 and self.trial % 2 == 0:
+                low, high = 0, max(high, 0)  # a negative target is one that is left out, as those of all may be
             low, high = min(low, 0), high + (low == high and self.trial % 2 == 0)
             if old is None or high == low:
                 return torch.randint(low, high + 1, shape, generator=self.generator, device="cpu").to(t)

@@ -213,7 +213,8 @@ class Placing:
         if movable and any(form.why or form.axis is None for form in forms):
             return self._moved(self.args, outputs)
         forms = [self._constant(form, t) for form, t in zip(forms, outputs, strict=True)]
-        if key is not None and self._for_all_calls(few):
+        unseen = any(form.unseen and t.is_floating_point() for form, t in zip(forms, outputs, strict=True))
+        if key is not None and not unseen and self._for_all_calls(few):
             if len(_FORMS) > _MOST_FORMS:
                 _FORMS.clear()
             _FORMS[key if few else (key, rows)] = forms
