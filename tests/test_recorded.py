@@ -167,6 +167,25 @@ def test_the_same_as_a_backward_for_any_number_of_examples(name):
     assert step.repeated == 0
 
 
+def test_a_loop_over_the_examples():
+    """A function without a rule of its own is given them one by one."""
+
+    class OneByOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.randn(11, 7)), nn.Tanh()
+
+        def forward(self, x):
+            return self.act(torch.stack([torch.mv(self.weight, row) for row in x]))
+
+    model, x, y = extend(OneByOne().to(DEVICE)), torch.randn(N, 7, device=DEVICE), torch.arange(N, device=DEVICE)
+    step = RecordedStep(model, per_class(model), x, y, extensions=BatchGrad())
+    torch.testing.assert_close(step(x.flip(0), y), usual(model, x.flip(0), y, BatchGrad()))
+    wanted = fields(model, "grad_batch")
+    step(x.flip(0), y)
+    near(fields(model, "grad_batch"), wanted)
+
+
 def fields_left(model):
     return [field for p in model.parameters() for field in vars(p)]
 

@@ -279,8 +279,10 @@ class Regrouped(Term):
         """The gradients themselves; those of the rows are formed block by block."""
         if self.inner.n == 0:
             return self.inner.dense().new_zeros(self.n, *self.shape)
-        parts = [added(self.inner.select(one).dense(), self.owner[one], self.n) for one in blocks(self.inner)]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        masks = blocks(self.inner)
+        if len(masks) == 1:
+            return added(self.inner.dense(), self.owner, self.n)
+        return torch.stack([added(self.inner.select(one).dense(), self.owner[one], self.n) for one in masks]).sum(0)
 
     def select(self, rows: Tensor) -> Term:
         """Some examples only."""
