@@ -752,13 +752,19 @@ def test_a_plain_sum_of_losses_declared_as_mean_is_refused():
     ],
 )
 def test_a_sum_by_hand_declared_as_mean_is_refused(losses):
-    for total in (lambda out: losses(out).sum(), lambda out: 0.5 * losses(out).sum()):
+    for total in (
+        lambda out: losses(out).sum(),
+        lambda out: 0.5 * losses(out).sum(),
+        lambda out: -1 * losses(out).sum(),
+        lambda out: (0.5 * losses(out)).sum(),
+    ):
         with pytest.raises(LossError, match=f"sums over {N} examples.*loss_reduction='sum'"):
             joined(total)
         assert joined(total, loss_reduction="sum")[0].any()
     for mean in (
         lambda out: (losses(out) / N).sum(),
         lambda out: losses(out).sum() / N,
+        lambda out: 10 * losses(out).sum() / N,
         lambda out: losses(out).mean(),
     ):
         assert joined(mean)[0].any()

@@ -32,6 +32,8 @@ FOLLOWING = {
     "of some": lambda losses: some(losses).sum() / B,
     "by a tensor": lambda losses: losses.mean() * torch.tensor(len(losses) / B),
     "twice": lambda losses: losses.sum() / len(losses) ** 2,
+    "divided before the sum": lambda losses: (losses / B).sum(),
+    "divided before the mean": lambda losses: (losses / len(losses)).mean(),
 }
 STEADY = {
     "mean": lambda losses: losses.mean(),
@@ -50,6 +52,9 @@ STEADY = {
     "smoothed labels": lambda losses: F.cross_entropy(losses, losses.argmax(1), label_smoothing=0.1),
     "soft labels": lambda losses: F.cross_entropy(losses, losses.detach().softmax(1)),
     "beside what does not count": lambda losses: losses.mean() + 0.0 * losses.sum(),
+    "divided before the sum": lambda losses: (losses / len(losses)).sum(),
+    "divided before the sum over classes": lambda losses: (losses * (1 / len(losses))).sum(1).sum() / B,
+    "times a number, over their number": lambda losses: 100 * losses.sum() / len(losses),
     "of classes as many as examples": lambda losses: losses.repeat(1, 12).mean(0).sum() / B,
 }
 
@@ -159,3 +164,27 @@ def test_a_sum_and_a_mean_of_one_model_are_two_losses():
         losses = model(torch.randn(n, 3).double()).square().sum(1)
         with perex(ClippedGrad(1.0), grad=False, loss_reduction=reduction):
             (losses.sum() if reduction == "sum" else losses.mean()).backward()
+
+
+LOOPS = {  # over the examples, whose own losses are means of as many entries as there are examples, or twice as many
+    "squares": lambda out: sum(row.square().mean() for row in out),
+    "a loss of torch": lambda out: sum(F.mse_loss(row, torch.ones(len(row))) for row in out),
+    "cross-entropies": lambda out: sum(F.cross_entropy(out[i : i + 1], torch.tensor([1])) for i in range(len(out))),
+}
+
+
+@pytest.mark.parametrize("loss", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("n", [3, 6])
+def test_a_sum_of_means_of_each_example_is_a_sum(loss, n):
+    model, x = extend(nn.Linear(4, 6)), torch.randn(n, 4)
+    with perex(BatchGrad(), ClippedGrad(1.0), loss_reduction="sum"):
+        loss(model(x)).backward()
+    for row, got in zip(x, model.weight.grad_batch, strict=True):
+        (own,) = torch.autograd.grad(loss(model(row[None])), model.weight)
+        torch.testing.assert_close(got, own)
+
+
+def test_a_sum_of_means_of_each_class_is_a_mean():
+    model = extend(nn.Linear(4, 2))
+    with pytest.raises(LossError, match="mean over 3 examples"), perex(ClippedGrad(1.0), loss_reduction="sum"):
+        sum(column.square().mean() for column in model(torch.randn(3, 4)).T).backward()

@@ -132,7 +132,7 @@ class Backward:
         if self.n and mean:
             refuse_sums(loss, self.n, loss_scale)
         if self.joint and not mean:
-            refuse_means(loss, self.n, loss_scale)
+            refuse_means(loss, self.found, self.n, loss_scale)
         model = next((tap.record.root() for tap in self.found.taps), None)
         if self.n:
             check_shares(loss, self.n, model, mean=mean)

@@ -13,19 +13,22 @@ from fractions import Fraction
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from .._private import loss_reduction_of, metadata
 from ..errors import LossError
-from .graph import dims_of, kind_of, number_of, shape_of
+from .graph import dims_of, examples_of, kind_of, number_of, shape_of
 from .kinds import names
 from .tap import KEY
+from .walk import Walk
 
 _KEPT = 4  # losses of a model that are remembered, of different numbers of examples; a schedule meets few by chance
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 256  # nodes
+_LOOKED_INTO = 16  # means of a loss; a loop over the examples has one for each
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
 _MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum")
+_LINEAR = _PASSED | _MOVED | names("Mean")
 _LOSSES = names("Pow Abs LogSoftmax LogSigmoid Softplus LinalgVectorNorm Norm")  # of what losses by hand are made
 
 
@@ -53,11 +56,12 @@ class _Share:
 _SHARES: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[int, list[_Share]]]]] = WeakKeyDictionary()
 
 
-def refuse_means(loss: Tensor, n: int, scale: float) -> None:
+def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
     """Refuse a plain mean where gradients of a sum are clipped: each counts by how many there are.
 
     Args:
         loss: The loss, which was said to be the sum of the examples' own.
+        found: The graph below it.
         n: Number of examples.
         scale: What the loss was said to be multiplied with.
 
@@ -66,8 +70,12 @@ def refuse_means(loss: Tensor, n: int, scale: float) -> None:
     """
     if n < 2:
         return
-    factors = [share.factor for share in _shares(loss) if share.joins == "mean" and share.entries % n == 0]
-    if factors and math.isclose(max(factors), scale, rel_tol=1e-9):  # a smaller one may be n / B by chance
+    means = [(share, node) for share, node in _joined(loss) if share.joins == "mean" and share.entries % n == 0]
+    largest = max((abs(share.factor) for share, _ in means), default=0.0)
+    if not math.isclose(largest, scale, rel_tol=1e-9):  # a smaller one may be n / B by chance
+        return
+    nodes = [node for share, node in means if abs(share.factor) == largest][:_LOOKED_INTO]
+    if any(examples_of(GradientEdge(node, 0), found) > 1 for node in nodes):  # not over the entries of one
         raise LossError(
             f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
             f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
@@ -89,16 +97,17 @@ def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
     shares = list(_shares(loss)) if n > 1 else []
     if len(shares) != 1 or shares[0].joins != "sum" or shares[0].entries % n:
         return
-    if shares[0].factor * n <= scale * (1 + 1e-6):
+    if abs(shares[0].factor) * n <= scale * (1 + 1e-6):
         return
     node: Node | None = loss.grad_fn
-    for passed in (_PASSED, _MOVED):  # numbers behind the sum are in its factor; what divides before it ends the way
-        while node is not None and kind_of(node) in passed:
-            node = node.next_functions[0][0]
+    while node is not None and _scales_all(node):
+        if kind_of(node) == "Div" and not (number_of(node) or 0.0) % n:
+            return  # 10 * losses.sum() / len(losses)
+        node = next((one for one, _ in node.next_functions if one is not None), None)
     if node is not None and kind_of(node) in _LOSSES:
         raise LossError(
             f"The loss sums over {n} examples ({kind_of(node)}, then Sum), but perex was told loss_reduction='mean'; "
-            f"pass loss_reduction='sum', or take a mean over the examples."
+            f"pass loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses))."
         )
 
 
@@ -163,8 +172,19 @@ def _is_plain(n: int, m: int) -> bool:
     return max(ratio.numerator, ratio.denominator) <= _PLAIN
 
 
+def _scales_all(node: Node) -> bool:
+    """Whether an operation at most moves and chooses entries, and multiplies them all with one number."""
+    kind = kind_of(node)
+    return kind in _MOVED or (kind in _PASSED and (kind not in ("Mul", "Div") or number_of(node) is not None))
+
+
 def _shares(loss: Tensor) -> Iterator[_Share]:
     """The numbers that a loss adds up, each after whatever it is multiplied with."""
+    return (share for share, _ in _joined(loss))
+
+
+def _joined(loss: Tensor) -> Iterator[tuple[_Share, Node]]:
+    """The same, and the node of the graph at which the examples are joined in each."""
     stack: list[tuple[Node | None, int, float]] = [(loss.grad_fn, loss.output_nr, 1.0)]
     for _ in range(_MOST):
         if not stack:
@@ -178,14 +198,34 @@ def _shares(loss: Tensor) -> Iterator[_Share]:
         if not passed or not all(shape is not None and shape.numel() == 1 for shape in shapes):
             join = _join(node)
             shape = shape_of(*join.next_functions[0]) if join.next_functions else None
-            yield _Share(factor, _kind(join), 0 if shape is None else shape.numel())
+            factor *= _numbers_before(join)
+            yield _Share(factor, _kind(join), 0 if shape is None else shape.numel()), join
             continue
-        by = number_of(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
-        if by is not None and kind_of(node) == "Mul":
-            factor *= by
-        elif by:
-            factor /= by
+        factor *= _number(node)
         stack += [(*edge, factor) for edge in before]
+
+
+def _number(node: Node) -> float:
+    """The number that a node multiplies with; 1 if it does something else, or if that is not known."""
+    before = [one for one, _ in node.next_functions if one is not None]
+    by = number_of(node) if kind_of(node) in ("Mul", "Div") and len(before) == 1 else None
+    if by is None or (kind_of(node) == "Div" and not by):
+        return 1.0
+    return by if kind_of(node) == "Mul" else 1 / by
+
+
+def _numbers_before(join: Node) -> float:
+    """With which numbers all that a sum or mean joins was multiplied before: ``(losses / len(losses)).sum()``."""
+    factor, node = 1.0, join
+    for _ in range(_MOST if kind_of(join) in ("Sum", "Mean") else 0):
+        before = [(one, at) for one, at in node.next_functions if one is not None]
+        if len(before) != 1:
+            break
+        node, number = before[0]
+        if kind_of(node) not in _LINEAR or number in metadata(node).get(KEY, {}):
+            break
+        factor *= _number(node)
+    return factor
 
 
 def _join(node: Node) -> Node:
