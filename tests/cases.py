@@ -447,8 +447,27 @@ def _cut_bags(inputs: tuple, i: int) -> tuple:
     return flat[start:stop], torch.tensor([0]), *rest
 
 
+class BagByFunction(nn.Module):
+    """A bag that is looked up by a function, in a table that may be frozen."""
+
+    def __init__(self, frozen: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.table, self.scale, self.options = nn.Embedding(6, 3), nn.Linear(3, 2), options
+        self.table.requires_grad_(not frozen)
+
+    def forward(self, flat: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        weight = self.table.weight
+        return self.scale(F.embedding_bag(flat, weight, offsets, per_sample_weights=weights, **self.options))
+
+
 def offset_bag(
-    tag: str, weighted: bool = False, high: int = 6, n: int = 5, ids_of: Callable | None = None, **options: Any
+    tag: str,
+    weighted: bool = False,
+    high: int = 6,
+    n: int = 5,
+    ids_of: Callable | None = None,
+    make: Callable = lambda **options: nn.EmbeddingBag(6, 3, **options),
+    **options: Any,
 ):
     """A bag of one-dimensional ids with offsets, some bags empty."""
 
@@ -457,7 +476,7 @@ def offset_bag(
         return (flat, _offsets(n), rand(len(flat))) if weighted else (flat, _offsets(n))
 
     name = f"embeddingbag-offsets-{tag}{_name(options)}-n{n}"
-    return ModuleCase(name, lambda: nn.EmbeddingBag(6, 3, **options), x, n, cut=_cut_bags)
+    return ModuleCase(name, lambda: make(**options), x, n, covers=nn.EmbeddingBag, cut=_cut_bags)
 
 
 class BagWithFeatures(nn.Module):
@@ -547,6 +566,17 @@ EMBEDDING = [
     offset_bag("weighted", mode="sum", weighted=True, high=3, padding_idx=0),
     offset_bag("sparse", mode="sum", sparse=True),
     offset_bag("int32", mode="mean", ids_of=lambda n: _ragged(n).int(), n=1),
+    *(
+        offset_bag(f"by-function-{name}", n=n, make=BagByFunction, **options)
+        for name, options in {
+            "sum": {"mode": "sum"},
+            "mean": {"mode": "mean", "padding_idx": -5, "high": 3},
+            "max": {"mode": "max"},
+            "weighted": {"mode": "sum", "weighted": True},
+            "frozen": {"mode": "mean", "frozen": True},
+        }.items()
+        for n in (2, 5)
+    ),
     last_offset_bag(mode="sum"),
     last_offset_bag(mode="mean"),
     last_offset_bag(mode="max"),
@@ -1312,8 +1342,8 @@ MODEL_CASES = [
           x=lambda n: (rand(n, 3), rand(n, 4))),
     model("frozen-embedding", lambda: nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2)), x=tokens(3),
           prepare=frozen("0.weight")),
-    model("frozen-embedding-max-norm", lambda: nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Linear(4, 2)),
-          x=tokens(3), prepare=frozen("0.weight")),
+    model("frozen-embedding-bag", lambda: nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 2)), x=tokens(3),
+          prepare=frozen("0.weight")),
     model("frozen-layernorm-bias", lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)), 3, 4, prepare=frozen("0.bias")),
     model("frozen-generic-part", ManyParameters, 4, prepare=frozen("inner", "scale")),
     model("frozen-handwritten-part", FastScale, 4, prepare=frozen("gain")),

@@ -374,18 +374,36 @@ def _in_bags(*begins: int, rest: Callable = lambda i: ()) -> Callable:
     return function
 
 
-_BAGS = [
-    net(f"{name}-of-ids-in-a-row-{mode}", function, words, e=lambda mode=mode: nn.EmbeddingBag(V, D, mode=mode))
-    for mode in ("sum", "mean", "max")
-    for name, function in (("bag", _in_bags(0)), ("two-bags", _in_bags(0, 1)))
-] + [
-    net(
-        "weighted-bags-of-ids-in-a-row",
-        _in_bags(0, 2, rest=lambda i: ((i.flatten() * 0.7).double().cos(),)),
-        words,
-        e=lambda: nn.EmbeddingBag(V, D, mode="sum"),
-    )
-]
+def _in_bags_by_function(m, i):
+    offsets = torch.arange(0, i.numel(), T).repeat_interleave(2)  # the first of two is empty
+    return F.embedding_bag(i.flatten(), m.e.weight, offsets).view(-1, 2, D).sin() * m.p
+
+
+_BAGS = (
+    [
+        net("bags-of-ids-in-a-row-by-function", _in_bags_by_function, words, e=lambda: nn.Embedding(V, D), p=(D,)),
+        net(
+            "bags-of-ids-in-a-row-of-a-frozen-table",
+            _in_bags_by_function,
+            words,
+            p=(D,),
+            e=lambda: nn.Embedding(V, D).requires_grad_(False),
+        ),
+    ]
+    + [
+        net(f"{name}-of-ids-in-a-row-{mode}", function, words, e=lambda mode=mode: nn.EmbeddingBag(V, D, mode=mode))
+        for mode in ("sum", "mean", "max")
+        for name, function in (("bag", _in_bags(0)), ("two-bags", _in_bags(0, 1)))
+    ]
+    + [
+        net(
+            "weighted-bags-of-ids-in-a-row",
+            _in_bags(0, 2, rest=lambda i: ((i.flatten() * 0.7).double().cos(),)),
+            words,
+            e=lambda: nn.EmbeddingBag(V, D, mode="sum"),
+        )
+    ]
+)
 
 
 TOKENS = [

@@ -133,6 +133,21 @@ def bad_max_norm():
     extend(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)))
 
 
+@case(UnsupportedModuleError, r"`0` \(Embedding\).*a frozen one too.*max_norm=None")
+def bad_max_norm_of_a_frozen_table():
+    extend(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0).requires_grad_(False), nn.Linear(4, 2)))
+
+
+@case(UnsupportedModuleError, r"`table` \(Embedding\) has a parameter `weight` that the forward changes.*keep data out")
+def bad_max_norm_of_a_function():
+    def forward(m, i):
+        return m.linear(F.embedding(i, m.table.weight, max_norm=1.0))
+
+    model = extend(Lambda(forward, table=nn.Embedding(5, 4), linear=nn.Linear(4, 2)))
+    with perex(BatchGrad()):
+        model(torch.tensor([[1, 2], [3, 4]])).mean().backward()
+
+
 @case(UnsupportedModuleError, r"`bag` \(EmbeddingBag\).*max_norm=None")
 def bad_max_norm_of_a_bag():
     extend(nn.ModuleDict({"bag": nn.EmbeddingBag(5, 4, max_norm=1.0)}))

@@ -340,3 +340,20 @@ def test_terms_with_the_same_owners_are_added():
     kept = merged([one, dense, other, third])
     assert [type(t) for t in kept] == [Placed, Dense, Placed]
     same_term(kept[0], Dense(one.dense() + other.dense()), torch.ones(4).double(), "the sum")
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (0, 2), (3, 0, 0)], ids=str)
+def test_as_many_ids_as_bags(lengths, by_function):
+    """That they could be one of each example says nothing: the offsets tell whose they are."""
+    row = net("bags", lambda m, i, o: F.embedding_bag(i, m.e.weight, o) if by_function else m.e(i, o), words,
+              e=lambda: nn.EmbeddingBag(V, D))  # fmt: skip
+    model, _ = row.build(1)
+    ids, ends = torch.randint(V, (sum(lengths),)), torch.tensor([0, *lengths]).cumsum(0)
+    extend(model)
+    with perex(BatchGrad()):
+        harness.losses(model(ids, ends[:-1])).mean().backward()
+    for got, begin, end in zip(model.e.weight.grad_batch, ends[:-1], ends[1:], strict=True):
+        own = harness.losses(model(ids[begin:end], torch.tensor([0])))[0]
+        (wanted,) = torch.autograd.grad(own, model.e.weight)
+        torch.testing.assert_close(got, wanted)

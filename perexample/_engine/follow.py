@@ -29,6 +29,7 @@ from .._private import (
 )
 from .._tree import PLAIN, tensors_in
 from ..place import Lost, Place, broadcast, entry_owners, from_owners
+from ..rule import function_rule
 from .arithmetic import simple_place
 from .kinds import HOOKING, LEAVING, TRAITS, Kind, Traits, traits_of
 from .lost import where
@@ -142,6 +143,8 @@ class Follow(TorchFunctionMode):
             if zeros is not None:  # a tap where what is not written to is seen too
                 self._followed(traits_of(Tensor.add_), Tensor.add_, types, (args[0]._base, zeros), {})
                 tracked, targets = _scanned(kind, args, kwargs)
+            if not tracked and _settles(func, args, kwargs):
+                tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
             out = self._run(func, types, args, kwargs)
             if isinstance(out, Tensor) and inside_functorch(out):
@@ -213,6 +216,17 @@ def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, 
     if tracked and kind is not Kind.POINTWISE and kind is not Kind.FILL:
         tracked = [(t, place) for t, place in tracked if not _one_number(t, place)]
     return tracked, targets
+
+
+def _settles(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a function tells how many examples there are, as one that is given bags of ids."""
+    record = STATE.frames[-1].record if STATE.frames else None
+    rule = function_rule(func) if record is not None and record.pending else None
+    if record is None or rule is None or not rule.counts_rows:
+        return False
+    with torch.no_grad():
+        record.settle(func(*args, **kwargs).shape[0])
+    return True
 
 
 def _rows_of_base(kind: Kind, part: Tensor, tracked: list[tuple[Tensor, Any]]) -> Tensor | None:

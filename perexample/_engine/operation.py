@@ -53,7 +53,7 @@ class Operation(Placing):
         for t, count in self._counted:
             if version(t) != count:
                 self.record.wrote = True
-                put(t, self._lost("writes statistics of the examples into a buffer", True))
+                put(t, self._lost("writes into a tensor that all examples share", True))
         outputs = [self.args[0]] if self.name == "__setitem__" else list(tensors_in(out))
         outputs = outputs or list(tensors_in(self.kwargs.get("out")))  # of which several are not returned
         if not outputs:
@@ -118,12 +118,24 @@ class Operation(Placing):
             return set()
         return {id(t) for t in tensors_in(self.args)} & {id(t) for t in outputs}
 
+    def _places(self, outputs: list[Tensor]) -> list[Any]:
+        """Of a function whose rows no shape tells, as of bags of ids, those that its rule knows."""
+        rule = function_rule(self.func)
+        bound = rule.bind(self.func, self.args, self.kwargs) if rule is not None and rule.counts_rows else None
+        if rule is None or bound is None:
+            return super()._places(outputs)
+        located = rule.locate(bound.module, bound.args, {}, outputs, place_of)
+        if isinstance(located, str):
+            return [self._lost(located, "several examples" in located)] * len(outputs)
+        return list(located[1])
+
     def _statistics(self) -> list[tuple[Tensor, int]]:
-        """Running statistics that the call may change, and how often they were written to."""
-        if self.name not in ("batch_norm", "instance_norm"):
+        """Running statistics, and tables with a ``max_norm``, that the call may change; and how often they were."""
+        table = self.name in ("embedding", "embedding_bag")
+        if not table and self.name not in ("batch_norm", "instance_norm"):
             return []
         tensors = tensors_in((self.args[1:], self.kwargs))
-        return [(t, version(t)) for t in tensors if not t.requires_grad and place_of(t) is None]
+        return [(t, version(t)) for t in tensors if (table or not t.requires_grad) and place_of(t) is None]
 
     def _written(self) -> list[Tensor]:
         """The tensors that the call writes into."""

@@ -29,17 +29,15 @@ class _TableRule(Rule):
 
     def refuse(self, module: Any) -> str | None:
         """Options that make one example's gradient, or the table itself, depend on the other examples."""
-        if not module.weight.requires_grad:
-            return None
-        if module.scale_grad_by_freq:
+        if module.scale_grad_by_freq and module.weight.requires_grad:
             return (
                 "has scale_grad_by_freq=True, which divides by how often an id occurs in the whole batch, so examples "
                 "change each other's gradients; build it with scale_grad_by_freq=False"
             )
         if module.max_norm is not None:
             return (
-                "has max_norm set, which rewrites rows of the trainable table during the forward according to the "
-                "data; build it with max_norm=None"
+                "has max_norm set, which rewrites rows of the table, a frozen one too, during the forward according to "
+                "the data; build it with max_norm=None"
             )
         return None
 
@@ -104,12 +102,30 @@ def _rows(call: Call, example: Tensor, ids: Tensor, rows: Tensor) -> Rows:
     return Rows(example, ids, rows, call.n, call.params["weight"].shape)
 
 
-@register_rule(nn.EmbeddingBag)
+@register_rule(nn.EmbeddingBag, F.embedding_bag)
 class EmbeddingBagRule(_TableRule):
     """Sum, mean or maximum of the rows of each bag; one bag per example."""
 
     batched = ()
     counts_rows = True
+
+    def bind(self, function: Any, args: tuple, kwargs: dict) -> Bound | None:
+        """``F.embedding_bag(ids, weight, offsets)``."""
+        names = "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights"
+        options: dict[str, Any] = dict.fromkeys(("offsets", "max_norm", "per_sample_weights", "padding_idx"))
+        options |= named_arguments(f"{names} include_last_offset padding_idx", args, kwargs)
+        ids, weight, padding_idx = options["input"], options["weight"], options["padding_idx"]
+        if ids.is_floating_point():  # the order of arguments in old code
+            return None
+        module = SimpleNamespace(
+            weight=weight,
+            padding_idx=padding_idx if padding_idx is None or padding_idx >= 0 else padding_idx + weight.shape[0],
+            mode=options.get("mode", "mean"),
+            include_last_offset=options.get("include_last_offset", False),
+            scale_grad_by_freq=options.get("scale_grad_by_freq", False),
+            max_norm=options["max_norm"],
+        )
+        return Bound(module, (ids, options["offsets"], options["per_sample_weights"]), {"weight": weight})
 
     def capture(self, module: Any, args: tuple, kwargs: dict, output: Any) -> dict[str, Any]:
         """Ids, offsets and per-sample weights."""
@@ -123,13 +139,15 @@ class EmbeddingBagRule(_TableRule):
         given = self.capture(module, args, kwargs, None)
         ids, offsets, weights = given["ids"], given["offsets"], given["weights"]
         place = place_of(ids)
+        bags, by_bag = outputs[0].shape[0], None if offsets is None else place_of(offsets)
+        if isinstance(by_bag, Place) and (by_bag.axis, by_bag.size) == (0, bags) and by_bag.space.record.was_given(ids):
+            return by_bag.each(0, bags), [by_bag]  # that there are as many ids as bags says nothing of whose they are
         if ids.dim() == 2 or not isinstance(place, Place):
             return super().locate(module, args, kwargs, outputs, place_of)
         beside = [known for t in (offsets, weights) if t is not None and (known := place_of(t)) is not None]
-        of_all = place.axis is None or place_of(offsets) is None
+        of_all = place.axis is None or by_bag is None
         if not of_all or not all(known.agrees(place) for known in beside):
             return "was called with inputs that hold the examples in different places"
-        bags = outputs[0].shape[0]
         if place.axis is not None:
             owner, bag = place.owner_of_entry(ids.device), _bag_of_each(ids, offsets)
             top = torch.full((bags + 1,), -1, device=ids.device).scatter_reduce(0, bag, owner, "amax")
