@@ -22,6 +22,7 @@ from perexample import (
 )
 from perexample.extension import Weights
 from perexample.extensions import BatchGrad, ClippedGrad
+from perexample.rule import Bound
 from perexample.terms import Outer, Rows, positions
 
 pytestmark = pytest.mark.usefixtures("registry")
@@ -375,6 +376,41 @@ def test_what_bind_may_return():
     register_rule(torch.Tensor.__matmul__, torch.Tensor.matmul, overwrite=True)(type("Mine", (Rule,), own))
     with pytest.raises(RuleContractError, match=r"Mine.bind for `.*matmul.*` returned .*; return a Bound"):
         backward(extend(LowRank()), BatchGrad())
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        (lambda self, function, args, kwargs: kwargs["w"], r"`Mine.bind` for `.*matmul.*` failed, KeyError: 'w'"),
+        (
+            lambda self, function, args, kwargs: Bound(None, args[0], {"u": args[1]}),
+            r"inputs in a tuple, such as \(x,\)",
+        ),
+        (lambda self, function, args, kwargs: Bound(None, args[:1], args[1:]), "a dict by their names"),
+    ],
+)
+def test_a_wrong_bind_is_named(bind, message):
+    own = {"grad_batch": lambda *_: {}, "bind": bind}
+    register_rule(torch.matmul, torch.Tensor.__matmul__, torch.Tensor.matmul, overwrite=True)(
+        type("Mine", (Rule,), own)
+    )
+    with pytest.raises(RuleContractError, match=message):
+        backward(extend(LowRank()), BatchGrad())
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"refuse": lambda self, module: True}, r"`Mine.refuse` for Scaled returned True; return None, or the reason"),
+        ({"refuse": lambda self, module: {}["by"]}, r"`Mine.refuse` for Scaled failed, KeyError: 'by'"),
+        ({"covers": lambda self, module: {}["by"]}, r"`Mine.covers` for Scaled failed, KeyError: 'by'"),
+        ({"handles": lambda self, *_: {}["by"]}, r"`Mine.handles` for Scaled failed, KeyError: 'by'"),
+    ],
+)
+def test_what_a_rule_says_before_the_backward(own, message):
+    of_scaled(**own)
+    with pytest.raises(RuleContractError, match=message):
+        backward(extend(Halved(nn.Identity())), BatchGrad())
 
 
 def test_names_of_what_holds_the_examples_are_a_tuple():

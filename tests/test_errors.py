@@ -148,6 +148,17 @@ def bad_max_norm_of_a_function():
         model(torch.tensor([[1, 2], [3, 4]])).mean().backward()
 
 
+@case(CrossExampleError, r"`unique` in `Lambda`.*mixes examples.*go through all experts, range\(len\(experts\)\)")
+def bad_experts_that_were_chosen():
+    def forward(m, x):
+        expert = x.argmax(1) % 2
+        return sum((expert == k).unsqueeze(1) * m.experts[k](x) for k in expert.unique())
+
+    model = extend(Lambda(forward, experts=nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])))
+    with perex(BatchGrad()):
+        model(torch.randn(6, 4)).mean().backward()
+
+
 @case(UnsupportedModuleError, r"`bag` \(EmbeddingBag\).*max_norm=None")
 def bad_max_norm_of_a_bag():
     extend(nn.ModuleDict({"bag": nn.EmbeddingBag(5, 4, max_norm=1.0)}))

@@ -15,7 +15,7 @@ from .._private import inside_functorch, own_parameters, version, whole_base
 from .._tree import map_tensors, tensors_in
 from ..errors import RuleContractError
 from ..place import Lost, Place
-from ..rule import Bound, Rule, captured, function_rule
+from ..rule import Bound, Rule, captured, function_rule, told
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, names
 from .lost import lose
@@ -121,7 +121,7 @@ class Operation(Placing):
     def _places(self, outputs: list[Tensor]) -> list[Any]:
         """Of a function whose rows no shape tells, as of bags of ids, those that its rule knows."""
         rule = function_rule(self.func)
-        bound = rule.bind(self.func, self.args, self.kwargs) if rule is not None and rule.counts_rows else None
+        bound = self._in_module_form(rule) if rule is not None and rule.counts_rows else None
         if rule is None or bound is None:
             return super()._places(outputs)
         located = rule.locate(bound.module, bound.args, {}, outputs, place_of)
@@ -216,24 +216,28 @@ class Operation(Placing):
         rule = function_rule(self.func)
         if rule is None:
             return None, _FUNCTION
-        bound = rule.bind(self.func, self.args, self.kwargs)
+        bound = self._in_module_form(rule)
         if bound is None:
             return None, rule
-        if not isinstance(bound, Bound):
-            raise RuleContractError(
-                f"{type(rule).__name__}.bind for `{self.name}` returned {shown(bound)}; return a "
-                f"Bound(options, inputs, params), or None for a call that has another form."
-            )
         params = [p for p in bound.params.values() if isinstance(p, Tensor)]
         fits_all = all(any(t is p for p in params) for t in targets)
         if not fits_all or any(place_of(p) is not None for p in params):
             return None, rule
         inputs = list(tensors_in(bound.args))
-        if not any(place_of(t) is not None for t in inputs) or rule.refuse(bound.module):
+        if not any(place_of(t) is not None for t in inputs) or told(rule, "refuse", f"`{self.name}`", bound.module):
             return None, rule
         if any(t.is_complex() for t in (*params, *inputs)):  # rules are written for real numbers
             return None, rule
         return bound, rule
+
+    def _in_module_form(self, rule: Rule) -> Bound | None:
+        bound = told(rule, "bind", f"`{self.name}`", self.func, self.args, self.kwargs)
+        if bound is not None and not isinstance(bound, Bound):
+            raise RuleContractError(
+                f"{type(rule).__name__}.bind for `{self.name}` returned {shown(bound)}; return a "
+                f"Bound(options, inputs, params), or None for a call that has another form."
+            )
+        return bound
 
     def _leave_bound(
         self, rule: Rule, bound: Bound, name: str, edges: Any, targets: list[Tensor]

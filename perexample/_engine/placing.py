@@ -234,7 +234,8 @@ class Placing:
 
     def _from(self, form: Form) -> Any:
         if form.why:
-            return self._lost(form.why, form.mixes)
+            listed = " (go through all experts, range(len(experts)), in place of those that were chosen)"
+            return self._lost(form.why + listed * ("unique" in self.name and form.mixes), form.mixes)
         if form.axis is None:
             return None
         return Place(self.tracked[0][1].space, form.axis, form.outer, form.inner)

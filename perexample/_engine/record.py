@@ -29,7 +29,7 @@ from .._private import (
 from .._tree import map_tensors, tensors_in, tensors_of
 from ..errors import BatchAxisError
 from ..place import Lost, Place, Space, from_owners
-from ..rule import Rule, captured, refusal, rule_for, without_rule
+from ..rule import Rule, captured, refusal, rule_for, told, without_rule
 from ..rules.generic import GenericRule, graded, is_own
 from .follow import Follow, forget_followers, note_checkpoint, recognise
 from .lost import is_sparse, lose, lost_if_sparse
@@ -520,7 +520,7 @@ def _answers(
             return False  # parameters among the inputs: the operations inside are tapped one by one
     if kwargs:
         args, kwargs = _bound(module, args, kwargs)
-    if not rule.handles(module, args, kwargs):
+    if not told(rule, "handles", type(module).__name__, module, args, kwargs):
         return False
     return tracked or (record is not None and rule.counts_rows)
 

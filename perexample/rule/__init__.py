@@ -10,7 +10,7 @@ A rule is one class. It gives ``grad_batch``, and where it knows something cheap
 """
 
 from .base import Bound, Call, Rule, Sizes, at_least_float32, evaluate, misplaced, named_arguments, only_parameters
-from .contract import asked, captured, checked_terms
+from .contract import asked, captured, checked_terms, told
 from .registry import (
     can_refuse,
     function_rule,
@@ -42,5 +42,6 @@ __all__ = [
     "registered_functions",
     "registered_rules",
     "rule_for",
+    "told",
     "without_rule",
 ]

@@ -33,6 +33,14 @@ class Bound:
     args: tuple
     params: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        """A forgotten comma would be seen far from here."""
+        if not isinstance(self.args, (tuple, list)) or not isinstance(self.params, Mapping):
+            raise RuleContractError(
+                f"Bound(module, args, params) takes the inputs in a tuple, such as (x,), and what takes the place of "
+                f"parameters in a dict by their names, not {shown(self.args)} and {shown(self.params)}."
+            )
+
 
 @dataclass
 class Call:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import shown
 from .._private import version
 from .._tree import tensors_of
 from ..errors import PerExampleError, RuleContractError
@@ -46,6 +47,29 @@ def asked(rule: Rule, kind: str, call: Call, g: Any, *args: Tensor) -> Any:
                 f"modules, or data, are not what they were. Compute a new tensor (g * x for g.mul_(x))."
             )
     return found
+
+
+def told(rule: Rule, kind: str, of: str, *args: Any) -> Any:
+    """What a rule says of a module or call before the backward; an error inside of it says whose code it was."""
+    try:
+        return getattr(rule, kind)(*args)
+    except (PerExampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RuleContractError(
+            f"`{type(rule).__name__}.{kind}` for {of} failed, {type(error).__name__}: {error}."
+        ) from error
+
+
+def reason(rule: Rule, module: Any) -> str | None:
+    """Why a rule refuses a module, ``None`` if it does not."""
+    found = told(rule, "refuse", type(module).__name__, module)
+    if found and not isinstance(found, str):
+        raise RuleContractError(
+            f"`{type(rule).__name__}.refuse` for {type(module).__name__} returned {shown(found)}; return None, or the "
+            f"reason, as it is to follow the module's name in an error: 'has an option set that ...; build it without'."
+        )
+    return found or None
 
 
 def captured(

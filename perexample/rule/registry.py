@@ -14,6 +14,7 @@ from .._arguments import flag
 from .._private import hides, may_be_parametrized, own_parameters
 from ..errors import ConfigurationError, RuleContractError
 from .base import Rule
+from .contract import reason, told
 
 _REGISTRY: dict[type[nn.Module], Rule] = {}
 _FUNCTIONS: dict[Any, Rule] = {}
@@ -150,8 +151,8 @@ def registered_rules() -> dict[type[nn.Module], Rule]:
 def refusal(module: nn.Module) -> str | None:
     """Why this module can have no per-example gradients now, asked of the rules of all its base classes."""
     for rule in _refusing_rules(type(module)):
-        if reason := rule.refuse(module):
-            return reason
+        if why := reason(rule, module):
+            return why
     return None
 
 
@@ -201,7 +202,7 @@ def rule_for(module: nn.Module) -> Rule | None:
         rule = _REGISTRY.get(base)
         if rule is not None:
             same = not hides(module, _functions_of(base)) and (cls is base or _same_forward(module, cls, base))
-            return rule if same and rule.covers(module) else None
+            return rule if same and told(rule, "covers", cls.__name__, module) else None
     return None
 
 
