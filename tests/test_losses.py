@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexample import BatchAxisError, CrossExampleError, LossError, RecordedStep, extend, perex
 from perexample._engine import couplings, graph
@@ -772,6 +773,23 @@ def test_a_sum_by_hand_declared_as_mean_is_refused(losses):
     with perex(BatchGrad()):
         losses(model(torch.randn(1, 3))).sum().backward()  # of one example it is the mean
     torch.testing.assert_close(model.weight.grad_batch[0], model.weight.grad)
+
+
+class Looking(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda out: 0.5 * out.square().mean(), lambda out: (out.square() / len(out)).sum()],
+    ids=["after", "before"],
+)
+def test_dispatch_modes_may_look_on(loss):
+    model = extend(nn.Linear(3, 4))
+    with Looking(), perex(BatchGrad()):
+        loss(model(torch.randn(N, 3))).backward()
+    torch.testing.assert_close(model.weight.grad_batch.mean(0), model.weight.grad)
 
 
 # -- means over rows that the model itself has chosen --------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
 
 from perexample import _private
 
@@ -968,6 +969,16 @@ def test_numbers_of_python_and_tensors_of_one_entry_are_told_apart(number, dtype
     for tensor in (torch.tensor(number), torch.tensor(float(number)), torch.tensor(float(number), dtype=dtype)):
         assert not _private.is_python_number(_private.saved((loss / tensor).grad_fn, "other"))
     assert not _private.is_python_number(torch.ones(1))
+
+
+@pytest.mark.parametrize("number", [3, 0.5, torch.tensor(3), torch.tensor([0.5])])
+def test_value_of(number):
+    """Also where a dispatch mode looks on, which is given Python numbers in the place of tensors that hold them."""
+    loss = torch.ones(2, requires_grad=True).sum()
+    for node in ((loss * number).grad_fn, (loss / number).grad_fn):
+        scalar = _private.saved(node, "other")
+        with FlopCounterMode(display=False):
+            assert _private.value_of(scalar) == float(number)
 
 
 def test_plain_sums_of_losses_are_told_from_weighted_ones():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import is_named_by_kind, metadata, ones_for, output_shape, saved
+from .._private import is_named_by_kind, metadata, ones_for, output_shape, saved, value_of
 from .kinds import names
 from .tap import KEY, RETURNED, Tap
 from .walk import Walk
@@ -58,8 +58,9 @@ def dims_of(node: Node, axes: int) -> set[int]:
 def number_of(node: Node) -> float | None:
     """What a product or quotient is multiplied with or divided by, if it is a single number, be it a tensor."""
     other = saved(node, "other")  # no tensor where torch itself has divided
-    known = isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1)
-    return float(other) if known else None
+    if isinstance(other, Tensor):
+        return value_of(other) if other.numel() == 1 else None
+    return float(other) if isinstance(other, (int, float)) else None
 
 
 def nearest_taps(edge: GradientEdge) -> Iterator[Near]:

@@ -71,6 +71,7 @@ from .tensors import (
     memory_order,
     set_float32_precision,
     shown_by,
+    value_of,
     version,
     whole_base,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -65,6 +66,13 @@ def in_memory(t: Tensor) -> Tensor:
 def memory_of(t: Tensor) -> int:
     """Where a tensor lies; 0 if that cannot be told."""
     return 0 if t.layout is not torch.strided or t._is_zerotensor() else t.untyped_storage().data_ptr()
+
+
+def value_of(scalar: Tensor) -> float:
+    """The number that a tensor of one entry holds; dispatch modes cannot be asked for that of a Python number."""
+    hidden = torch._C._DisableTorchDispatch() if type(scalar) is Tensor else nullcontext()
+    with hidden:
+        return float(scalar)
 
 
 def added_up(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
