@@ -16,7 +16,7 @@ from ._precision import reduced
 from ._static import StaticBatch
 from ._tree import map_tensors, tensors_of
 from ._watched import without_chance
-from .errors import ConfigurationError
+from .errors import ConfigurationError, ExtensionError
 from .extension import Extension
 
 
@@ -151,24 +151,39 @@ class Comparison:
         return near([a[:n]], [b[:n]], like) if same_rows else near([a], [b], like)
 
 
-def refuse_memory(found: Sequence[Tensor], again: Sequence[Tensor], *, coarse: bool) -> None:
+def refuse_memory(
+    first: Found, again: Found, extensions: Sequence[tuple[Extension, Extension]], *, coarse: bool
+) -> None:
     """Whether two runs on the same batch, with the same random numbers, give the same.
 
     Args:
-        found: Losses and outputs of the one.
-        again: Of the other.
+        first: Of the one.
+        again: Of the other, at whose begin the fields of the first were still there.
+        extensions: Those whose fields they are, and what was asked in their place.
         coarse: Whether something is computed in less than float32.
 
     Raises:
-        ConfigurationError: If they do not.
+        ConfigurationError: If the losses are not the same.
+        ExtensionError: If what an extension has found is not.
     """
     like = _COARSE if coarse else _REPEATED
-    if not all(near([a], [b], like) for a, b in zip(again, found, strict=True)):
+    pairs = (tensors_of((run.losses, run.outputs)) for run in (again, first))
+    if not all(near([a], [b], like) for a, b in zip(*pairs, strict=True)):
         raise ConfigurationError(
             "This step cannot be recorded: the same batch has other losses in a second run, or other outputs. The "
             "model or its loss goes on with what a run before has left (counters, schedules, states), which would be "
             "that of the recording for ever. Give it with the batch, or run the step as usual."
         )
+    for number, (extension, asked) in enumerate(extensions):
+        found, before = (tensors_of((run.fields[number], run.more[number])) for run in (again, first))
+        if len(found) != len(before) or not near(found, before, _COARSE if coarse else _ROUNDED):
+            name = type(extension).__name__
+            by = "" if asked is extension else f" ({type(asked).__name__}, which its recording returned)"
+            raise ExtensionError(
+                f"{name}{by} cannot be recorded: in a second run on the same batch it finds something else, as it goes "
+                f"on with what the run before has left, in itself or at the parameters. What is asked in a recording "
+                f"must remember nothing; add up in {name}.commit (docs/extending)."
+            )
 
 
 _UNLESS_TOLD = " (see whether {}.of_first is right)"

@@ -268,18 +268,21 @@ class RecordedStep:
 
     def _warm_up(self) -> None:
         """What is measured and looked at once, and what a loss is looked at for twice."""
-        own, device, found = self._batch.own, self._device, []
+        own, device, found = self._batch.own, self._device, list[Found]()
 
         def run(*more: Extension) -> None:
-            one = cast(Found, self._usual(own, *more))
-            found.append(tensors_of((one.losses, one.outputs)))
+            found.append(cast(Found, self._usual(own, *more)))
 
         seed(SEED, [device])
         self._seen = first_run(run, self.model, self._parameters, own, device)
         self._names = names_read(self.losses, self.model, self._seen.called)
         seed(SEED, [device])
-        refuse_remembering(run, [a for a, own in zip(self._asked, self.extensions, strict=True) if a is own])
-        refuse_memory(*found, coarse=self._seen.half or reduced([device.type]))
+        for asked, fields in zip(self._asked, found[0].fields, strict=True):  # as they are in a training
+            for name, field in fields.items():
+                setattr(self._parameters[name], asked.field, field)
+        extensions = [*zip(self.extensions, self._asked, strict=True)]
+        refuse_remembering(run, [asked for extension, asked in extensions if asked is extension])
+        refuse_memory(found[0], found[1], extensions, coarse=self._seen.half or reduced([device.type]))
         # What a run leaves to the next one is marked by a tape of its own.
         for rehearsal in (nullcontext(), nullcontext() if self._on_graph else Tape()):
             self._before = None

@@ -679,6 +679,39 @@ def test_stand_ins_that_cannot_be(own, message):
         RecordedStep(model, per_class(model), X, Y, extensions=mine())
 
 
+class AddingUp(GradSum):
+    """What no stand-in may do."""
+
+    def __init__(self):
+        self.total = {}
+
+    def compute(self, view):
+        self.total[view.name] = self.total.get(view.name, 0) + super().compute(view)
+        return self.total[view.name]
+
+
+class OntoItsField(GradSum):
+    """Remembers at the parameters."""
+
+    def compute(self, view):
+        return getattr(view.param, self.field, 0) + super().compute(view)
+
+
+@pytest.mark.parametrize("stand_in", [AddingUp, OntoItsField])
+def test_a_stand_in_that_adds_up_is_named(stand_in):
+    mine, model = type("Mine", (Running,), {"stand_in": stand_in})(), mlp()
+    message = rf"Mine \({stand_in.__name__}, which its recording returned\).*something else.*Mine.commit"
+    with pytest.raises(ExtensionError, match=message):
+        RecordedStep(model, per_class(model), X, Y, extensions=mine)
+
+
+def test_an_extension_that_goes_on_with_its_field_remembers():
+    model = mlp()
+    with pytest.raises(ExtensionError, match=r"OntoItsField cannot be recorded.*at the parameters"):
+        RecordedStep(model, per_class(model), X, Y, extensions=OntoItsField())
+    assert not any(hasattr(p, "grad_sum") for p in model.parameters())
+
+
 def test_what_replayed_returns_are_fields():
     class Mine(GradSum):
         def replayed(self, found, fields, n, size):
