@@ -719,6 +719,18 @@ def bad_sampler_in_place_of_a_batch_sampler():
         optimizer.step()
 
 
+@case(ConfigurationError, r"SGD\.step was called in torch\.inference_mode", "outside of that block")
+def bad_step_in_inference_mode():
+    model, clipping, optimizer = private_sgd()
+    backward(model, clipping)
+    try:
+        with torch.inference_mode():
+            optimizer.step()
+    finally:
+        assert not optimizer.ledger.steps
+        optimizer.step()  # the sums are still there
+
+
 @case(PerExampleError, r"SGD\.step got a closure", r"call step\(\) without arguments")
 def bad_closure():
     *_, optimizer = private_sgd()

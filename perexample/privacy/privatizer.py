@@ -73,6 +73,7 @@ class Privatizer:
         """One step: check, write down, then let go of what is private."""
         refuse_scaler(optimizer, kwargs)
         _refuse_closure(optimizer, args, kwargs)
+        _refuse_inference(optimizer)
         if steps_under_way(optimizer) > 1 and self.clipping.examples == self._left:
             return  # the step of a base class, called by one that has made the gradients private before it began
         noise_multiplier, expected_batch_size = (_shared_setting(optimizer, name) for name in SETTINGS)
@@ -250,6 +251,15 @@ def _refuse_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict)
             f"{type(optimizer).__name__}.step got a closure, which would compute gradients anew after the noise "
             f"was added; run the backward before, and call step() without arguments. Lightning's optimizers always "
             f"hand on a closure: call optimizer.optimizer.step() of them."
+        )
+
+
+def _refuse_inference(optimizer: torch.optim.Optimizer) -> None:
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError(
+            f"{type(optimizer).__name__}.step was called in torch.inference_mode, where gradients and the optimizer's "
+            f"state become tensors that no later step can use; call it outside of that block. It needs no "
+            f"torch.no_grad either."
         )
 
 
