@@ -229,6 +229,16 @@ def test_a_rough_grid_is_used_where_it_says_more_than_renyi_divergences():
     assert found < by_rdp / 10
 
 
+@pytest.mark.parametrize(("rate", "steps"), [(1e-7, 10**9), (1e-8, 10**9), (1e-5, 10**8), (1e-6, 10**7)])
+def test_to_replace_is_no_more_than_to_remove_and_to_add(rate, steps):
+    """Also where its own grid is too rough, or there is none: twice (e, d) is (2 e, (1 + exp(e)) d)."""
+    for most in (0.2, 0.7, 3.0):
+        if cost(1e-6 / (1 + math.exp(most)), 1.0, rate, steps) <= most:
+            break
+    assert cost(1e-6, 1.0, rate, steps) < cost(1e-6, 1.0, rate, steps, BOTH) <= 2 * most
+    assert cost(1e-6, 1.0, rate, steps // 10, BOTH) <= cost(1e-6, 1.0, rate, steps, BOTH)
+
+
 # ------------------------------------------------------------------------------------------------------------ monotone
 
 RUN = {
