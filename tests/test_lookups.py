@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from perexample import extend, perex
 from perexample._engine import backward
-from perexample._placed import Placed, merged
 from perexample.extensions import BatchGrad, ClippedGrad
 from perexample.terms import Dense
+from perexample.terms.placed import Placed, merged
 
 SIZES = (0, 1, 2, T, 4)
 HERE = torch.arange(T)

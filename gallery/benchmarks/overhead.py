@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from perexample import Extension, ParameterView, RecordedStep, extend, perex
 from perexample._engine.state import listening
-from perexample._placed import merged
 from perexample.methods import ROOM, Method
 from perexample.terms import Term, combine
+from perexample.terms.placed import merged
 
 BY_HAND = ("mlp", "seed_cnn", "vgg11")  # linear layers and convolutions, and nothing else with parameters
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from .._arguments import shown
 from .._grams import Grams
 from .._looks import blind, holds
-from .._placed import merged
 from .._private import in_memory, version
 from .._shards import freed
 from .._tree import map_tensors
@@ -31,6 +30,7 @@ from ..extension import Extension
 from ..methods import Choice
 from ..rule import Call, asked, at_least_float32, checked_terms, evaluate
 from ..terms import Dense, Sum, Term, combine
+from ..terms.placed import merged
 from .between import check_between
 from .broadcasts import check_broadcasts
 from .couplings import check_couplings

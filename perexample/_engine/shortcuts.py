@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .._looks import holds
-from .._placed import Placed
 from .._private import gradient_hooks, looked_up, memory_order, shown_by
 from ..terms import Dense, Outer, Rows, Term
+from ..terms.placed import Placed
 from .walk import Source
 
 Way = Callable[[Tensor, Tensor], "Callable[[Term], Term] | None"]

@@ -17,12 +17,12 @@ from torch.func import vjp, vmap
 
 from .._looks import holds
 from .._norms import BLOCK
-from .._placed import Placed, merged
 from .._tree import map_tensors, tensors_in
 from .._vjp import pulled_back
 from ..place import Place
 from ..rule import Call, Rule, at_least_float32
 from ..terms import Dense, Term, combine
+from ..terms.placed import Placed, merged
 from .generic import autocast_state, drew, random_state, restored, rows_instead, spoiled_rows, unspoiled
 
 JOINS = frozenset(("cat", "concat", "concatenate", "stack"))

@@ -2,8 +2,9 @@
 
 A `Term` stands for a tensor ``[N, *p.shape]`` that may never be formed. `Dense` is that tensor; `Outer` is a sum of
 outer products over positions (linear layers); `Windows` are a convolution's, and outer products once unfolded; `Rows`
-touches few rows of a table (embeddings). `combine` adds the terms of all taps of a parameter, so that a shared weight
-is exact, cross terms included, without forming what need not be formed.
+touches few rows of a table (embeddings); `Placed` (`placed.py`) has entries of one example each. `combine` adds the
+terms of all taps of a parameter, so that a shared weight is exact, cross terms included, without forming what need not
+be formed.
 
 Norms come in two steps. A term offers `Method` objects, exact ways that differ in time and memory; `perexample.methods`
 chooses one. It returns the norms and the term to go on with for the weighted sum: the same factors, or the gradients if

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._looks import holds
-from ._norms import norms_of
-from .methods import Method
-from .terms import Term
+from .._looks import holds
+from .._norms import norms_of
+from ..methods import Method
+from .base import Term
 
 
 class Placed(Term):
