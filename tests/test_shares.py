@@ -166,6 +166,20 @@ def test_a_sum_and_a_mean_of_one_model_are_two_losses():
             (losses.sum() if reduction == "sum" else losses.mean()).backward()
 
 
+@pytest.mark.parametrize(
+    "loss", [lambda losses: losses.sum() / B, lambda losses: losses.mean() * len(losses) / B], ids=["sum", "mean"]
+)
+def test_a_constant_divisor_is_divided_out_again(loss):
+    """As the docs say."""
+    model = extend(nn.Linear(4, 3))
+    for n in (B, 37, 12, 1):
+        x = torch.randn(n, 4)
+        with perex(BatchGrad(), ClippedGrad(1.0), loss_reduction="sum", loss_scale=1 / B):
+            loss(model(x).square().sum(1)).backward()
+        (own,) = torch.autograd.grad(model(x[:1]).square().sum(), model.weight)
+        torch.testing.assert_close(model.weight.grad_batch[0], own)
+
+
 LOOPS = {  # over the examples, whose own losses are means of as many entries as there are examples, or twice as many
     "squares": lambda out: sum(row.square().mean() for row in out),
     "a loss of torch": lambda out: sum(F.mse_loss(row, torch.ones(len(row))) for row in out),

@@ -138,8 +138,8 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
                 f"Each example's own loss is multiplied with a number that follows how many there are, in batches of "
                 f"{alike[0]} and {n} (loss * len(x) / B, or a sum over a batch divided by a constant), so one more "
                 f"changes what all others add. Take the plain mean of the examples' losses, which perex multiplies by "
-                f"their number, or their sum with loss_reduction='sum'; the divisor of a batch is the optimizer's "
-                f"expected_batch_size."
+                f"their number, or their sum with loss_reduction='sum', and loss_scale=1 / B where that is divided by "
+                f"a constant; the divisor of a batch is the optimizer's expected_batch_size."
             )
     known[mean] = [*before, (n, shares)][-_KEPT:]
 
