@@ -775,6 +775,20 @@ def test_a_sum_by_hand_declared_as_mean_is_refused(losses):
     torch.testing.assert_close(model.weight.grad_batch[0], model.weight.grad)
 
 
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_scaled_sum_of_a_loss_of_torch_declared_as_mean_is_refused(loss, reduction):
+    def total(out):
+        found = loss(out, torch.ones_like(out), reduction=reduction)
+        return found.sum() if reduction == "none" else found
+
+    for scaled in (lambda out: 0.5 * total(out), lambda out: total(out) / 3, lambda out: -2 * -total(out)):
+        with pytest.raises(LossError, match=f"sums over {N} examples.*loss_reduction='sum'"):
+            joined(scaled)
+    for mean in (lambda out: total(out) / N, lambda out: 3 * total(out) / out.numel(), lambda out: 7 * total(out) / N):
+        assert joined(mean)[0].any()
+
+
 class Looking(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **kwargs or {})

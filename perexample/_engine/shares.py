@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import loss_reduction_of, metadata
+from .._private import loss_reduction_of, metadata, saved
 from ..errors import LossError
 from .graph import dims_of, examples_of, kind_of, number_of, shape_of
 from .kinds import names
@@ -84,7 +84,7 @@ def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
 
 
 def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
-    """Refuse a sum that is written by hand, where a mean was said: nothing has divided it by the number of examples.
+    """Refuse a sum that is written by hand or scaled, where a mean was said: nothing divides it by how many there are.
 
     Args:
         loss: The loss, which was said to be the mean of the examples' own.
@@ -92,7 +92,7 @@ def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
         scale: What the loss was said to be multiplied with.
 
     Raises:
-        LossError: If it is a sum of squares, absolute values, log-probabilities or norms.
+        LossError: If it is a sum of squares, absolute values, log-probabilities or norms, or of a loss of torch.
     """
     shares = list(_shares(loss)) if n > 1 else []
     if len(shares) != 1 or shares[0].joins != "sum" or shares[0].entries % n:
@@ -104,9 +104,10 @@ def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
         if kind_of(node) == "Div" and not (number_of(node) or 0.0) % n:
             return  # 10 * losses.sum() / len(losses)
         node = next((one for one, _ in node.next_functions if one is not None), None)
-    if node is not None and kind_of(node) in _LOSSES:
+    if node is not None and (kind_of(node) in _LOSSES or saved(node, "reduction") is not None):
+        by = kind_of(node) if loss_reduction_of(node) == "sum" else f"{kind_of(node)}, then Sum"
         raise LossError(
-            f"The loss sums over {n} examples ({kind_of(node)}, then Sum), but perex was told loss_reduction='mean'; "
+            f"The loss sums over {n} examples ({by}), but perex was told loss_reduction='mean'; "
             f"pass loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses))."
         )
 
