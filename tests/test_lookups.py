@@ -1,5 +1,6 @@
 """Positions and other tensors one step away from a parameter: exact, and without the graph where it is not needed."""
 
+import itertools
 import warnings
 
 import harness
@@ -357,3 +358,29 @@ def test_as_many_ids_as_bags(lengths, by_function):
         own = harness.losses(model(ids[begin:end], torch.tensor([0])))[0]
         (wanted,) = torch.autograd.grad(own, model.e.weight)
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_offsets_that_a_model_computes_of_lengths(by_function, frozen):
+    """Two tables, of which the first may be frozen: bag n is example n's in both."""
+
+    def forward(m, ids, lengths):
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)[:-1]])
+        if not by_function:
+            return m.a(m.e(ids, offsets) * m.f(ids, offsets))
+        return m.a(F.embedding_bag(ids, m.e.weight, offsets) * F.embedding_bag(ids, m.f.weight, offsets))
+
+    row = net("lengths", forward, words, a=linear, e=lambda: nn.EmbeddingBag(V, D), f=lambda: nn.EmbeddingBag(V, D))
+    model, _ = row.build(1)
+    model.e.requires_grad_(not frozen)
+    lengths = torch.tensor([2, 3, 0, 1])
+    ids, ends = torch.randint(V, (6,)), torch.tensor([0, 2, 5, 5, 6])
+    extend(model)
+    with perex(BatchGrad()):
+        harness.losses(model(ids, lengths)).mean().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for n, (begin, end) in enumerate(itertools.pairwise(ends)):
+        wanted = torch.autograd.grad(harness.losses(model(ids[begin:end], lengths[n : n + 1]))[0], trained)
+        for p, rows in zip(trained, wanted, strict=True):
+            torch.testing.assert_close(p.grad_batch[n], rows)

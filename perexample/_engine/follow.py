@@ -143,7 +143,7 @@ class Follow(TorchFunctionMode):
             if zeros is not None:  # a tap where what is not written to is seen too
                 self._followed(traits_of(Tensor.add_), Tensor.add_, types, (args[0]._base, zeros), {})
                 tracked, targets = _scanned(kind, args, kwargs)
-            if not tracked and _settles(func, args, kwargs):
+            if not tracked and _counts_rows(func, args, kwargs):
                 tracked, targets = _scanned(kind, args, kwargs)
         if not tracked:
             out = self._run(func, types, args, kwargs)
@@ -218,14 +218,19 @@ def _scanned(kind: Kind, args: tuple, kwargs: dict) -> tuple[list[tuple[Tensor, 
     return tracked, targets
 
 
-def _settles(func: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether a function tells how many examples there are, as one that is given bags of ids."""
+def _counts_rows(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a function tells how many examples there are, as one that is given bags of ids: bag n is example n's."""
     record = STATE.frames[-1].record if STATE.frames else None
-    rule = function_rule(func) if record is not None and record.pending else None
-    if record is None or rule is None or not rule.counts_rows:
+    rule = function_rule(func) if record is not None and (record.pending or record.settled) else None
+    given = list(tensors_in((args, kwargs)))
+    if record is None or rule is None or not rule.counts_rows or not any(map(record.was_given, given)):
         return False
-    with torch.no_grad():
-        record.settle(func(*args, **kwargs).shape[0])
+    if record.pending:
+        with torch.no_grad():
+            record.settle(func(*args, **kwargs).shape[0])
+    offsets = [t for t in given if t.shape == (record.space.rows,)]
+    if len(offsets) == 1 and place_of(offsets[0]) is None:
+        put(offsets[0], Place(record.space, 0))
     return True
 
 

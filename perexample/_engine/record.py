@@ -116,7 +116,7 @@ class Record:
         self.other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
         flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point() and not packed
-        self.pending = flat_ids and len(set(self.input_sizes)) > 1 and _has_bags(module)
+        self.pending, self.settled = flat_ids and len(set(self.input_sizes)) > 1 and _has_bags(module), False
         self.refused: list[tuple[str, str]] = [(self.root_name, NESTED)] if nested else []
         self.calls: dict[Any, int] = {}
         self.checkpointed = self.wrote = False
@@ -187,7 +187,7 @@ class Record:
 
     def settle(self, n: int) -> None:
         """The number of examples has turned up: bags of ids come as one flat list."""
-        self.pending, self.space = False, Space(self, n)
+        self.pending, self.settled, self.space = False, True, Space(self, n)
         self._place([t for reference in self._inputs if (t := reference()) is not None])
 
     def _sizes(self, values: Any) -> list[int]:
