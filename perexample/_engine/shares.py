@@ -25,7 +25,6 @@ from .walk import Walk
 _KEPT = 4  # losses of a model that are remembered, of different numbers of examples; a schedule meets few by chance
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 256  # nodes
-_LOOKED_INTO = 16  # means of a loss; a loop over the examples has one for each
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
 _MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum")
 _LINEAR = _PASSED | _MOVED | names("Mean")
@@ -74,8 +73,9 @@ def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
     largest = max((abs(share.factor) for share, _ in means), default=0.0)
     if not math.isclose(largest, scale, rel_tol=1e-9):  # a smaller one may be n / B by chance
         return
-    nodes = [node for share, node in means if abs(share.factor) == largest][:_LOOKED_INTO]
-    if any(examples_of(GradientEdge(node, 0), found) > 1 for node in nodes):  # not over the entries of one
+    nodes = [node for share, node in means if abs(share.factor) == largest]
+    # A loop over the examples has one for each, over the entries of that alone: the first and the last tell.
+    if any(examples_of(GradientEdge(node, 0), found) > 1 for node in {nodes[0], nodes[-1]}):
         raise LossError(
             f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
             f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
