@@ -148,6 +148,16 @@ def bad_max_norm_of_a_function():
         model(torch.tensor([[1, 2], [3, 4]])).mean().backward()
 
 
+@case(UncoveredParameterError, r"`embedding_bag` of ids in a row, in `Lambda`.*leave include_last_offset out")
+def bad_offsets_with_the_end():
+    def forward(m, ids, offsets):
+        return m.a(F.embedding_bag(ids, m.e.weight, offsets, include_last_offset=True))
+
+    model = extend(Lambda(forward, e=nn.Embedding(5, 4), a=nn.Linear(4, 2)))
+    with perex(BatchGrad()):
+        model(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 4])).mean().backward()
+
+
 @case(CrossExampleError, r"`unique` in `Lambda`.*mixes examples.*go through all experts, range\(len\(experts\)\)")
 def bad_experts_that_were_chosen():
     def forward(m, x):

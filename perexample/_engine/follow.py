@@ -231,6 +231,12 @@ def _counts_rows(func: Callable, args: tuple, kwargs: dict) -> bool:
     offsets = [t for t in given if t.shape == (record.space.rows,)]
     if len(offsets) == 1 and place_of(offsets[0]) is None:
         put(offsets[0], Place(record.space, 0))
+    elif not any(place_of(t) is not None for t in given):
+        STATE.hints[
+            f"`{traits_of(func).name}` of ids in a row, in {where()}, by a function or of a frozen table, whose "
+            f"offsets are not one for each of {record.space.rows} examples: leave include_last_offset out, and "
+            f"the end of them"
+        ] = None
     return True
 
 
