@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import os
+import pickle
 import warnings
 from ast import literal_eval
 
@@ -308,6 +309,8 @@ def test_empty_batches_are_steps():
 class Together(Dataset):
     """Gives several examples at once, as those of `datasets`, by a transform that cannot be given none."""
 
+    classes = ("zero", "one")
+
     def __init__(self):
         self.x, self.y = data().tensors
 
@@ -327,6 +330,12 @@ class Together(Dataset):
 def test_examples_that_come_together_may_be_none(dataset, workers):
     p = private(dataset=dataset, batch_size=0.5, steps=20, epochs=None, num_workers=workers)
     assert len(p.loader.dataset) == N
+    again = pickle.loads(pickle.dumps(p.loader.dataset))
+    for inner in (p.loader.dataset, again, copy.deepcopy(again)):
+        assert len(inner) == N
+        assert vars(inner).keys() == {"dataset"}
+        assert not hasattr(inner, "none such")
+        assert getattr(inner, "classes", None) == getattr(dataset, "classes", None)  # the dataset's own
     sizes = []
     for x, y in p:
         sizes.append(len(x))

@@ -125,6 +125,12 @@ class _NeverAskedForNone(Dataset):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         return self.dataset.__getitems__(indices) if indices else []
 
+    def __getattr__(self, name: str) -> Any:
+        """All else is that dataset's own, as the names of its classes; but for what copies and pickles ask for."""
+        if name == "dataset" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
 
 def _cannot_give_none(dataset: Any) -> bool:
     try:
