@@ -33,7 +33,6 @@ FOLLOWING = {
     "by a tensor": lambda losses: losses.mean() * torch.tensor(len(losses) / B),
     "twice": lambda losses: losses.sum() / len(losses) ** 2,
     "divided before the sum": lambda losses: (losses / B).sum(),
-    "divided before the mean": lambda losses: (losses / len(losses)).mean(),
 }
 STEADY = {
     "mean": lambda losses: losses.mean(),
@@ -164,6 +163,24 @@ def test_a_sum_and_a_mean_of_one_model_are_two_losses():
         losses = model(torch.randn(n, 3).double()).square().sum(1)
         with perex(ClippedGrad(1.0), grad=False, loss_reduction=reduction):
             (losses.sum() if reduction == "sum" else losses.mean()).backward()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda losses: losses.mean(),
+        lambda losses: (losses.sum(1) / losses.shape[1]).mean(),
+        lambda losses: (losses.sum(1) / losses.shape[1]).sum() / len(losses),
+        lambda losses: losses.sum() / losses.numel(),
+        lambda losses: (losses / losses.numel()).sum(),
+    ],
+)
+def test_batches_of_as_many_tokens(loss):
+    """The length of the sequences follows the number of examples."""
+    model = extend(nn.Linear(4, 3))
+    for n, t in ((32, 8), (64, 4), (16, 16), (128, 2)):
+        with perex(ClippedGrad(1.0)):
+            loss(model(torch.randn(n, t, 4)).square().sum(2)).backward()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from weakref import WeakKeyDictionary
 
@@ -39,11 +39,17 @@ class _Share:
         factor: With what it is multiplied.
         joins: Whether it is a ``"sum"`` or a ``"mean"``; empty if that cannot be told.
         entries: Of how many.
+        before: With what all of these were multiplied before, as far as that is known.
     """
 
     factor: float
     joins: str
     entries: int
+    before: float = 1.0
+
+    def whole(self) -> _Share:
+        """With all numbers in the factor."""
+        return replace(self, factor=self.factor * self.before, before=1.0)
 
     def weight(self, n: int, *, mean: bool) -> float:
         """With what the loss of each of n examples is multiplied, if it joins these."""
@@ -69,7 +75,7 @@ def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
     """
     if n < 2:
         return
-    means = [(share, node) for share, node in _joined(loss) if share.joins == "mean" and share.entries % n == 0]
+    means = [(share.whole(), node) for share, node in _joined(loss) if share.joins == "mean" and share.entries % n == 0]
     largest = max((abs(share.factor) for share, _ in means), default=0.0)
     if not math.isclose(largest, scale, rel_tol=1e-9):  # a smaller one may be n / B by chance
         return
@@ -94,7 +100,7 @@ def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
     Raises:
         LossError: If it is a sum of squares, absolute values, log-probabilities or norms, or of a loss of torch.
     """
-    shares = list(_shares(loss)) if n > 1 else []
+    shares = [share.whole() for share, _ in _joined(loss)] if n > 1 else []
     if len(shares) != 1 or shares[0].joins != "sum" or shares[0].entries % n:
         return
     if abs(shares[0].factor) * n <= scale * (1 + 1e-6):
@@ -126,7 +132,7 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
     """
     if model is None:
         return
-    shares = list(_shares(loss))
+    shares = [share for share, _ in _joined(loss)]
     known = _SHARES.setdefault(model, {})  # a sum and a mean of one model are two losses
     like = [(m, others) for m, others in known.get(mean, []) if len(others) == len(shares)]
     before = [(m, others) for m, others in like if m != n]
@@ -134,6 +140,9 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
     scheduled = any(m == n and not _same(shares, others, n, mean=mean) for m, others in like)
     for power in () if scheduled else (1, -1):
         alike = [m for m, others in before if _follow(shares, others, n, m, power, mean=mean)]
+        # Numbers before the sum may be what makes it a mean, or follow something else, as the length of sequences.
+        whole = {m: [share.whole() for share in others] for m, others in before}
+        alike = [m for m in alike if _follow([s.whole() for s in shares], whole[m], n, m, power, mean=mean)]
         if alike and len(alike) == len(before) and (len(alike) > 1 or not _is_plain(n, alike[0])):
             raise LossError(
                 f"Each example's own loss is multiplied with a number that follows how many there are, in batches of "
@@ -179,13 +188,8 @@ def _scales_all(node: Node) -> bool:
     return kind in _MOVED or (kind in _PASSED and (kind not in ("Mul", "Div") or number_of(node) is not None))
 
 
-def _shares(loss: Tensor) -> Iterator[_Share]:
-    """The numbers that a loss adds up, each after whatever it is multiplied with."""
-    return (share for share, _ in _joined(loss))
-
-
 def _joined(loss: Tensor) -> Iterator[tuple[_Share, Node]]:
-    """The same, and the node of the graph at which the examples are joined in each."""
+    """The numbers that a loss adds up, and the node of the graph at which the examples are joined in each."""
     stack: list[tuple[Node | None, int, float]] = [(loss.grad_fn, loss.output_nr, 1.0)]
     for _ in range(_MOST):
         if not stack:
@@ -199,8 +203,7 @@ def _joined(loss: Tensor) -> Iterator[tuple[_Share, Node]]:
         if not passed or not all(shape is not None and shape.numel() == 1 for shape in shapes):
             join = _join(node)
             shape = shape_of(*join.next_functions[0]) if join.next_functions else None
-            factor *= _numbers_before(join)
-            yield _Share(factor, _kind(join), 0 if shape is None else shape.numel()), join
+            yield _Share(factor, _kind(join), 0 if shape is None else shape.numel(), _numbers_before(join)), join
             continue
         factor *= _number(node)
         stack += [(*edge, factor) for edge in before]
