@@ -131,6 +131,13 @@ def test_a_sum_declared_as_mean_is_refused():
         run(lambda out: F.cross_entropy(out, TARGET, reduction="sum"))
 
 
+def test_a_sum_of_one_example_declared_as_mean_is_refused_too():
+    """The next batch may have more."""
+    model = extend(nn.Linear(3, 4))
+    with pytest.raises(LossError, match=r"sums over its elements.*loss_reduction='sum'"), perex(BatchGrad()):
+        F.cross_entropy(model(torch.randn(1, 3)), TARGET[:1], reduction="sum").backward()
+
+
 class Weighted(nn.Module):
     """Losses of each example, of which torch keeps the weights from those who look on."""
 

@@ -76,7 +76,7 @@ MUTANTS = (
         "F9-sum-taken-for-a-mean",
         "does not look how a loss was reduced",
         Edit("perexample._engine.context:_check_loss", ('if summed and reduction == "mean":', "if False:")),
-        killers="test_faults.py::test_f09_a_sum_declared_as_mean_fails_loudly[cross_entropy]",
+        killers="test_losses.py::test_a_sum_of_one_example_declared_as_mean_is_refused_too",
     ),
     mutant(
         "F9-mean-as-it-is",
