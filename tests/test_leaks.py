@@ -193,7 +193,7 @@ def own_objects():
 
 def test_the_number_of_tensors_and_of_our_objects_stays(make):
     p = make("pieces")
-    train(p, 3)
+    train(p, 10)  # until losses of as many numbers of examples are remembered as ever are
     before, ours = len(tensors()), own_objects()
     train(p, 20)
     SCORES["tensors_20_steps"] = len(tensors()) - before
