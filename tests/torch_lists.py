@@ -10,12 +10,15 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import get_testing_overrides
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
+
+with mock.patch.object(torch.backends, "disable_global_flags"):  # which all tests after it would have to live with
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
 
 # Left out: torch itself writes beyond its memory where numbers of rows differ, shows memory that is not that of the
 # tensor, or differentiates with `vmap` otherwise than without.

@@ -323,8 +323,15 @@ class Record:
 
 
 def _has_bags(module: nn.Module) -> bool:
-    """Whether a layer in it may be given the ids of all examples in one row."""
-    return any(rule.counts_rows for inner in module.modules() if (rule := rule_for(inner)) is not None)
+    """Whether a layer in it, or a function that a forward names, may be given the ids of all examples in one row."""
+    for inner in module.modules():
+        rule, codes = (
+            rule_for(inner),
+            (getattr(f, "__code__", None) for f in (type(inner).forward, *vars(inner).values())),
+        )
+        if (rule is not None and rule.counts_rows) or any("embedding_bag" in getattr(c, "co_names", ()) for c in codes):
+            return True
+    return False
 
 
 def _packed(values: Iterable[Any]) -> list[PackedSequence]:
