@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._looks import looking
+
 
 def drawing_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     """The accelerators that these lie on, whose random numbers are their own."""
@@ -18,7 +20,8 @@ def drawing_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
 
 def random_states(devices: Iterable[torch.device]) -> list[Tensor]:
     """The state of the CPU, and of each of these accelerators."""
-    return [torch.get_rng_state(), *(module.get_rng_state(device) for device, module in _modules(devices))]
+    with looking():  # they have no part in a step that is recorded
+        return [torch.get_rng_state(), *(module.get_rng_state(device) for device, module in _modules(devices))]
 
 
 def set_random_states(states: Sequence[Tensor], devices: Iterable[torch.device]) -> None:
