@@ -46,7 +46,7 @@ COLOURS = {
 }
 OURS = "ClippedGrad"
 PEERS = ("opacus", "backpack-for-pytorch")  # packages
-MARKERS = dict(zip(COLOURS, "oh8s+xH*pDPv^<>Xd", strict=True))
+MARKERS = dict(zip(COLOURS, [*"oh8s", (4, 1, 0), (6, 1, 0), *"H*pDPv^<>Xd"], strict=True))
 
 
 def system_info(device: str, threads: int) -> dict[str, object]:

@@ -194,7 +194,7 @@ def plot(data: dict, key: str, label: str, path: Path) -> None:
         axis.invert_yaxis()
         axis.grid(axis="both")
         axis.set_xlabel(label)
-        axis.figure.legend(loc="outside upper center", ncols=5)
+        axis.figure.legend(loc="outside upper center", ncols=4)
 
 
 ON_GPU = (
