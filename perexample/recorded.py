@@ -423,7 +423,7 @@ class RecordedStep:
     def _warn(self) -> None:
         if self.repeated == _OFTEN:
             warnings.warn(
-                f"A RecordedStep had to run {_OFTEN} batches as usual so far, as values were not what they mostly are: "
+                f"A {self._name} had to run {_OFTEN} batches as usual so far, as values were not what they mostly are: "
                 f"examples that are not finite, positions whose gradients cancel, or, where the model or its loss "
                 f"looks at values (item(), if), others than in the recording, or fewer examples. That takes the time "
                 f"of both; run the step without it if this goes on.",

@@ -168,7 +168,7 @@ class _Pending:
         self._step, self._n, self._finish, self._arguments, self._random = step, n, finish, arguments, random
         self.extensions, self.options = step.extensions, step.context_options
 
-    def replay(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+    def replay(self, gradients: Sequence[Tensor | None]) -> bool:
         return self._step.finish(self._finish, self._n, gradients)
 
     def again(self) -> list[Tensor]:

@@ -38,11 +38,10 @@ class Pending(Protocol):
     options: dict[str, Any]
     expected: bool
 
-    def replay(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+    def replay(self, gradients: Sequence[Tensor | None]) -> bool:
         """Leave what a backward leaves.
 
         Args:
-            inputs: The tensors of the call.
             gradients: Of the examples' own losses, for each output that carries gradients.
 
         Returns:
@@ -170,12 +169,12 @@ class Replayed(Backward):
             backward(list(self.found.edges), False)
         finally:
             tap.run, self.call.expected = None, False
-        inputs = tap.as_saved()
+        tap.refuse_changes()
         tap.release()
         # What is rounded to 16 bits would be rounded again where a factor on the loss is divided out.
         exact = self.scale == 1.0 or all(g is None or g.dtype.itemsize > 2 for g in self.gradients)
         own = [g if g is None or self.scale == 1.0 else g * self.scale for g in self.gradients]
-        if not exact or not self.call.replay(inputs, own):
+        if not exact or not self.call.replay(own):
             self._as_usual()
 
     def arrive(self, tap: Tap, index: int, g: Tensor | None) -> None:

@@ -196,10 +196,10 @@ class Tap:
         }
         return Call(self.module, self.name, self.place.space.rows, self.params, saved)
 
-    def as_saved(self) -> list[Tensor]:
-        """The saved tensors as they were, if neither they nor parameters that the rule needs have changed."""
+    def refuse_changes(self) -> None:
+        """Raise if the saved tensors, or parameters that the rule needs, are not as they were."""
         self._check_versions()
-        return list(self._unpacked())
+        self._unpacked()
 
     def most_held(self, n: int, shared: Collection[int]) -> int:
         """At most how many bytes the terms of this call hold for the weighted sum.
