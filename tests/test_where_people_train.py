@@ -917,12 +917,13 @@ def test_timm_model(run, made):
     assert_equal(parameters(space["model"]), made[0].train(own_loss, epochs=1))
 
 
-def test_recorded_steps(run, made):
+def test_recorded_models_and_steps(run, made):
     """Pieces of Poisson batches, against one backward per example."""
-    space = run("Recorded steps")
-    assert space["backward"]._step.repeated == space["norms"].repeated == 0
-    assert space["private"].steps == 10
-    assert_equal(parameters(space["model"]), made[0].train(own_loss))
+    space = run("Recorded models and steps")
+    assert space["recorded"].repeated == space["backward"]._step.repeated == space["norms"].repeated == 0
+    assert made[0].private.steps == space["private"].steps == 10
+    assert_equal(parameters(made[0].private.model), made[0].train(own_loss))
+    assert_equal(parameters(space["model"]), made[1].train(own_loss))
     assert space["model"][0].weight.batch_l2.shape == (5,)
     assert space["output"].shape[1] == 3
 
