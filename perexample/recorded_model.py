@@ -294,6 +294,7 @@ class _Step(RecordedStep):
     def outputs(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The outputs of a call, which wait for their gradients."""
         self._refuse_changes()
+        args, kwargs = map_tensors(lambda t: t.to(self._device), (args, kwargs))
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
         if n > self.size or (self._by_model and 0 < n < self.size):  # of all of which it may have found out something
             return self._called(args, kwargs)

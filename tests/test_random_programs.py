@@ -711,41 +711,33 @@ def seeded_input(p: Program) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- tests
 
 
-def test_random_programs_are_exact_or_refused() -> None:
-    """No program gives a wrong number or an error of another kind, and few are refused without need."""
-    outcomes: dict[str, int] = {}
+def outcomes_of(judge: Callable[[Program], str], count: int) -> dict[str, list[Program]]:
+    """Programs by what comes of them; any error fails, with the seeds."""
+    outcomes: dict[str, list[Program]] = {}
     wrong: list[str] = []
-    clean = refused = 0
-    for seed in range(FIRST, FIRST + PROGRAMS):
+    for seed in range(FIRST, FIRST + count):
         p = program(seed)
         try:
-            outcome = verdict(p)
+            outcomes.setdefault(judge(p), []).append(p)
         except Exception as error:  # noqa: BLE001 - all are failures
             wrong.append(f"{seed}: N={p.n} {p.shape} {' '.join(p.names)}: {type(error).__name__}: {error}")
-            continue
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-        if not p.mixes and outcome in ("exact", "refused"):
-            clean, refused = clean + 1, refused + (outcome == "refused")
-    print(outcomes, f"{refused} of {clean} refused without need")
+    print({outcome: len(programs) for outcome, programs in outcomes.items()})
     assert not wrong, "\n".join(wrong)
-    assert refused <= MOST_REFUSED * clean
+    return outcomes
+
+
+def test_random_programs_are_exact_or_refused() -> None:
+    """No program gives a wrong number or an error of another kind, and few are refused without need."""
+    outcomes = outcomes_of(verdict, PROGRAMS)
+    exact, refused = ([p for p in outcomes.get(key, ()) if not p.mixes] for key in ("exact", "refused"))
+    print(f"{len(refused)} of {len(exact) + len(refused)} refused without need")
+    assert len(refused) <= MOST_REFUSED * (len(exact) + len(refused))
 
 
 def test_recorded_random_programs_are_exact_or_refused() -> None:
     """The same of recorded models, of fewer programs, as each is run many times to be recorded."""
-    outcomes: dict[str, int] = {}
-    wrong: list[str] = []
-    for seed in range(FIRST, FIRST + PROGRAMS // 3):
-        p = program(seed)
-        try:
-            outcome = recorded_verdict(p)
-        except Exception as error:  # noqa: BLE001 - all are failures
-            wrong.append(f"{seed}: N={p.n} {p.shape} {' '.join(p.names)}: {type(error).__name__}: {error}")
-            continue
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    print(outcomes)
-    assert not wrong, "\n".join(wrong)
-    assert outcomes["exact"] >= 0.4 * sum(outcomes.values())
+    outcomes = outcomes_of(recorded_verdict, PROGRAMS // 3)
+    assert len(outcomes["exact"]) >= 0.4 * sum(map(len, outcomes.values()))
 
 
 @pytest.mark.parametrize("seed", ONCE_WRONG)

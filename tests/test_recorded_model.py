@@ -247,6 +247,23 @@ def test_values_that_a_replay_cannot_trust_are_run_as_usual():
     assert recorded.repeated == 1
 
 
+def test_batches_are_brought_to_the_device():
+    """Also those that are run as usual: with more examples, and again."""
+    model, x, y = made()
+    own, other = ClippedGrad(0.3), ClippedGrad(0.3)
+    own._warned = other._warned = True
+    recorded = RecordedModel(model, x[:4].cpu(), extensions=own)
+    spoiled = x.cpu().clone().index_fill_(0, torch.tensor(2), float("nan"))
+    for batch in (x.cpu()[:4], x.cpu(), spoiled[:3]):
+        backward(recorded, (batch, y[: len(batch)]), own)
+        found = fields(model, "clipped_sum")
+        own.zero_grad()
+        backward(model, (batch.to(DEVICE), y[: len(batch)]), other)
+        near(found, fields(model, "clipped_sum"))
+        other.zero_grad()
+    assert recorded.repeated == 2
+
+
 @pytest.mark.parametrize("spoil", [False, True])
 def test_dropout_is_that_of_the_model(spoil):
     """Also where a batch is run again, between which and its forward others may have drawn."""

@@ -324,14 +324,14 @@ class Record:
 
 def _has_bags(module: nn.Module) -> bool:
     """Whether a layer in it, or a function that a forward names, may be given the ids of all examples in one row."""
-    for inner in module.modules():
-        rule, codes = (
-            rule_for(inner),
-            (getattr(f, "__code__", None) for f in (type(inner).forward, *vars(inner).values())),
-        )
-        if (rule is not None and rule.counts_rows) or any("embedding_bag" in getattr(c, "co_names", ()) for c in codes):
-            return True
-    return False
+    return any(map(_takes_bags, module.modules()))
+
+
+def _takes_bags(module: nn.Module) -> bool:
+    rule = rule_for(module)
+    codes = [getattr(function, "__code__", None) for function in (type(module).forward, *vars(module).values())]
+    named = any("embedding_bag" in getattr(code, "co_names", ()) for code in codes)
+    return named or (rule is not None and rule.counts_rows)
 
 
 def _packed(values: Iterable[Any]) -> list[PackedSequence]:
