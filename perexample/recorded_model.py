@@ -17,7 +17,7 @@ from ._engine.record import Enter
 from ._engine.replayed import leave
 from ._engine.state import STATE
 from ._looks import would_see_the_same
-from ._private import hook_of
+from ._private import dispatched, hook_of, undispatched
 from ._static import fitted
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
@@ -149,7 +149,8 @@ class RecordedModel:
             raise ConfigurationError(
                 "A RecordedModel cannot be called inside of another extended model; record the outer one."
             )
-        return self._step.outputs(args, kwargs)
+        with undispatched():  # perex is a function mode, and there is much to look at
+            return self._step.outputs(args, kwargs)
 
 
 class _Pending:
@@ -169,7 +170,8 @@ class _Pending:
         self.extensions, self.options = step.extensions, step.context_options
 
     def replay(self, gradients: Sequence[Tensor | None]) -> bool:
-        return self._step.finish(self._finish, self._n, gradients)
+        with undispatched():
+            return self._step.finish(self._finish, self._n, gradients)
 
     def again(self) -> list[Tensor]:
         self._step.count_repeated()
@@ -320,7 +322,8 @@ class _Step(RecordedStep):
 
     def _called(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.count_repeated()
-        return self.model(*args, **kwargs)
+        with dispatched():
+            return self.model(*args, **kwargs)
 
     def count_repeated(self) -> None:
         """Note that a call is run as usual."""
