@@ -30,6 +30,7 @@ class Found:
         outputs: What the function of the losses has returned behind them.
         fields: By extension and parameter.
         more: What else the extensions have found.
+        grads: Gradients of the sum of all losses, by parameter, where they are wanted.
     """
 
     held: Tensor
@@ -37,6 +38,7 @@ class Found:
     outputs: Any
     fields: list[dict[str, Tensor]]
     more: list[Any]
+    grads: dict[str, Tensor]
 
 
 class Comparison:
@@ -124,7 +126,7 @@ class Comparison:
             for extension, every in zip(self.extensions, found.fields, strict=True)
         ]
         losses, outputs = map_tensors(lambda t: t[:n], (found.losses, found.outputs))
-        return Found(found.held, losses, outputs, fields, found.more)
+        return Found(found.held, losses, outputs, fields, found.more, found.grads)
 
     def _difference(self, found: Found, wanted: Found, n: int, like: tuple[float, float] | None = None) -> str:
         """What a replay has found of n examples otherwise than it was found of them alone, but for rounding."""
@@ -136,6 +138,8 @@ class Comparison:
             same = not whole or fields.keys() == others.keys()
             if not same or not near(list(fields.values()), [others[name] for name in fields], like):
                 return f"`{extension.field}`" + ("" if whole else _UNLESS_TOLD.format(type(extension).__name__))
+        if own.grads.keys() != wanted.grads.keys() or not near([*own.grads.values()], [*wanted.grads.values()], like):
+            return "gradients of the loss"
         pairs = zip(tensors_of(own.outputs), tensors_of(wanted.outputs), strict=True)
         if not all(near([a], [b], like) for a, b in pairs):
             return "outputs"

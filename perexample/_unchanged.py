@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._engine.record import Enter, Exit
-from ._private import global_hooks, gradient_hooks
+from ._private import global_hooks, gradient_hooks, hooks_after_gradient
 from .extension import Extension
 
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -190,7 +190,8 @@ def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
 
 def _identity(t: Tensor) -> tuple[Any, ...]:
     place = t.data_ptr() if t.layout is torch.strided else 0
-    return id(t), place, t.requires_grad, t.shape, t.stride() if place else (), bool(gradient_hooks(t))
+    hooked = bool(gradient_hooks(t)) or bool(hooks_after_gradient(t))
+    return id(t), place, t.requires_grad, t.shape, t.stride() if place else (), hooked
 
 
 def _autocast(device: torch.device) -> Any:

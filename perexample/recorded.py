@@ -20,7 +20,7 @@ from ._engine.context import perex
 from ._first_run import Seen, first_run, refuse_remembering
 from ._looks import holds, noting
 from ._precision import full_precision, reduced, without_autocast
-from ._private import dispatch_is_off, named_parameters, version, whole_arguments
+from ._private import dispatch_is_off, hooks_after_gradient, named_parameters, version, whole_arguments
 from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
@@ -40,6 +40,9 @@ class RecordedStep:
 
         with perex(*extensions, loss_reduction="sum", grad=False):
             losses(*batch).sum().backward()
+
+    With ``grad=True`` it adds to ``p.grad`` too, as a backward does, so that a training without privacy can have norms
+    beside its gradients; with ``loss_reduction="mean"`` those of the mean of the losses.
 
     Before it is used a recorded step is compared with these lines, on its examples in another order and on one alone.
 
@@ -67,6 +70,9 @@ class RecordedStep:
         extensions: One, or several.
         strategy: As in `perex`.
         room: As in `perex`.
+        grad: Whether ``p.grad`` is wanted.
+        loss_reduction: What ``p.grad`` is the gradient of: ``"sum"`` or ``"mean"`` of the losses. Fields are those of
+            each example's own loss either way.
         compiled: Let `torch.compile` fuse the operations, which takes seconds to minutes once. It is for CPUs, needs a
             C++ compiler, and is used where it is faster, or always if ``strategy`` is not ``"measure"``; where it is
             not used a warning says why.
@@ -102,6 +108,8 @@ class RecordedStep:
         extensions: Extension | Sequence[Extension],
         strategy: str = "measure",
         room: float | None = None,
+        grad: bool = False,
+        loss_reduction: str = "sum",
         compiled: bool = False,
     ) -> None:
         """Run the step a few times, record it, and compare."""
@@ -111,21 +119,29 @@ class RecordedStep:
         self.model, self.losses, self.compiled = model, losses, flag("compiled", compiled)
         self.options: dict[str, Any] = {"strategy": strategy, "room": room}
         self.extensions: list[Extension] = [*extensions] if isinstance(extensions, Sequence) else [extensions]
+        self.grad, self.loss_reduction = flag("grad", grad), loss_reduction
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values
         self._seen, self._names = Seen(), frozenset[str]()
-        perex(*self.extensions, **self.options)  # raises what is wrong with them
+        perex(*self.extensions, loss_reduction=loss_reduction, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
         for name, p in self._parameters.items():
             if is_sharded(p):
                 raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
+            if grad and hooks_after_gradient(p):
+                raise ConfigurationError(
+                    f"Parameter `{name}` has a hook that is called when its gradient is complete "
+                    f"(register_post_accumulate_grad_hook), which a replay would not call; remove it, or run the step "
+                    f"as usual."
+                )
         self._device = self._only_device()
         self._batch = StaticBatch(batch, self._device, self._name)
         self._asked = [_stand_in(extension) for extension in self.extensions]
         before = state_of(self.model, self._device, None)
         kept = random_kept([self._device])
         with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
+            self._without_grads()
             self._replay = self._captured() if self._on_graph else self._taped()
             self._compare()
         self._model_was = state_of(self.model, self._device, self._names)
@@ -185,7 +201,7 @@ class RecordedStep:
                 if random is not None:  # or what happens to be drawn would decide whether it is drawn again
                     set_random_states(random, [self._device])
                 return self.as_usual(*batch)
-            self._take_over(found, n)
+            self._take_over(found, n, 1.0 if self.loss_reduction == "sum" else 1.0 / max(n, 1))
             return _joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
 
     def _replayed_if_it_can(self) -> Found | None:
@@ -313,7 +329,7 @@ class RecordedStep:
         return self._collected(losses, outputs, torch.ones((), dtype=torch.bool, device="cpu"))
 
     def _context(self, *more: Extension) -> perex:
-        return perex(*self._asked, *more, loss_reduction="sum", grad=False, **self.options)
+        return perex(*self._asked, *more, loss_reduction="sum", grad=self.grad, **self.options)
 
     def _check(self, losses: Any, outputs: Any) -> None:
         if not isinstance(losses, Tensor) or losses.shape != (self.size,):
@@ -355,6 +371,8 @@ class RecordedStep:
                 first = extension.of_first(field, 1)
                 if told if first is None else first.shape == field.shape:
                     holds(field.sum().abs() < math.inf)
+        for gradient in found.grads.values() if self.size > 1 else ():
+            holds(gradient.sum().abs() < math.inf)
 
     def _collected(self, losses: Tensor, outputs: Any, held: Tensor) -> Found:
         """What a backward has left at the parameters, taken off them."""
@@ -363,7 +381,9 @@ class RecordedStep:
             for asked in self._asked
         ]
         losses, outputs = map_tensors(Tensor.detach, (losses, outputs))
-        found = Found(held, losses, outputs, fields, [asked.for_replay() for asked in self._asked])
+        grads = {name: p.grad for name, p in self._parameters.items() if self.grad and p.grad is not None}
+        found = Found(held, losses, outputs, fields, [asked.for_replay() for asked in self._asked], grads)
+        self._without_grads()
         for asked in self._asked:
             if hasattr(asked, "zero_grad"):
                 asked.zero_grad()
@@ -376,6 +396,7 @@ class RecordedStep:
     def _fields_kept(self) -> Iterator[None]:
         """What is at the parameters stays there."""
         kept = [(p, e.field, getattr(p, e.field, None)) for p in self._parameters.values() for e in self._asked]
+        grads = [(p, p.grad) for p in self._parameters.values()]
         try:
             yield
         finally:
@@ -384,6 +405,12 @@ class RecordedStep:
                     setattr(p, field, value)
                 elif hasattr(p, field):
                     delattr(p, field)
+            for p, gradient in grads:
+                p.grad = gradient
+
+    def _without_grads(self) -> None:
+        for p in self._parameters.values():
+            p.grad = None
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
@@ -398,8 +425,8 @@ class RecordedStep:
                     if name in before and version(b) != versions[name]:
                         b.copy_(before[name])
 
-    def _take_over(self, found: Found, n: int) -> None:
-        """Leave the fields at the parameters, as a backward does."""
+    def _take_over(self, found: Found, n: int, factor: float) -> None:
+        """Leave the fields at the parameters, as a backward does, and add the gradients, times a factor."""
         results = []
         for extension, fields, more in zip(self.extensions, found.fields, found.more, strict=True):
             known = {name: (self._parameters[name], field) for name, field in fields.items()}
@@ -411,12 +438,20 @@ class RecordedStep:
                 elif hasattr(p, extension.field):
                     delattr(p, extension.field)
             extension.commit()
+        with torch.no_grad():
+            for name, gradient in found.grads.items():
+                p = self._parameters[name]
+                if p.grad is None:
+                    p.grad = gradient * factor  # new, as the next replay may overwrite what it has found
+                else:
+                    p.grad.add_(gradient, alpha=factor)
 
     def as_usual(self, *batch: Any) -> Any:
         """Take a step without the recording, with any number of examples."""
         self._refuse_changes()
         batch = map_tensors(lambda t: t.to(self._device), batch)
-        found = as_usual(self.losses, batch, self.extensions, self.options)
+        mean = self.loss_reduction == "mean"
+        found = as_usual(self.losses, batch, self.extensions, self.options, grad=self.grad, mean=mean)
         self._model_was = state_of(self.model, self._device, self._names)  # a model may count its forwards
         return found
 
@@ -472,11 +507,19 @@ def leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def as_usual(losses: Callable, batch: tuple, extensions: Sequence[Extension], options: dict[str, Any]) -> Any:
+def as_usual(
+    losses: Callable,
+    batch: tuple,
+    extensions: Sequence[Extension],
+    options: dict[str, Any],
+    *,
+    grad: bool = False,
+    mean: bool = False,
+) -> Any:
     """Take a step that is not recorded, and return what a recorded one returns."""
-    with perex(*extensions, loss_reduction="sum", grad=False, **options):
+    with perex(*extensions, loss_reduction="mean" if mean else "sum", grad=grad, **options):
         of_each, outputs = _parted(losses(*batch))
-        of_each.sum().backward()
+        (of_each.mean() if mean else of_each.sum()).backward()
     return _joined(*map_tensors(lambda t: t.detach().clone(), (of_each, outputs)))
 
 

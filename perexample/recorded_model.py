@@ -59,6 +59,7 @@ class RecordedModel:
         extensions: One, or several: those that `perex` will have, the same objects.
         strategy: As in `perex`, which must have the same.
         room: As in `perex`, which must have the same.
+        grad: As in `perex`, which must have the same: whether ``p.grad`` is wanted.
         compiled: As in `RecordedStep`: let `torch.compile` fuse the operations of the forward, and of the rest.
         kwargs: Keyword arguments of the call.
 
@@ -91,6 +92,7 @@ class RecordedModel:
         extensions: Extension | Sequence[Extension],
         strategy: str = "measure",
         room: float | None = None,
+        grad: bool = False,
         compiled: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -110,7 +112,7 @@ class RecordedModel:
                 f"batch_dim={enter.batch_dim}; call the model itself."
             )
         self.model = model
-        self._step = _Step(model, args, kwargs, extensions, strategy, room, compiled=compiled)
+        self._step = _Step(model, args, kwargs, extensions, strategy, room, grad=grad, compiled=compiled)
 
     @property
     def size(self) -> int:
@@ -169,9 +171,9 @@ class _Pending:
         self._step, self._n, self._finish, self._arguments, self._random = step, n, finish, arguments, random
         self.extensions, self.options = step.extensions, step.context_options
 
-    def replay(self, gradients: Sequence[Tensor | None]) -> bool:
+    def replay(self, gradients: Sequence[Tensor | None], factor: float) -> bool:
         with undispatched():
-            return self._step.finish(self._finish, self._n, gradients)
+            return self._step.finish(self._finish, self._n, gradients, factor)
 
     def again(self) -> list[Tensor]:
         self._step.count_repeated()
@@ -196,6 +198,7 @@ class _Step(RecordedStep):
         strategy: str,
         room: float | None,
         *,
+        grad: bool,
         compiled: bool,
     ) -> None:
         self.model = model
@@ -206,11 +209,11 @@ class _Step(RecordedStep):
         gradients = self._made_up(args, kwargs)
         super().__init__(
             model, self._products, args, kwargs, gradients, extensions=extensions, strategy=strategy, room=room,
-            compiled=compiled,
+            grad=grad, compiled=compiled,
         )  # fmt: skip
         self._batch.fill(self._batch.own)  # all of it is real, whatever was compared
         context = self._context()
-        self.context_options = {key: getattr(context, key) for key in ("strategy", "room")}
+        self.context_options = {key: getattr(context, key) for key in ("strategy", "room", "grad")}
 
     def autocast(self) -> AbstractContextManager:
         """As it was when the model was recorded; nothing that it casts may be that of another run."""
@@ -330,7 +333,13 @@ class _Step(RecordedStep):
         self.repeated += 1
         self._warn()
 
-    def finish(self, finish: Callable[[Sequence[Tensor]], Found], n: int, gradients: Sequence[Tensor | None]) -> bool:
+    def finish(
+        self,
+        finish: Callable[[Sequence[Tensor]], Found],
+        n: int,
+        gradients: Sequence[Tensor | None],
+        factor: float,
+    ) -> bool:
         """Replay the rest of a call; whether it holds, so that its fields were left at the parameters."""
         if what_differs(settings_of(self.extensions), self._settings_were) is not None:
             self._refuse_changes()
@@ -347,5 +356,5 @@ class _Step(RecordedStep):
                 found = None
         if found is None or not found.held.item():
             return False
-        self._take_over(found, n)
+        self._take_over(found, n, factor)
         return True

@@ -793,22 +793,37 @@ def test_gpus_are_refused():
         compiled(model, per_class(model), x, y, extensions=ClippedGrad(1.0))
 
 
+def test_gradients_of_a_step():
+    model, x, y = made(dtype=torch.float64)
+    step = compiled(model, per_class(model), x, y, extensions=BatchL2Grad(), grad=True, loss_reduction="mean")
+    assert step.compiled
+    for n in (N, 4, 1):
+        step(x[:n], y[:n])
+        found = fields(model, "grad")
+        model.zero_grad()
+        F.cross_entropy(model(x[:n]), y[:n]).backward()
+        near(found, fields(model, "grad"), 1e-11)
+        model.zero_grad()
+    assert not step.repeated
+
+
 @pytest.mark.parametrize(
     "name", ["mlp", pytest.param("tied", marks=pytest.mark.slow), pytest.param("cnn", marks=pytest.mark.slow)]
 )
 def test_a_recorded_model(name):
     model, x, y = made(name, torch.float64)
     own, other = [BatchL2Grad(), ClippedGrad(0.3)], [BatchL2Grad(), ClippedGrad(0.3)]
-    recorded = RecordedModel(model, x, extensions=own, strategy="model", compiled=True)
+    recorded = RecordedModel(model, x, extensions=own, strategy="model", grad=True, compiled=True)
     assert recorded.compiled
     for n in (N, 4, 1):
         results = []
         for call, extensions in ((recorded, own), (model, other)):
-            with perex(*extensions, grad=False, strategy="model"):
+            with perex(*extensions, strategy="model"):
                 out = call(x[:n])
                 F.cross_entropy(out, y[:n]).backward()
-            results.append((out.detach(), fields(model, "clipped_sum", "batch_l2")))
+            results.append((out.detach(), fields(model, "clipped_sum", "batch_l2", "grad")))
             extensions[1].zero_grad()
+            model.zero_grad()
         torch.testing.assert_close(results[0][0], results[1][0])
         near(results[0][1], results[1][1], 1e-11)
     assert not recorded.repeated

@@ -16,6 +16,7 @@ FILES = {  # which tests of it, and how many pass at least
     "test_gpu.py": ("", 960),
     "test_recorded.py": ("", 110),
     "test_recorded_changes.py": ("", 90),
+    "test_recorded_gradients.py": ("", 55),
     "test_recorded_model.py": ("", 35),
     "test_models.py": ("test_exact", 170),
 }

@@ -381,6 +381,15 @@ def test_gradient_hooks_are_listed_in_their_order():
     assert order == [6.0]
 
 
+def test_hooks_that_wait_for_a_gradient_are_known():
+    x = torch.ones(1, requires_grad=True)
+    assert not _private.hooks_after_gradient(x)
+    handle = x.register_post_accumulate_grad_hook(lambda x: None)
+    assert list(_private.hooks_after_gradient(x)) == [handle.id]
+    handle.remove()
+    assert not _private.hooks_after_gradient(x)
+
+
 def test_the_whole_base_of_a_view():
     base = leaf(2, 3) * 2
     assert _private.whole_base(base.view(3, 2)) is base

@@ -384,7 +384,7 @@ def test_a_backward_that_is_not_the_one_recorded_is_an_error():
     with pytest.raises(ConfigurationError, match="in perex alone"):
         loss().backward()
     for context, match in (
-        (perex(own), "gives no p.grad"),
+        (perex(own), "recorded without p.grad"),
         (perex(ClippedGrad(1.0), grad=False), "other extensions"),
         (perex(own, BatchGrad(), grad=False), r"other extensions .*\(ClippedGrad\)"),
         (perex(own, grad=False, max_memory=1e9), "max_memory"),

@@ -38,11 +38,12 @@ class Pending(Protocol):
     options: dict[str, Any]
     expected: bool
 
-    def replay(self, gradients: Sequence[Tensor | None]) -> bool:
+    def replay(self, gradients: Sequence[Tensor | None], factor: float) -> bool:
         """Leave what a backward leaves.
 
         Args:
             gradients: Of the examples' own losses, for each output that carries gradients.
+            factor: What gradients of the sum of these are to be multiplied with, to be those of the loss.
 
         Returns:
             Whether it could be done; else nothing has changed.
@@ -136,8 +137,11 @@ class Replayed(Backward):
                 f"The loss depends on {what}, and the gradients of each example would have to be added up over them. "
                 f"Call it once for a loss, with all that is wanted in one batch, or call the model itself."
             )
-        if context.grad:
-            raise ConfigurationError(f"A {name} gives no p.grad; leave it out: perex(..., grad=False).")
+        if context.grad and not self.call.options["grad"]:
+            raise ConfigurationError(
+                f"A {name} was recorded without p.grad: leave it out (perex(..., grad=False)), or record another one "
+                f"with grad=True."
+            )
         same = len(context.extensions) == len(self.call.extensions)
         if not same or any(a is not b for a, b in zip(context.extensions, self.call.extensions, strict=True)):
             kinds = ", ".join(type(extension).__name__ for extension in self.call.extensions)
@@ -166,7 +170,7 @@ class Replayed(Backward):
         tap.run, self.call.expected = self, True
         tap.hook_last()
         try:
-            backward(list(self.found.edges), False)
+            backward(None if self.context.grad else list(self.found.edges), False)
         finally:
             tap.run, self.call.expected = None, False
         tap.refuse_changes()
@@ -174,20 +178,22 @@ class Replayed(Backward):
         # What is rounded to 16 bits would be rounded again where a factor on the loss is divided out.
         exact = self.scale == 1.0 or all(g is None or g.dtype.itemsize > 2 for g in self.gradients)
         own = [g if g is None or self.scale == 1.0 else g * self.scale for g in self.gradients]
-        if not exact or not self.call.replay(own):
-            self._as_usual()
+        factor = 1 / self.scale if self.scale else 1.0  # of no examples the gradients are zero
+        if not exact or not self.call.replay(own, factor):
+            self._as_usual(factor)
 
     def arrive(self, tap: Tap, index: int, g: Tensor | None) -> None:
         """Take the gradient of an output."""
         if g is not None:
             self.gradients[index] = tap.in_shape(index, g.detach())
 
-    def _as_usual(self) -> None:
+    def _as_usual(self, factor: float) -> None:
         """The same gradients of the outputs, with the call as any other."""
         outputs = self.call.again()
         pairs = [(t, g) for t, g in zip(outputs, self.gradients, strict=True) if g is not None]
         loss = reduce(torch.add, [at_least_float32((t * g).sum()) for t, g in pairs])
-        context = _Sum(self.context.extensions, 1 / self.scale, self.context.strategy, self.context.room)
+        of = self.context
+        context = _Sum(of.extensions, factor, of.strategy, of.room, of.grad)
         run = Backward(context, loss, walk([loss]))
         run.execute(lambda inputs, keep: torch.autograd.backward(loss, None, keep, inputs=inputs), False)
 
@@ -200,6 +206,6 @@ class _Sum:
     loss_scale: float
     strategy: str
     room: float
+    grad: bool
     loss_reduction: str = "sum"
-    grad: bool = False
     max_memory: int | None = None

@@ -65,6 +65,7 @@ from .tensors import (
     added_up,
     float32_precision,
     gradient_hooks,
+    hooks_after_gradient,
     in_memory,
     is_python_number,
     memory_of,

@@ -19,6 +19,11 @@ def gradient_hooks(tensor: Tensor) -> dict | None:
     return tensor._backward_hooks
 
 
+def hooks_after_gradient(tensor: Tensor) -> dict | None:
+    """The tensor's hooks that are called when its gradient was added to ``grad``."""
+    return tensor._post_accumulate_grad_hooks
+
+
 def memory_order(tensor: Tensor) -> list[int] | None:
     """The axes in the order in which they lie in memory; ``None`` if there are gaps or entries shown twice."""
     if tensor.is_contiguous():

@@ -1,0 +1,125 @@
+"""What norms of the examples' gradients cost beside an ordinary training, which wants ``p.grad`` as well.
+
+The ratio to the plain step of a step that leaves both, by an ordinary loop, with a recorded model in it, and by a
+recorded step. Each is checked before: norms against one backward per example, gradients against the plain step.
+Writes ``beside.json`` and a table in ``docs/performance.rst``::
+
+    python gallery/benchmarks/beside.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import measure
+import report
+import torch
+from models import SUITE
+from systems import OursNorms, Problem, System, difference
+from torch import Tensor
+from tqdm import tqdm
+
+from perexample import RecordedModel, RecordedStep, perex
+
+
+class Beside(OursNorms):
+    """Norms and gradients by an ordinary loop."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        plain = System(problem)
+        plain.step()
+        self.wanted = {name: p.grad for name, p in plain.parameters.items()}
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Record, if there is anything to record."""
+
+    def step(self) -> None:
+        self.zero()
+        with perex(self.asked):
+            self.losses().mean().backward()
+
+    def norms(self) -> Tensor:
+        """Norms; what the gradients are is looked at too."""
+        whole = torch.stack([g.norm() for g in self.wanted.values()]).norm()
+        worst = max(difference(self.parameters[name].grad, g, whole) for name, g in self.wanted.items())
+        if not worst <= measure.TOLERANCE:
+            raise RuntimeError(f"gradients differ by {worst:.1e}")
+        return super().norms()
+
+
+class BesideModel(Beside):
+    """The same with a recorded model."""
+
+    def prepare(self) -> None:
+        self.recorded = RecordedModel(self.model, self.x, extensions=self.asked, grad=True)
+
+    def losses(self) -> Tensor:
+        return self.problem.case.losses(self.recorded(self.x), self.y)
+
+
+class BesideStep(Beside):
+    """The same by a recorded step."""
+
+    def prepare(self) -> None:
+        def losses(x: Tensor, y: Tensor) -> Tensor:
+            return self.problem.case.losses(self.model(x), y)
+
+        self.recorded = RecordedStep(
+            self.model, losses, self.x, self.y, extensions=self.asked, grad=True, loss_reduction="mean"
+        )
+
+    def step(self) -> None:
+        self.zero()
+        self.recorded(self.x, self.y)
+
+
+KINDS = {"as it is": Beside, "recorded model": BesideModel, "recorded step": BesideStep}
+
+
+def measured(options: argparse.Namespace) -> dict[str, dict]:
+    """Quartiles of seconds and ratios of all models."""
+    found = {}
+    for model in tqdm(options.models, desc="models", disable=None):
+        problem = Problem.of(SUITE[model], options.n, "cpu")
+        found[model] = measure.timings(problem, list(KINDS), options.repeats, options.seconds, kinds=KINDS)
+        failed = {name: entry["failed"] for name, entry in found[model].items() if "failed" in entry}
+        if failed:
+            raise RuntimeError(f"{model}: {failed}")
+    return found
+
+
+def rst(data: dict) -> list[str]:
+    """The table."""
+    models = {name: data["models"][name] for name in SUITE if name in data["models"]}
+    table = [["model", *KINDS]]
+    for name, found in models.items():
+        spreads = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*found[kind]["ratio"]) for kind in KINDS)
+        table.append([SUITE[name].name, *spreads])
+    means = (measure.geometric_mean([found[kind]["ratio"][1] for found in models.values()]) for kind in KINDS)
+    table.append(["geometric mean", *(f"{mean:.2f}" for mean in means)])
+    return [*report.rst_table(table), "", report.sentence("beside.py", data["system"]).replace("`", "``")]
+
+
+def tables(data: dict, options: argparse.Namespace) -> None:
+    """Write them."""
+    report.put(report.PAGE, "beside", rst(data) if data.get("models") else [report.NOT_YET], options.out)
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    options = measure.options_of(__doc__, list(SUITE), list(SUITE), 15, 12.0)
+    measure.keep_memory()
+    torch.set_num_threads(options.threads)
+    path = (options.out or report.HERE) / "beside.json"
+    data = report.load(path) or {"models": {}}
+    data |= {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/beside.py"}
+    data["models"] |= measured(options)
+    report.save(path, data)
+    print("\n".join(rst(report.rounded(data))))
+    tables(report.rounded(data), options)
+
+
+if __name__ == "__main__":
+    main()
