@@ -12,6 +12,7 @@ from torch import nn
 
 from perexample import (
     ConfigurationError,
+    Extension,
     NonFiniteExampleWarning,
     RecordedModel,
     RecordedStep,
@@ -247,6 +248,27 @@ def test_arguments_without_meaning():
         RecordedStep(model, per_class(model), x, y, extensions=BatchL2Grad(), grad="mean")
     with pytest.raises(ConfigurationError, match="loss_reduction must be 'mean' or 'sum'"):
         step_of(model, x, y, BatchL2Grad(), loss_reduction="none")
+
+
+class Nothing(Extension):
+    """Asks for nothing, so that p.grad alone tells whether replays are right."""
+
+    field = "nothing"
+
+    def compute(self, view):
+        return None
+
+
+def test_gradients_that_depend_on_how_many_examples_there_are_are_refused():
+    model, x, y = made()
+
+    def losses(x, y):
+        each = per_class(model)(x, y)
+        return each.detach() + (each - each.detach()) / len(x)
+
+    RecordedStep(model, losses, x, y, extensions=Nothing())
+    with pytest.raises(ConfigurationError, match="other gradients of the loss"):
+        RecordedStep(model, losses, x, y, extensions=Nothing(), grad=True)
 
 
 def test_a_leaf_of_the_loss_gets_its_gradient():
