@@ -188,7 +188,7 @@ class AdaptiveClippedGrad(ClippedGrad):
         )
         std = self._repeats * self.count_noise
         count = torch.tensor(self._count, dtype=torch.float64, device=self._device)
-        [total] = processes.total([count], lambda like: torch.full_like(like, draw(std)))
+        [total] = processes.total([count], lambda t: t.double() + draw(std))
         self._count = 0.0  # a step without a backward, on an empty batch, has none
         self.share = 0.5 + total.item() / (self._repeats * self.expected_batch_size)
         self._move(-self.learning_rate * (self.share - self.quantile))

@@ -105,7 +105,7 @@ def make(job: dict[str, Any]) -> Private:
 def watch(private: Private, phases: Phases, log: Log) -> None:
     """Pass the phases where training passes them, and log what is released."""
     model, optimizer, book = private.model, private.optimizer, private.ledger
-    like, commit, append = Noise.like, ClippedGrad.commit, ledger._append
+    plus, commit, append = Noise.plus, ClippedGrad.commit, ledger._append
     record, load, save, replace = book.record, book.load_state_dict, torch.save, os.replace
 
     def forward(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -135,10 +135,10 @@ def watch(private: Private, phases: Phases, log: Log) -> None:
         return append(path, releases)
 
     def noisy(self: Noise, tensor: Tensor, std: float) -> Tensor:
-        noise = like(self, tensor, std)
+        noise = plus(self, torch.zeros_like(tensor, dtype=torch.float64), std)
         log(f"noise {hashlib.sha256(noise.numpy().tobytes()).hexdigest()}")
         phases("noise")
-        return noise
+        return noise + tensor
 
     before: list[Tensor] = []
 
@@ -170,7 +170,7 @@ def watch(private: Private, phases: Phases, log: Log) -> None:
         phases("ledger loaded")
 
     model[1].register_forward_hook(forward)
-    ClippedGrad.commit, Noise.like, ledger._append = committed, noisy, appended
+    ClippedGrad.commit, Noise.plus, ledger._append = committed, noisy, appended
     book.record, book.load_state_dict = recorded, loaded
     torch.save, os.replace = saved, replaced
     optimizer.register_step_pre_hook(noised)

@@ -243,10 +243,11 @@ def noisy_totals(equal_seeds: bool, numbers: int) -> tuple[torch.Tensor, int]:
 
     def noise(t: torch.Tensor) -> torch.Tensor:
         calls.append(t.dtype)
-        return torch.randn(t.shape, generator=source, dtype=torch.float64).mul_(3.0)
+        return torch.randn(t.shape, generator=source, dtype=torch.float64).mul_(3.0).add_(t)
 
     (found,) = processes.total([torch.zeros(numbers, dtype=torch.float32)], noise)
-    assert all(dtype is torch.float64 for dtype in calls)
+    assert all(dtype is torch.float32 for dtype in calls)
+    assert found.dtype == torch.float64
     return found, len(calls)
 
 
@@ -266,7 +267,7 @@ def mixed_totals() -> tuple[list[torch.Tensor], list[tuple[str, str]]]:
 
     def noisy(seed: int) -> list[torch.Tensor]:
         source = torch.Generator().manual_seed(seed)
-        return processes.total(sums[2:], lambda t: torch.randn(t.shape, generator=source, dtype=torch.float64))
+        return processes.total(sums[2:], lambda t: t + torch.randn(t.shape, generator=source, dtype=torch.float64))
 
     moved = noisy(processes.rank)[1].full_tensor() - torch.arange(21.0).view(7, 3)
     return [whole(t) for t in [*found, moved]], [error_of(lambda: noisy(1))]
@@ -278,7 +279,7 @@ def two_groups() -> list[Any]:
     rank = dist.get_rank()
     mine, other = groups[rank // 2], groups[1 - rank // 2]
     processes = Processes(mine)
-    total = processes.total([torch.tensor(float(rank + 1))], lambda t: torch.full_like(t, 100.0))[0].item()
+    total = processes.total([torch.tensor(float(rank + 1))], lambda t: t.double() + 100.0)[0].item()
     return [processes.rank, processes.size, total, error_of(lambda: Processes(other))]
 
 

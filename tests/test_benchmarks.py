@@ -139,6 +139,12 @@ def test_overhead(tmp_path):
         )
 
 
+def test_training(tmp_path):
+    script("training", "--models", "mlp", "--n", 3, "--repeats", 1, "--out", tmp_path)
+    models = json.loads((tmp_path / "training.json").read_text())["models"]
+    measured(models["mlp"], ["ClippedGrad", "recorded model", "compiled model", "recorded step"])
+
+
 def test_beside(tmp_path):
     script("beside", "--models", "mlp", "--n", 3, "--repeats", 1, "--out", tmp_path)
     models = json.loads((tmp_path / "beside.json").read_text())["models"]
@@ -172,7 +178,9 @@ def test_half_of_a_symmetric_matrix_is_all_of_it():
 SUITES = {"suite": {}, "suite-cuda": {"device": "cuda"}}
 
 
-@pytest.mark.parametrize("name", [*SUITES, "growth", "seeds", "overhead", "beside", "bounded", "methods", "tried"])
+@pytest.mark.parametrize(
+    "name", [*SUITES, "growth", "seeds", "overhead", "training", "beside", "bounded", "methods", "tried"]
+)
 def test_tables_are_those_of_the_numbers(name, tmp_path):
     module = importlib.import_module("suite" if name in SUITES else name)
     report = importlib.import_module("report")

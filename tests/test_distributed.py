@@ -60,7 +60,7 @@ def test_alone():
     with pytest.raises(ZeroDivisionError), processes.together():
         _ = 1 // 0
     mine = torch.ones(2)
-    (total,) = processes.total([mine], lambda t: torch.full_like(t, 2.0))
+    (total,) = processes.total([mine], lambda t: t.double() + 2.0)
     assert torch.equal(total, torch.full((2,), 3.0, dtype=torch.float64))
     assert torch.equal(mine, torch.ones(2))
     assert processes.total([], None) == []

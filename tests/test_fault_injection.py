@@ -133,11 +133,11 @@ def test_what_a_fault_changes_is_there(mutant):
 
 
 GONE = {
-    "no such text": lambda: Edit("perexample.privacy.noise:Noise.like", ("randint", "randn")),
-    "text that occurs twice": lambda: Edit("perexample.privacy.noise:Noise.like", ("std", "2 * std")),
+    "no such text": lambda: Edit("perexample.privacy.noise:Noise.plus", ("randint", "randn")),
+    "text that occurs twice": lambda: Edit("perexample.privacy.noise:Noise.plus", ("std", "2 * std")),
     "no such method": lambda: Edit("perexample.privacy.noise:Noise.unlike", ("std", "2 * std")),
     "no such class": lambda: Put("perexample.privacy.noise:Silence", lambda old: None),
-    "a name that is unknown there": lambda: Body("perexample.privacy.noise:Noise.like", "return draw(like)"),
+    "a name that is unknown there": lambda: Body("perexample.privacy.noise:Noise.plus", "return draw(tensor)"),
     "no function": lambda: Edit("perexample.privacy.noise:_PIECE", ("1", "2")),
 }
 

@@ -273,8 +273,8 @@ def test_a_resumed_run_may_be_recorded(tmp_path):
 @pytest.mark.parametrize("physical", [None, 2])
 def test_noise_is_drawn_once_for_each_logical_batch(physical, monkeypatch):
     drawn = []
-    like = Noise.like
-    monkeypatch.setattr(Noise, "like", lambda self, t, std: drawn.append((t.shape, std)) or like(self, t, std))
+    plus = Noise.plus
+    monkeypatch.setattr(Noise, "plus", lambda self, t, std: drawn.append((t.shape, std)) or plus(self, t, std))
     p = private(physical_batch_size=physical)
     run(p)
     assert drawn == [(w.shape, 0.5) for _ in range(4) for w in p.model.parameters()]

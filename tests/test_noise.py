@@ -10,6 +10,7 @@ from scipy import stats
 from perexample import ConfigurationError
 from perexample._private import system_generator
 from perexample.privacy import Noise
+from perexample.privacy.normal import PIECE, bits_of, plus_normal
 
 SOURCES = {
     "torch": lambda: Noise(),
@@ -133,3 +134,82 @@ def test_state_of_a_given_generator():
 def test_arguments_without_meaning(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         Noise(**arguments)
+
+
+@each
+def test_few_numbers_differ(make):
+    noise = make().like(torch.zeros(3, 5), 1.0)
+    assert noise.unique().numel() == noise.numel()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+MANY = 5 * PIECE + 3
+
+
+@pytest.mark.parametrize("make", [SOURCES["torch"], SOURCES["os"]], ids=["torch", "os"])
+def test_threads_have_bits_of_their_own(make, threads):
+    threads(2)
+    numbers = make().like(torch.zeros(MANY), 1.0)
+    assert numbers.unique().numel() == MANY  # equal ones are as likely as 1e-6
+
+
+def test_numbers_of_a_given_generator_are_those_of_any_machine(threads):
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(SOURCES["given"]().like(torch.zeros(MANY), 1.0))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_what_comes_from_which_source(count):
+    """Sources are asked in turn for pieces, in every thread in its own order; each number is that of Box and Muller."""
+    drawn = [[] for _ in range(count)]
+
+    def source(number):
+        generator = torch.Generator().manual_seed(number)
+
+        def fill(out):
+            out.random_(0, 1 << 53, generator=generator)
+            drawn[number].append(out.clone())
+
+        return fill
+
+    size = 7 * PIECE + 5
+    found = plus_normal(torch.zeros(size), 3.0, [source(number) for number in range(count)])
+    used = [bits for bits in drawn if bits]
+    assert len(used) == min(count, 3)  # a thread has two pieces at least
+    for place, piece in enumerate(found.split(PIECE)):
+        uniform = used[place % len(used)][place // len(used)].double() / 2**53
+        first, second = uniform.split(len(uniform) // 2)
+        radius, angle = 3.0 * (-2 * torch.log1p(-first)).sqrt(), 2 * math.pi * second
+        torch.testing.assert_close(
+            piece, torch.cat([radius * angle.cos(), radius * angle.sin()])[: len(piece)], rtol=1e-13, atol=1e-13
+        )
+
+
+def test_an_error_in_a_thread_is_raised():
+    def broken(out):
+        raise ValueError("no bits")
+
+    with pytest.raises(ValueError, match="no bits"):
+        plus_normal(torch.zeros(MANY), 1.0, [bits_of(torch.Generator()), broken])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3, 5), (0,), (3, PIECE)])
+def test_a_tensor_with_noise(shape, dtype):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    transposed = tensor.T if tensor.dim() == 2 else tensor
+    one, other = SOURCES["given"](), SOURCES["given"]()
+    found = one.plus(transposed, 0.5)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, other.like(transposed, 0.5) + transposed.double())
+    assert torch.equal(SOURCES["os"]().plus(transposed, 0.0), transposed.double())

@@ -96,8 +96,8 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def drawn(monkeypatch):
     """Shape and standard deviation of every draw of noise."""
-    draws, like = [], Noise.like
-    monkeypatch.setattr(Noise, "like", lambda self, t, std: draws.append((tuple(t.shape), std)) or like(self, t, std))
+    draws, plus = [], Noise.plus
+    monkeypatch.setattr(Noise, "plus", lambda self, t, std: draws.append((tuple(t.shape), std)) or plus(self, t, std))
     return draws
 
 
@@ -625,10 +625,10 @@ class Log:
         self.clipping: Any = None
         self.totals: list[torch.Tensor] = []
         for cls, name, note in (
-            (Noise, "like", lambda noise, t, std: ("noise", tuple(t.shape), t.dtype, self._std(std, t.dim()))),
+            (Noise, "plus", lambda noise, t, std: ("noise", tuple(t.shape), self._std(std, t.dim()))),
             (Ledger, "record", lambda ledger, release: ("entry", release, ledger.steps)),
             (Processes, "agree", lambda processes, **values: ("agree", sorted(values))),
-            (Processes, "total", lambda processes, sums, noise: ("total", len(sums), noise is not None)),
+            (Processes, "total", lambda processes, sums, noised: ("total", len(sums), noised is not None)),
             (torch.optim.SGD, "step", lambda optimizer: ("step",)),
         ):
             monkeypatch.setattr(cls, name, self._noting(getattr(cls, name), note))
@@ -642,7 +642,7 @@ class Log:
             self.events.append(note(*args, **kwargs))
             result = function(*args, **kwargs)
             if function.__name__ == "total":
-                self.totals += result
+                self.totals += [t.clone() for t in result]  # the step goes on in place
             return result
 
         for name in ("hooked", "__wrapped__"):  # of torch's own wrapper of `step`

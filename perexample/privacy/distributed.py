@@ -38,7 +38,7 @@ class Processes:
         >>> processes = Processes()
         >>> processes.rank, processes.size
         (0, 1)
-        >>> processes.total([torch.ones(2)], noise=None)
+        >>> processes.total([torch.ones(2)], noised=None)
         [tensor([1., 1.], dtype=torch.float64)]
     """
 
@@ -149,7 +149,7 @@ class Processes:
             if failure is not None:
                 raise PerExampleError(f"Process {rank} failed, and so all do: {failure}")
 
-    def total(self, sums: Sequence[Tensor], noise: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+    def total(self, sums: Sequence[Tensor], noised: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
         """Sum over all processes, plus noise that is drawn once: ``sum_r sums_r + noise``.
 
         The noise is added to the summand of process 0, by that process alone. Sums are formed in one process and sent
@@ -160,7 +160,7 @@ class Processes:
 
         Args:
             sums: This process's summands, the same shapes in all processes; zeros where it had no examples.
-            noise: Gives the noise for a float64 tensor of the shape and device of a sum or shard; ``None`` for none.
+            noised: Gives a sum with noise in it, a new tensor in float64; ``None`` for no noise.
 
         Returns:
             The totals in float64, each on the device of its sum.
@@ -174,9 +174,9 @@ class Processes:
         with self.together():
             shards = [_Shard(t, self._ranks()) for t in sums if is_sharded(t)]
             for shard in shards:  # before all other noise, so that equal generators are noticed
-                shard.add(noise)
-            whole = [_plus(t, noise if self.rank == 0 else None) for t in sums if not is_sharded(t)]
-        if shards and noise is not None:
+                shard.add(noised)
+            whole = [_plus(t, noised if self.rank == 0 else None) for t in sums if not is_sharded(t)]
+        if shards and noised is not None:
             self._refuse_equal_noise(shards)
         if self.size > 1:
             _in_buckets(whole, self._reduced)
@@ -269,10 +269,9 @@ def _layout(t: Tensor) -> str:
     return f"shape {list(t.shape)}" + (f" as {getattr(t, 'placements', '')}" if is_sharded(t) else "")
 
 
-def _plus(t: Tensor, noise: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _plus(t: Tensor, noised: Callable[[Tensor], Tensor] | None) -> Tensor:
     """A copy in float64, with noise."""
-    t = t.detach().to(torch.float64, copy=True)
-    return t if noise is None else t.add_(noise(t))
+    return t.detach().to(torch.float64, copy=True) if noised is None else noised(t)
 
 
 class _Shard:
@@ -294,11 +293,11 @@ class _Shard:
         self.local: Tensor = total.to_local().detach().to(torch.float64, copy=True)
         self.copied = [dim for dim, placement in enumerate(total.placements) if placement.is_replicate()]
 
-    def add(self, noise: Callable[[Tensor], Tensor] | None) -> None:
+    def add(self, noised: Callable[[Tensor], Tensor] | None) -> None:
         """Draw noise, in the first of the processes that have copies of the part."""
         coordinate = self.mesh.get_coordinate()
-        if noise is not None and self.local.numel() and not any(coordinate[dim] for dim in self.copied):
-            drawn = noise(self.local)
+        if noised is not None and self.local.numel() and not any(coordinate[dim] for dim in self.copied):
+            drawn = noised(torch.zeros_like(self.local))
             self.sample = drawn.flatten()[:4].tolist()
             self.local.add_(drawn)
 

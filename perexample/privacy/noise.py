@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from .._arguments import is_word, real, shown
 from .._private import generator_of, system_generator
 from ..errors import ConfigurationError
+from .normal import Bits, bits_of, bits_of_bytes, plus_normal
+
+_FEW = 4096  # numbers on the CPU that torch makes in less time
 
 
 class Noise:
@@ -22,8 +25,10 @@ class Noise:
             take the noise off.
         source: ``"torch"`` uses torch's generators, on CPU with a whole state from the operating system (a seed
             would choose among 2^32 streams only). They are fast, and not made to withstand someone who sees part of
-            the stream. ``"os"`` draws every bit from the operating system's cryptographic source (``os.urandom``),
-            and makes Gaussian numbers of it by the method of Box and Muller with uniforms of 53 bits.
+            the stream. ``"os"`` draws every bit from the operating system's cryptographic source (``os.urandom``).
+            On the CPU numbers are made of the bits by the method of Box and Muller with uniforms of 53 bits, by as
+            many threads as torch has (``torch.set_num_threads``); those of a generator of yours by one, so that they
+            are the same on any machine.
 
     Raises:
         ConfigurationError: For arguments without meaning, or both a generator and ``source="os"``.
@@ -55,7 +60,7 @@ class Noise:
             refuse_public_seed(generator)
         self.given, self.source = generator, source
         self._of_step: torch.Generator | None = None
-        self._own: dict[tuple[int, torch.device], torch.Generator] = {}
+        self._own: dict[tuple[int, torch.device, int], torch.Generator] = {}
 
     def like(self, tensor: Tensor, std: float) -> Tensor:
         """Noise for a tensor.
@@ -70,14 +75,39 @@ class Noise:
         Raises:
             ConfigurationError: If ``std`` is no finite number >= 0.
         """
-        std = real("std", std, "a finite number >= 0", lambda x: x >= 0)
+        return self.plus(torch.zeros_like(tensor, dtype=torch.float64), std)
+
+    def plus(self, tensor: Tensor, std: float) -> Tensor:
+        """A tensor with noise.
+
+        Args:
+            tensor: The tensor.
+            std: Standard deviation of the noise.
+
+        Returns:
+            The sum, a new tensor in float64.
+
+        Raises:
+            ConfigurationError: If ``std`` is no finite number >= 0.
+        """
+        tensor, std = tensor.detach(), real("std", std, "a finite number >= 0", lambda x: x >= 0)
+        given = self._of_step or self.given
+        device = tensor.device if given is None else given.device
+        if self.source == "os" or (device.type == "cpu" and tensor.numel() > _FEW):
+            noisy = plus_normal(tensor.to("cpu").reshape(-1), std, self._sources(given))
+            return noisy.view(tensor.shape).to(tensor.device)
+        generator = self._for(device) if given is None else given
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device=device)
+        return noise.to(tensor.device).mul_(std).add_(tensor)
+
+    def _sources(self, given: torch.Generator | None) -> Sequence[Bits]:
+        """Random bits for each thread."""
+        threads = torch.get_num_threads()
         if self.source == "os":
-            return _system_normal(tensor.numel()).reshape(tensor.shape).to(tensor.device).mul_(std)
-        generator = self._of_step or self.given
-        if generator is None:
-            generator = self._for(tensor.device)
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device=generator.device)
-        return noise.to(tensor.device).mul_(std)
+            return [bits_of_bytes(os.urandom)] * threads
+        if given is not None:
+            return [bits_of(given)]
+        return [bits_of(self._for(torch.device("cpu"), number)) for number in range(threads)]
 
     def begin(self, content: bytes) -> None:
         """Let the noise of a step depend on what it is added to, where it might come again.
@@ -103,7 +133,7 @@ class Noise:
             The number.
         """
         device = self.given.device if self.given is not None else "cpu"
-        return float(self.like(torch.empty((), device=device), std))
+        return float(self.plus(torch.zeros((), device=device), std))
 
     def state(self) -> Tensor | None:
         """State of a generator that was given; none of the others, whose numbers must not come again.
@@ -140,8 +170,8 @@ class Noise:
             self.given.set_state(system_generator(self.given.device).get_state())
             self._of_step = None
 
-    def _for(self, device: torch.device) -> torch.Generator:
-        key = os.getpid(), device  # a forked process must not go on with the numbers of its parent
+    def _for(self, device: torch.device, number: int = 0) -> torch.Generator:
+        key = os.getpid(), device, number  # a forked process must not go on with the numbers of its parent
         if key not in self._own:
             self._own[key] = system_generator(device)
         return self._own[key]
@@ -155,27 +185,3 @@ def refuse_public_seed(generator: torch.Generator) -> None:
             "and known to all. Leave it out for numbers from the operating system's seed; or seed it, for tests: "
             "torch.Generator().manual_seed(0)."
         )
-
-
-def _system_normal(size: int) -> Tensor:
-    """Standard normal numbers, float64, of ``os.urandom``; in pieces, so that bytes take little room beside them."""
-    result = torch.empty(size + size % 2, dtype=torch.float64, device="cpu")
-    for start in range(0, len(result), _PIECE):
-        pairs = result[start : start + _PIECE].view(2, -1)
-        first, second = _system_uniform(pairs.numel()).view(2, -1)
-        radius = (-2 * torch.log1p(-first)).sqrt_()  # log(1 - u): u is never 1, so the logarithm is finite
-        angle = second.mul_(2 * math.pi)
-        torch.mul(radius, angle.cos(), out=pairs[0])
-        torch.mul(radius, angle.sin(), out=pairs[1])
-    return result[:size]
-
-
-_PIECE = 1 << 20
-
-
-def _system_uniform(size: int) -> Tensor:
-    """Multiples of 2^-53 in [0, 1), each as likely as the others."""
-    bits = (
-        torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64) if size else torch.empty(0, device="cpu")
-    )
-    return (bits.to(torch.int64) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53)

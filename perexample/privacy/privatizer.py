@@ -101,10 +101,10 @@ class Privatizer:
         self._steps = self.ledger.steps
         if self.processes.any(self._may_come_again()):
             self.noise.begin(struct.pack("d", std) + self.processes.content(sums))
-        noise = (lambda like: self.noise.like(like, std)) if noise_multiplier > 0 else None
-        totals = self.processes.total(sums, noise)
+        noised = (lambda t: self.noise.plus(t, std)) if noise_multiplier > 0 else None
+        totals = self.processes.total(sums, noised)
         for p, total in zip(params, totals, strict=True):
-            p.grad = (total / expected_batch_size).to(p.dtype)
+            p.grad = total.div_(expected_batch_size).to(p.dtype)
         for p in frozen:
             p.grad = None
         self.clipping.after_step(self.noise.number, self.processes)

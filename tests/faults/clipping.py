@@ -140,7 +140,7 @@ MUTANTS = (
         UNCHECKED,
         Edit(
             "perexample.privacy.privatizer:Privatizer.__call__",
-            ("(total / expected_batch_size)", "(total / expected_batch_size).nan_to_num(0.0, 0.0, 0.0)"),
+            ("total.div_(expected_batch_size)", "total.div_(expected_batch_size).nan_to_num(0.0, 0.0, 0.0)"),
         ),
         killers="test_audit.py::test_a_poisoned_example_shows_in_no_coordinate[nan-dtype0-one]",
     ),
@@ -257,7 +257,7 @@ MUTANTS = (
     mutant(
         "F44-exact-count",
         "shows the share of clipped examples without noise",
-        Edit(f"{ADAPTIVE}.after_step", ("torch.full_like(like, draw(std))", "torch.zeros_like(like)")),
+        Edit(f"{ADAPTIVE}.after_step", ("t.double() + draw(std)", "t.double()")),
         killers=[
             "test_adaptive.py::test_noise_enters_the_count",
             "test_privacy_faults.py::test_f44_the_share_is_noisy",

@@ -9,12 +9,13 @@ PRIVATIZER = "perexample.privacy.privatizer"
 PIECES = "perexample.privacy.pieces"
 STEP = f"{PRIVATIZER}:Privatizer"
 NOISE = "perexample.privacy.noise"
+NORMAL = "perexample.privacy.normal"
 LEDGER = "perexample.privacy.ledger"
 PREPARE = "perexample.privacy.prepare"
 
-SIZE = "(total / expected_batch_size)"
+SIZE = "total.div_(expected_batch_size)"
 FIRST = "_refuse_closure(optimizer, args, kwargs)"
-DRAW = "self.noise.like(like, std)"
+DRAW = "self.noise.plus(t, std)"
 LABEL = "test_make_private.py::test_pieces_change_nothing[SGD-3]"
 
 MUTANTS = (
@@ -30,7 +31,7 @@ MUTANTS = (
     mutant(
         "F1-noise-by-divisor",
         "divides the noise twice",
-        Edit(f"{STEP}.__call__", (DRAW, "self.noise.like(like, std / expected_batch_size)")),
+        Edit(f"{STEP}.__call__", (DRAW, "self.noise.plus(t, std / expected_batch_size)")),
         killers="test_optim.py::test_scale_and_distribution_of_the_noise[2.5-0.01-16.0]",
     ),
     mutant(
@@ -42,7 +43,7 @@ MUTANTS = (
     mutant(
         "F1-two-percent",
         "draws noise that is 2% too small",
-        Edit(f"{NOISE}:Noise.like", ("noise.to(tensor.device).mul_(std)", "noise.to(tensor.device).mul_(0.98 * std)")),
+        Edit(f"{NOISE}:Noise.plus", ("tensor.detach(), real(", "tensor.detach(), 0.98 * real(")),
         killers=[
             "test_optim.py::test_scale_and_distribution_of_the_noise[1.0-1.0-1.0]",
             "test_audit.py::test_noise_of_a_given_generator_has_the_claimed_size",
@@ -50,16 +51,16 @@ MUTANTS = (
     ),
     mutant(
         "F1-two-percent-of-the-system",
-        "the same for noise of the operating system",
-        Edit(f"{NOISE}:_system_normal", ("(-2 * torch.log1p", "(-1.92 * torch.log1p")),
-        killers="test_noise.py::test_distribution[os]",
+        "the same for many numbers, and those of the operating system",
+        Edit(f"{NORMAL}:_draw", ("mul_(-2)", "mul_(-1.92)")),
+        killers=["test_noise.py::test_distribution[os]", "test_noise.py::test_distribution[torch]"],
     ),
     mutant(
         "F1-biases-without-noise",
         "adds no noise to vectors",
         Edit(
             "perexample.privacy.distributed:Processes.total",
-            ("noise if self.rank == 0 else None", "noise if self.rank == 0 and t.dim() > 1 else None"),
+            ("noised if self.rank == 0 else None", "noised if self.rank == 0 and t.dim() > 1 else None"),
         ),
         killers="test_optim.py::test_accumulation_over_backwards[1]",
     ),
@@ -96,7 +97,7 @@ MUTANTS = (
     mutant(
         "F17-actual-batch-size",
         "divides by the number of examples that came",
-        Edit(f"{STEP}.__call__", (SIZE, "(total / max(1, self.clipping._examples))")),
+        Edit(f"{STEP}.__call__", (SIZE, "total.div_(max(1, self.clipping._examples))")),
         killers=[
             "test_privacy_faults.py::test_f17_the_divisor_is_the_same_for_neighbours",
             "test_optim.py::test_dp_sgd_is_sgd_on_the_clipped_sum[plain]",
@@ -138,7 +139,7 @@ MUTANTS = (
     mutant(
         "F21-drawn-twice",
         "draws the noise of a step twice",
-        Edit(f"{STEP}.__call__", (DRAW, f"{DRAW} + {DRAW}")),
+        Edit(f"{STEP}.__call__", (DRAW, f"{DRAW} + self.noise.like(t, std)")),
         killers=[
             "test_make_private.py::test_noise_is_drawn_once_for_each_logical_batch[2]",
             "test_privacy_faults.py::test_f21_one_noise_for_any_number_of_pieces",
@@ -241,7 +242,8 @@ MUTANTS = (
         "F28-same-each-draw",
         "begins the same stream of noise for each parameter",
         Edit(
-            f"{NOISE}:Noise.like", ("    noise = torch.randn", "    generator.manual_seed(7)\n    noise = torch.randn")
+            f"{NOISE}:Noise.plus",
+            ("    noise = torch.randn", "    generator.manual_seed(7)\n    noise = torch.randn"),
         ),
         killers=[
             "test_noise.py::test_successive_draws_differ",
@@ -252,20 +254,29 @@ MUTANTS = (
         "F28-shared-along-an-axis",
         "repeats the noise along the last axis",
         Edit(
-            f"{NOISE}:Noise.like",
+            f"{NOISE}:Noise.plus",
             ("torch.randn(tensor.shape,", "torch.randn((*tensor.shape[:-1], 1),"),
-            ("noise.to(tensor.device)", "noise.expand(tensor.shape).clone()"),
+            ("noise.to(tensor.device).mul_", "noise.expand(tensor.shape).clone().mul_"),
         ),
         killers=[
-            "test_noise.py::test_distribution[given]",
+            "test_noise.py::test_few_numbers_differ[given]",
             "test_audit.py::test_noise_of_a_given_generator_has_the_claimed_size",
         ],
     ),
     mutant(
         "F28-one-uniform",
         "makes radius and angle of one uniform number",
-        Edit(f"{NOISE}:_system_normal", ("angle = second.mul_(2 * math.pi)", "angle = first.mul(2 * math.pi)")),
+        Edit(
+            f"{NORMAL}:_draw",
+            ("first, second = uniform.split(half)", "first, second = uniform.split(half)\n    second.copy_(first)"),
+        ),
         killers="test_noise.py::test_distribution[os]",
+    ),
+    mutant(
+        "F28-threads-alike",
+        "gives all threads the same bits",
+        Edit(f"{NOISE}:Noise._sources", ('self._for(torch.device("cpu"), number)', "torch.Generator().manual_seed(7)")),
+        killers="test_noise.py::test_threads_have_bits_of_their_own",
     ),
     mutant(
         "F29-fixed-seed",
@@ -310,9 +321,9 @@ MUTANTS = (
         "F30-float32",
         "draws noise in float32, which ends at 5.8 standard deviations",
         Edit(
-            f"{NOISE}:Noise.like",
+            f"{NOISE}:Noise.plus",
             ("dtype=torch.float64", "dtype=torch.float32"),
-            ("noise.to(tensor.device)", "noise.to(tensor.device).double()"),
+            ("noise.to(tensor.device).mul_", "noise.to(tensor.device).double().mul_"),
         ),
         killers=[
             "test_optim.py::test_noise_is_drawn_in_float64",
@@ -321,8 +332,8 @@ MUTANTS = (
     ),
     mutant(
         "F30-24-bits",
-        "makes noise of the operating system of uniforms of 24 bits",
-        Edit(f"{NOISE}:_system_uniform", ("(1 << 53)", "(1 << 24)"), ("2.0**-53", "2.0**-24")),
+        "makes noise of uniforms of 24 bits",
+        Edit(f"{NORMAL}:_draw", ("copy_(bits)", "copy_(bits >> 29 << 29)")),
         killers=[
             "test_noise.py::test_the_largest_uniform_gives_a_finite_number",
             "test_privacy_faults.py::test_f30_noise_is_of_53_bits",
@@ -331,7 +342,7 @@ MUTANTS = (
     mutant(
         "F36-no-noise-where-nothing-is",
         "adds noise only where a sum is not zero",
-        Edit(f"{STEP}.__call__", (DRAW, f"{DRAW} * (like != 0)")),
+        Edit(f"{STEP}.__call__", (DRAW, f"{DRAW} * (t != 0)")),
         killers=[
             "test_faults.py::test_f36_an_unused_parameter_gets_zeros_and_noise",
             "test_optim.py::test_a_step_on_an_empty_batch_is_noise_alone",
@@ -443,7 +454,7 @@ MUTANTS = (
     mutant(
         "F49-no-noise-without-gradient",
         "draws noise for parameters that have a gradient only",
-        Edit(f"{STEP}.__call__", (DRAW, f"{DRAW} if bool((like != 0).any()) else like")),
+        Edit(f"{STEP}.__call__", (DRAW, f"{DRAW} if bool((t != 0).any()) else t.double()")),
         killers="test_privacy_faults.py::test_f49_neighbours_cannot_be_told_by_what_is_done",
     ),
     mutant(

@@ -12,7 +12,7 @@ MUTANTS = (
     mutant(
         "F27-noise-of-each",
         "adds noise in each process, so that the total has too much",
-        Edit(f"{PROCESSES}.total", ("noise if self.rank == 0 else None", "noise")),
+        Edit(f"{PROCESSES}.total", ("noised if self.rank == 0 else None", "noised")),
         killers=f"{ONCE}[2-False]",
     ),
     mutant(
@@ -20,7 +20,7 @@ MUTANTS = (
         "adds a share of the noise in each process, which equal seeds would make the same",
         Edit(
             f"{PROCESSES}.total",
-            ("noise if self.rank == 0 else None", "noise and (lambda t: noise(t) / self.size**0.5)"),
+            ("noised if self.rank == 0 else None", "noised and (lambda t: t + (noised(t) - t) / self.size**0.5)"),
         ),
         killers=[f"{ONCE}[2-True]", f"{ONCE}[2-False]"],
     ),
