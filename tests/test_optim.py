@@ -719,3 +719,15 @@ def test_settings_given_for_a_group_of_an_unknown_name():
     model, clipping = extend(naive.mlp()), ClippedGrad(1.0, groups={"0": "a", "3": "b"})
     with pytest.raises(ConfigurationError, match=r"`2\.weight` belongs to no group"):
         backward(model, clipping)
+
+
+def test_gradients_lie_as_their_parameters_do():
+    """Or optimizers take each entry by itself."""
+    model = extend(nn.Conv2d(8, 64, 3).to(memory_format=torch.channels_last))  # many numbers, and few
+    clipping = ClippedGrad(1.0)
+    optimizer = private(model, clipping, noise=1.0, size=1.0, lr=0.0)
+    with perex(clipping, grad=False):
+        model(torch.randn(2, 8, 5, 5)).square().mean().backward()
+    optimizer.step()
+    assert model.weight.grad.stride() == model.weight.stride()
+    assert model.weight.grad.is_contiguous(memory_format=torch.channels_last)

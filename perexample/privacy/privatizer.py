@@ -104,7 +104,7 @@ class Privatizer:
         noised = (lambda t: self.noise.plus(t, std)) if noise_multiplier > 0 else None
         totals = self.processes.total(sums, noised)
         for p, total in zip(params, totals, strict=True):
-            p.grad = total.div_(expected_batch_size).to(p.dtype)
+            p.grad = torch.empty_like(p).copy_(total.div_(expected_batch_size))  # laid out as p, for the optimizer
         for p in frozen:
             p.grad = None
         self.clipping.after_step(self.noise.number, self.processes)
