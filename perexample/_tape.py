@@ -222,6 +222,15 @@ class Tape(TorchDispatchMode):
 
         return shown, finish
 
+    def constants(self, *, later: bool) -> list[Tensor]:
+        """The tensors that were there before, and may be written to, that it reads behind the pause, or before it."""
+        assert self._program is not None
+        assert self._pause is not None
+        calls, place = self._program[0], self._pause.place
+        slots = slots_of([(call.args, call.kwargs) for call in (calls[place:] if later else calls[:place])])
+        found = [slot.tensor for slot in slots if slot.tensor is not None and not slot.lasting]
+        return list({id(t): t for t in found if not t.is_inference()}.values())
+
     def _paused(self, calls: Sequence[Call], given: Sequence[int]) -> Pause:
         """Where it has to wait for these inputs."""
         place = next(place for place, call in enumerate(calls) if not set(given).isdisjoint(call.uses()))

@@ -17,12 +17,12 @@ from ._engine.record import Enter
 from ._engine.replayed import leave
 from ._engine.state import STATE
 from ._looks import would_see_the_same
-from ._private import dispatched, hook_of, undispatched
+from ._private import dispatched, hook_of, memory_of, undispatched, version
 from ._static import fitted
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from ._unchanged import settings_of, what_differs
-from .errors import ConfigurationError
+from ._unchanged import described, settings_of, state_of, what_differs
+from .errors import ConfigurationError, StaleGradientError
 from .extension import Extension
 from .recorded import RecordedStep, leaves
 
@@ -169,16 +169,20 @@ class _Pending:
         random: Sequence[Tensor] | None,
     ) -> None:
         self._step, self._n, self._finish, self._arguments, self._random = step, n, finish, arguments, random
+        self._versions = step.versions()
         self.extensions, self.options = step.extensions, step.context_options
 
     def replay(self, gradients: Sequence[Tensor | None], factor: float) -> bool:
         with undispatched():
+            self._step.refuse_written(self._versions, later=True)
             return self._step.finish(self._finish, self._n, gradients, factor)
 
     def again(self) -> list[Tensor]:
+        self._step.refuse_written(self._versions, later=False)
         self._step.count_repeated()
         args, kwargs = self._arguments
         with random_kept([self._step.home]), torch.enable_grad(), self._step.autocast():
+            self._step.refuse_changed()
             if self._random is not None:
                 set_random_states(self._random, [self._step.home])
             return self._step.with_gradients(self._step.model(*args, **kwargs))
@@ -212,6 +216,11 @@ class _Step(RecordedStep):
             grad=grad, compiled=compiled,
         )  # fmt: skip
         self._batch.fill(self._batch.own)  # all of it is real, whatever was compared
+        own = {memory_of(p) for p in self._parameters.values() if p.requires_grad}  # which the tap looks after
+        behind = {memory_of(t) for t in self._tape.constants(later=True)}
+        fixed = [t for t in self._tape.constants(later=False) if memory_of(t) not in own]
+        self._fixed = sorted(fixed, key=lambda t: memory_of(t) not in behind)
+        self._later = sum(memory_of(t) in behind for t in fixed)  # the first ones
         context = self._context()
         self.context_options = {key: getattr(context, key) for key in ("strategy", "room", "grad")}
 
@@ -323,6 +332,32 @@ class _Step(RecordedStep):
             carries = iter(self._carries)
             return map_tensors(lambda t: next(left) if next(carries) else t, outputs)
 
+    def versions(self) -> list[int]:
+        """How often each frozen parameter, buffer or other tensor that the forward reads was written to."""
+        return [version(t) for t in self._fixed]
+
+    def refuse_written(self, versions: Sequence[int], *, later: bool) -> None:
+        """Raise if one was written to since; with ``later`` one that the backward needs."""
+        fixed = self._fixed[: self._later] if later else self._fixed
+        for t, count in zip(fixed, versions, strict=not later):
+            if version(t) != count:
+                named = [*self.model.named_parameters(), *self.model.named_buffers()]
+                names = (f"`{name}`" for name, own in named if memory_of(own) == memory_of(t))
+                what = next(names, f"a tensor of shape {list(t.shape)}")
+                raise StaleGradientError(
+                    f"{self._name}: {what} was changed in place between a forward and its backward, which needs it as "
+                    f"it was; change it after the backward."
+                )
+
+    def refuse_changed(self) -> None:
+        """Raise if a call cannot be run again, as the model is not as it was in the forward."""
+        what = what_differs(state_of(self.model, self._device, self._names), self._model_was, self._left)
+        if what is not None:
+            raise StaleGradientError(
+                f"{self._name}: {described(what)} has changed between a forward and its backward, which has to run the "
+                f"model again, as values were not what they mostly are; change it after the backward."
+            )
+
     def _called(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.count_repeated()
         with dispatched():
@@ -342,7 +377,8 @@ class _Step(RecordedStep):
     ) -> bool:
         """Replay the rest of a call; whether it holds, so that its fields were left at the parameters."""
         if what_differs(settings_of(self.extensions), self._settings_were) is not None:
-            self._refuse_changes()
+            with self.autocast():  # as in the forward
+                self._refuse_changes()
         for extension, asked in zip(self.extensions, self._asked, strict=True):
             extension.prepare(asked)
         own = self._batch.own[2]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_recorded import DEVICE, MODELS, N, fields, made, near
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from perexample import (
     BatchAxisError,
@@ -371,6 +372,67 @@ def test_what_changes_between_forward_and_backward_is_an_error():
         with pytest.raises(StaleGradientError, match="`clip` of ClippedGrad has changed"):
             loss.backward()
     assert not hasattr(model[0].weight, "clipped_sum")
+
+
+class Fixed(nn.Module):
+    """Has a frozen layer, of which the backward needs the weight alone, and a buffer that it needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(7, 9), nn.Linear(9, 11).requires_grad_(False)
+        self.register_buffer("factor", torch.ones(11))
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh()) * self.factor
+
+
+@pytest.mark.parametrize("name", ["head.weight", "factor"])
+def test_what_is_frozen_must_stay_between_forward_and_backward(name):
+    torch.manual_seed(0)
+    model = extend(Fixed().to(DEVICE))
+    x, y = torch.randn(N, 7, device=DEVICE), torch.randint(11, (N,), device=DEVICE)
+    own, other = ClippedGrad(0.3), ClippedGrad(0.3)
+    recorded = RecordedModel(model, x, extensions=own)
+    with perex(own, grad=False):
+        loss = F.cross_entropy(recorded(x), y)
+        with torch.no_grad():
+            model.head.bias.add_(1.0)
+        loss.backward()
+        found = fields(model, "clipped_sum")
+        loss = F.cross_entropy(recorded(x), y)
+        with torch.no_grad():
+            model.state_dict(keep_vars=True)[name].mul_(2.0)
+        with pytest.raises(StaleGradientError, match=f"RecordedModel: `{name}` was changed in place between a forward"):
+            loss.backward()
+    with torch.no_grad():
+        model.head.bias.sub_(1.0)
+        model.state_dict(keep_vars=True)[name].div_(2.0)
+    backward(model, (x, y), other)
+    near(found, fields(model, "clipped_sum"))
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    (lambda model: model.eval(), "`training` of Sequential has changed between a forward and its backward"),
+    (lambda model: model[1].register_forward_hook(lambda *a: None), "a hook or the forward of `1`"),
+    (lambda model: model[0].bias.add_(1), "`0.bias` was changed in place between"),
+])  # fmt: skip
+def test_a_call_that_is_run_again_is_that_of_the_forward(change, match):
+    model, x, y = made()
+    model[0].bias.requires_grad_(False)
+    own = ClippedGrad(0.3)
+    recorded = RecordedModel(model, x, extensions=own)
+    for values in (x, x.clone().index_fill_(0, torch.tensor(2, device=DEVICE), float("nan"))):
+        with perex(own, grad=False):
+            loss = F.cross_entropy(recorded(values), y)
+            undo = change(model)
+            if values is x:
+                loss.backward()  # which needs none of it
+            else:
+                with pytest.raises(StaleGradientError, match=match):
+                    loss.backward()
+        model.train()
+        if isinstance(undo, RemovableHandle):
+            undo.remove()
 
 
 def test_a_backward_that_is_not_the_one_recorded_is_an_error():
