@@ -313,6 +313,19 @@ def test_outputs_may_be_written_to():
             near(one, fields(model, "grad_batch"))
 
 
+def test_other_tensors_of_the_loss_have_their_gradients():
+    model, x, y = made()
+    own, other = ClippedGrad(0.3), ClippedGrad(0.3)
+    recorded = RecordedModel(model, x, extensions=own)
+    found = []
+    for call, clipping in ((recorded, own), (model, other)):
+        factor = torch.ones((), device=DEVICE, requires_grad=True)
+        with perex(clipping, grad=False):
+            F.cross_entropy(call(x) * factor, y).backward()
+        found.append({"factor": factor.grad, **fields(model, "clipped_sum")})
+    near(*found)
+
+
 def test_hooks_on_outputs_change_the_gradient():
     model, x, y = made()
     own, other = BatchGrad(), BatchGrad()
@@ -372,6 +385,18 @@ def test_what_changes_between_forward_and_backward_is_an_error():
         with pytest.raises(StaleGradientError, match="`clip` of ClippedGrad has changed"):
             loss.backward()
     assert not hasattr(model[0].weight, "clipped_sum")
+
+
+def test_a_parameter_that_is_unfrozen_before_the_backward_is_an_error():
+    model, x, y = made()
+    model[0].weight.requires_grad_(False)
+    own = ClippedGrad(1.0)
+    recorded = RecordedModel(model, x, extensions=own)
+    with perex(own, grad=False):
+        loss = F.cross_entropy(recorded(x), y)
+        model[0].weight.requires_grad_(True)
+        with pytest.raises(StaleGradientError, match=r"`0\.weight` is trainable, and was not when"):
+            loss.backward()
 
 
 class Fixed(nn.Module):

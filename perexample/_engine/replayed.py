@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._private import named_parameters, undispatched
 from .._tree import tensors_of
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, StaleGradientError
 from ..extension import Extension
 from ..place import Place
 from ..rule import Rule, at_least_float32
@@ -149,6 +149,14 @@ class Replayed(Backward):
                 f"A {name} was recorded with other extensions than perex has now: give perex the same objects in the "
                 f"same order ({kinds}), or record another one."
             )
+        known = {id(p) for p in self.tap.params.values()}
+        for key, (p, own) in self.names.items():
+            if p.requires_grad and key not in known:
+                raise StaleGradientError(
+                    f"Parameter `{own}` is trainable, and was not when the {name} was made, or is not of its model but "
+                    f"of another extended one that shares parameters with it, so that its field would be missing. "
+                    f"Unfreeze it before, record a model that holds it, or call the model itself."
+                )
         if context.max_memory is not None:
             raise ConfigurationError(f"A {name} does not keep to perex(max_memory=...); call the model itself.")
         other = [key for key, value in self.call.options.items() if getattr(context, key) != value]
@@ -170,7 +178,8 @@ class Replayed(Backward):
         tap.run, self.call.expected = self, True
         tap.hook_last()
         try:
-            backward(None if self.context.grad else list(self.found.edges), False)
+            inputs = None if self.context.grad else [*self.found.edges, *self.found.leaves.values()]
+            backward(inputs, False)
         finally:
             tap.run, self.call.expected = None, False
         tap.refuse_changes()
