@@ -60,7 +60,7 @@ class StaticBatch:
             BatchAxisError: If it has another form, or more examples.
             ConfigurationError: If gradients of it are wanted.
         """
-        n, new, own = self._checked(batch, self._form[1]), tensors_of(batch), tensors_of(self.own)
+        n, new, own = self._checked(batch), tensors_of(batch), tensors_of(self.own)
         if n != self._counted:
             self.real[:n] = True
             self.real[n:] = False
@@ -89,18 +89,22 @@ class StaticBatch:
             BatchAxisError: As `fill`.
             ConfigurationError: As `fill`.
         """
-        n, new = self._checked(batch, self._form[1][: len(batch)]), tensors_of(batch)
+        n, new = self._checked(batch, len(batch)), tensors_of(batch)
         parts = tensors_of(self.own[: len(batch)]), tensors_of(self._spare[: len(batch)])
         return n, [fitted(t, own, spare) for t, own, spare in zip(new, *parts, strict=True)]
 
-    def _checked(self, batch: tuple, form: tuple) -> int:
-        """The number of examples of a batch, which must be of this form."""
-        n, new, own = _number(batch), tensors_of(batch), tensors_of(self.own[: len(form)])
+    def _checked(self, batch: tuple, parts: int | None = None) -> int:
+        """The number of examples of a batch, which must be of the form that was recorded, or of its first parts."""
+        own, form = self.own[:parts], self._form[1][:parts]
+        n, new = _number(batch), tensors_of(batch)
         if not 0 <= n <= self.size or _form(batch)[1] != form:
+            was, called = _described(own), _described(batch)
+            if was == called:
+                was, called = _structure(own), _structure(batch)
             raise BatchAxisError(
-                f"{self._name} was recorded with {_described(own)}, and was called with {_described(new)}; only the "
-                f"number of examples may be another, at most {self.size}, and all that is no tensor must be the same. "
-                f"Record a step with the largest batch."
+                f"{self._name} was recorded with {was}, and was called with {called}; only the number of examples may "
+                f"be another, at most {self.size}, and all that is no tensor must be the same. Record a step with the "
+                f"largest batch."
             )
         if any(t.requires_grad for t in new):
             raise ConfigurationError(
@@ -182,5 +186,19 @@ def _lie_alike(t: Tensor, other: Tensor) -> bool:
     return type(t) is Tensor and same and t.device == other.device and not t.is_neg() and not t.is_conj()
 
 
-def _described(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(f"{list(t.shape)} ({str(t.dtype).removeprefix('torch.')})" for t in tensors) or "no tensors"
+def _described(batch: Any) -> str:
+    return ", ".join(map(_of_one, tensors_of(batch))) or "no tensors"
+
+
+def _of_one(t: Tensor) -> str:
+    return f"{list(t.shape)} ({str(t.dtype).removeprefix('torch.')})"
+
+
+class _Text(str):
+    """Shown as it is."""
+
+    __repr__ = str.__str__
+
+
+def _structure(batch: tuple) -> str:
+    return repr(map_tensors(lambda t: _Text(_of_one(t)), batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -203,6 +204,13 @@ class RecordedStep:
                 return self.as_usual(*batch)
             self._take_over(found, n, 1.0 if self.loss_reduction == "sum" else 1.0 / max(n, 1))
             return _joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or saved, as what is replayed reads the tensors of this model."""
+        raise ConfigurationError(
+            f"A {self._name} cannot be copied or saved, as it reads the tensors of its model where they lie; copy or "
+            f"save the model (state_dict), and make another {self._name} of it."
+        )
 
     def _replayed_if_it_can(self) -> Found | None:
         """What a replay finds; nothing where it fails, as the step as usual says what is wrong, or nothing is."""
@@ -500,6 +508,8 @@ def leaves(tree: Any) -> Iterator[Any]:
     """What a structure holds."""
     if isinstance(tree, Mapping):
         tree = tuple(tree.values())
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
     if isinstance(tree, (tuple, list)):
         for one in tree:
             yield from leaves(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -175,16 +176,20 @@ class _Pending:
     def replay(self, gradients: Sequence[Tensor | None], factor: float) -> bool:
         with undispatched():
             self._step.refuse_written(self._versions, later=True)
-            return self._step.finish(self._finish, self._n, gradients, factor)
+            done = self._step.finish(self._finish, self._n, gradients, factor)
+        if done:  # outputs may be kept, and this with them
+            del self._finish, self._arguments, self._random
+        return done
 
     def again(self) -> list[Tensor]:
         self._step.refuse_written(self._versions, later=False)
         self._step.count_repeated()
-        args, kwargs = self._arguments
+        (args, kwargs), random = self._arguments, self._random
+        del self._finish, self._arguments, self._random
         with random_kept([self._step.home]), torch.enable_grad(), self._step.autocast():
             self._step.refuse_changed()
-            if self._random is not None:
-                set_random_states(self._random, [self._step.home])
+            if random is not None:
+                set_random_states(random, [self._step.home])
             return self._step.with_gradients(self._step.model(*args, **kwargs))
 
 
@@ -208,6 +213,7 @@ class _Step(RecordedStep):
         self.model = model
         self._carries: list[bool] = []
         self._same: Tensor | None = None
+        self._keys, self._any_order = [*kwargs], _by_name(model, kwargs)
         self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._autocast = torch.is_autocast_enabled(self.home.type), torch.get_autocast_dtype(self.home.type)
         gradients = self._made_up(args, kwargs)
@@ -309,6 +315,8 @@ class _Step(RecordedStep):
         """The outputs of a call, which wait for their gradients."""
         self._refuse_changes()
         args, kwargs = map_tensors(lambda t: t.to(self._device), (args, kwargs))
+        if self._any_order and kwargs.keys() == {*self._keys}:
+            kwargs = {key: kwargs[key] for key in self._keys}
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
         if n > self.size or (self._by_model and 0 < n < self.size):  # of all of which it may have found out something
             return self._called(args, kwargs)
@@ -394,3 +402,11 @@ class _Step(RecordedStep):
             return False
         self._take_over(found, n, factor)
         return True
+
+
+def _by_name(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward takes several arguments by their names, so that their order says nothing."""
+    if len(kwargs) < 2:
+        return False
+    named = inspect.signature(model.forward).parameters.values()
+    return kwargs.keys() <= {one.name for one in named if one.kind is not one.VAR_KEYWORD}

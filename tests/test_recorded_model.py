@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -153,8 +155,11 @@ def test_outputs_in_a_structure_and_arguments_by_name():
             extension.zero_grad()
         near(*found)
         assert not found[0]["other.weight", "clipped_sum"].any()
+    assert torch.equal(recorded(x, scale=scale, shift=2 * x)["out"], recorded(x, shift=2 * x, scale=scale)["out"])
     with pytest.raises(BatchAxisError, match="RecordedModel was recorded with"):
         recorded(x, scale=scale)
+    with pytest.raises(BatchAxisError, match=r"\{'shift': \[6, 7\] \(float32\), 'scale'.*called with \(\(\), \{'x'"):
+        recorded(x=x, shift=x, scale=scale)
     with pytest.raises(BatchAxisError, match="RecordedModel was recorded with"):
         recorded(x[:, :3], shift=x, scale=scale)
 
@@ -324,6 +329,101 @@ def test_other_tensors_of_the_loss_have_their_gradients():
             F.cross_entropy(call(x) * factor, y).backward()
         found.append({"factor": factor.grad, **fields(model, "clipped_sum")})
     near(*found)
+
+
+class Shown(nn.Linear):
+    def forward(self, x):
+        out = super().forward(x)
+        return out[:, :5], out[:, 5:], x
+
+
+def test_outputs_that_are_views_may_be_written_to():
+    torch.manual_seed(0)
+    model = extend(Shown(7, 11).to(DEVICE))
+    x = torch.randn(N, 7, device=DEVICE)
+    own, other = BatchGrad(), BatchGrad()
+    recorded = RecordedModel(model, x, extensions=own)
+    for n in (N, 3):
+        found = []
+        for call, extension in ((recorded, own), (model, other)):
+            with perex(extension, grad=False):
+                out, more, given = call(x[:n])
+                if call is recorded:
+                    out.mul_(2), given.zero_()
+                else:  # where out and more are views of one
+                    out = out * 2
+                (out.square().sum(1) + more.sum(1)).mean().backward()
+            found.append(fields(model, "grad_batch"))
+        near(*found)
+    assert x.any()
+
+
+class Ordered(nn.Linear):
+    def forward(self, *args, **kwargs):
+        return super().forward(sum((k + 1) * t for k, t in enumerate((*args, *kwargs.values()))))
+
+
+def test_arguments_whose_order_says_something_keep_it():
+    model = extend(Ordered(7, 11).to(DEVICE))
+    x = torch.randn(N, 7, device=DEVICE)
+    recorded = RecordedModel(model, x, one=x, other=x, extensions=ClippedGrad(0.3))
+    with pytest.raises(BatchAxisError, match=r"'one': .* called with .*'other': .*'one'"):
+        recorded(x, other=x, one=x)
+
+
+@dataclass
+class Answer:
+    out: torch.Tensor
+    more: object = None
+
+
+class Answering(nn.Linear):
+    def forward(self, x):
+        return Answer(super().forward(x), self.__dict__.get("extra"))
+
+
+def test_outputs_in_a_dataclass():
+    torch.manual_seed(0)
+    model = extend(Answering(7, 11).to(DEVICE))
+    x, y = torch.randn(N, 7, device=DEVICE), torch.randint(11, (N,), device=DEVICE)
+    own, other = BatchGrad(), BatchGrad()
+    recorded = RecordedModel(model, x, extensions=own)
+    found = []
+    for call, extension in ((recorded, own), (model, other)):
+        backward(lambda x: call(x).out, (x[:4], y[:4]), extension)  # noqa: B023
+        found.append(fields(model, "grad_batch"))
+    near(*found)
+    model.extra = 3
+    with pytest.raises(ConfigurationError, match="returns 3, which"):
+        RecordedModel(model, x, extensions=own)
+
+
+def test_outputs_that_are_kept_hold_nothing_else():
+    model, x, y = made()
+    own = ClippedGrad(0.3)
+    own._warned = True
+    recorded = RecordedModel(model, x, extensions=own)
+    spoiled = x.clone().index_fill_(0, torch.tensor(2, device=DEVICE), float("nan"))
+    waiting = [x * 1, spoiled]
+    del spoiled
+    while waiting:
+        values = waiting.pop()
+        reference = weakref.ref(values)
+        with perex(own, grad=False):
+            out = recorded(values)
+            F.cross_entropy(out, y).backward()
+        del values
+        gc.collect()
+        assert reference() is None
+        assert out.requires_grad
+
+
+def test_it_cannot_be_copied_or_saved():
+    model, x, _ = made()
+    recorded = RecordedModel(model, x, extensions=ClippedGrad(0.3))
+    for how in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigurationError, match="A RecordedModel cannot be copied or saved"):
+            how(recorded)
 
 
 def test_hooks_on_outputs_change_the_gradient():

@@ -94,8 +94,9 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             raise ExtensionError(
                 "perex is open already in this thread; contexts do not nest. Give all extensions to one: "
                 "perex(BatchGrad(), ClippedGrad(1.0)). `with private:` opens one too; for more than its sums write "
-                "perex(private.clipping, BatchL2Grad(), grad=False) in its place. A generator that was left in a "
-                "context keeps it open until its close()."
+                "perex(private.clipping, BatchL2Grad(), grad=False) in its place. A recording "
+                "opens one as well: make it before. A generator that was left in a context keeps it open until its "
+                "close()."
             )
         forget_forwards()
         super().__enter__()

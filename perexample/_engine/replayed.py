@@ -71,7 +71,7 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, pending: Pending, outputs: list[Tensor]) -> tuple[Tensor, ...]:
         ctx.pending = pending
-        return tuple(outputs)
+        return tuple(t.data for t in outputs)  # no views, which could not be written to
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -135,7 +135,7 @@ class Replayed(Backward):
             what = f"several calls of a {name}" if len(whole) > 1 else f"a call of a {name} and other extended models"
             raise ConfigurationError(
                 f"The loss depends on {what}, and the gradients of each example would have to be added up over them. "
-                f"Call it once for a loss, with all that is wanted in one batch, or call the model itself."
+                f"Extend and record a model whose forward makes all these calls, or call the model itself."
             )
         if context.grad and not self.call.options["grad"]:
             raise ConfigurationError(
