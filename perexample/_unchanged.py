@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._around import Variable, identity, shown_by, variables_of, variables_of_class, variables_of_object
 from ._engine.record import Enter, Exit
-from ._private import global_hooks, gradient_hooks, hooks_after_gradient
+from ._private import global_hooks
 from .extension import Extension
 
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -25,8 +26,27 @@ Key = tuple[str, str, str]
 State = dict[Key, Any]
 
 
-def names_read(losses: Any, model: nn.Module, called: Iterable[nn.Module]) -> frozenset[str]:
-    """Names of attributes that a step may read: of its function, forwards, hooks, and what these may call.
+class Read(NamedTuple):
+    """What a step may read.
+
+    Attributes:
+        names: Names of attributes, and others.
+        around: Variables around its functions.
+    """
+
+    names: frozenset[str]
+    around: tuple[Variable, ...] = ()
+
+    def values(self) -> State:
+        """What these variables hold now."""
+        found: State = {}
+        for one in self.around:
+            found.setdefault(("", one.where, one.name), []).append(shown_by(one.value, self.names))
+        return found
+
+
+def what_is_read(losses: Any, model: nn.Module, called: Iterable[nn.Module]) -> Read:
+    """What may be read by a step: by its function, forwards, hooks, and what these may call.
 
     Args:
         losses: The function.
@@ -34,23 +54,34 @@ def names_read(losses: Any, model: nn.Module, called: Iterable[nn.Module]) -> fr
         called: The modules of it that are called.
 
     Returns:
-        The names, and others.
+        It, and other names.
     """
     modules = list(model.modules())
     hooks = [(hook, type(m)) for m in modules for _, _, hook in _hooks_of(m)]
     forwards = [(vars(m).get("forward", type(m).forward), type(m)) for m in called]
-    classes = {type(m) for m in modules}
+    kept = [(one, type(m)) for m in modules for one in vars(m).values() if isinstance(one, (FunctionType, partial))]
+    classes, attributes = {type(m) for m in modules}, {name for m in modules for name in vars(m)}
     found, looked, seen = set[str](), set[str](), set[CodeType]()
-    waiting = [_with_owner(losses), *hooks, *forwards]
+    around, objects = dict[tuple[int, str], Variable](), list[Any]()
+    waiting = [_with_owner(losses), *hooks, *forwards, *kept]
     while waiting:
         function, owner = waiting.pop()
+        objects.append(getattr(function, "__self__", None))
         for name in ("fget", "func", "__func__"):  # of properties, partials, static methods and those of a class
             function = getattr(function, name, None) or function
-        code = function if isinstance(function, CodeType) else getattr(inspect.unwrap(function), "__code__", None)
-        if not isinstance(code, CodeType) or code in seen:
+        function = function if isinstance(function, CodeType) else inspect.unwrap(function)
+        code = function if isinstance(function, CodeType) else getattr(function, "__code__", None)
+        if not isinstance(code, CodeType):
+            continue
+        if not isinstance(function, CodeType):
+            around |= {(id(one.space), one.name): one for one in variables_of(function, code)}
+        if code in seen:
             continue
         seen.add(code)
-        found.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
+        texts = [text for text in code.co_consts if isinstance(text, str)]
+        found.update(code.co_names, texts)
+        if "getattr" in code.co_names:  # of a name that is made of one of these, perhaps
+            found.update(name for name in attributes for text in texts if len(text) > 2 and text in name)
         own = [(name, owner) for name in code.co_names if owner is not None]
         # Methods of other modules, but names that may be those of tensors.
         others = [(n, c) for n in {*code.co_names} - looked if not hasattr(Tensor, n) for c in classes]
@@ -59,7 +90,10 @@ def names_read(losses: Any, model: nn.Module, called: Iterable[nn.Module]) -> fr
         waiting += [(one, owner) for one in code.co_consts if isinstance(one, CodeType)]
         waiting += _helpers(function, code)
         looked.update(code.co_names)
-    return frozenset(found)
+    known = [one for kind in classes for one in variables_of_class(kind, found)]
+    known += [one for owner in objects for one in variables_of_object(owner, found)]
+    around |= {(id(one.space), one.name): one for one in known}
+    return Read(frozenset(found), tuple(around.values()))
 
 
 def _hooks_of(module: nn.Module) -> list[tuple[str, int, Any]]:
@@ -81,7 +115,7 @@ def _with_owner(one: Any) -> tuple[Any, type | None]:
     if isinstance(one, MethodType):
         return one, type(one.__self__)
     call = inspect.getattr_static(type(one), "__call__", None)
-    return (call, type(one)) if isinstance(call, FunctionType) else (one, None)
+    return (MethodType(call, one), type(one)) if isinstance(call, FunctionType) else (one, None)
 
 
 def _is_filled(cell: CellType) -> bool:
@@ -91,26 +125,28 @@ def _is_filled(cell: CellType) -> bool:
         return False
 
 
-def state_of(model: nn.Module, device: torch.device, names: frozenset[str] | None) -> State:
+def state_of(model: nn.Module, device: torch.device, read: Read | None) -> State:
     """All that a replay would not know of if it changed, by where it is; `described` says what that is.
 
     Args:
         model: The model.
         device: Where it is.
-        names: Of the attributes that matter; all if not given.
+        read: What matters; all attributes, and nothing else, if not given.
 
     Returns:
         It.
     """
     found: State = {("", _AUTOCAST, ""): _autocast(device), ("", _EVERYWHERE, ""): global_hooks()}
-    seen: dict[int, Any] = {}
+    if read is not None:
+        found |= read.values()
+    names, seen = None if read is None else read.names, dict[int, Any]()
     for path, module in model.named_modules():
         kind, own = type(module).__name__, vars(module)
         found[path, kind, ""] = id(module)
         hooks = [(name, number) for name, number, _ in _hooks_of(module)]
         found[path, kind, _HOOKS] = hooks, own.get("forward", type(module).forward)
         found[path, kind, _PARTS] = [
-            _identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
+            identity(t) for part in (own["_parameters"], own["_buffers"]) for t in part.values() if t is not None
         ]
         found[path, kind, "training"] = own["training"]
         for name in own.keys() - _KEPT_BY_TORCH:
@@ -162,7 +198,7 @@ def _frozen(value: Any, seen: dict[int, Any], depth: int = _DEPTH) -> Any:
     if kind is float:
         return repr(value)  # a NaN is what it was
     if isinstance(value, Tensor):
-        return _identity(value) if value.is_leaf else kind  # else it is computed in each forward
+        return identity(value) if value.is_leaf else kind  # else it is computed in each forward
     if isinstance(value, (nn.Module, type, ModuleType)) or depth == 0:
         return id(value)
     if isinstance(value, MethodType):
@@ -186,12 +222,6 @@ def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
         return type(value), getattr(value, "shape", ()), value.tobytes()
     own = getattr(value, "__dict__", None) or {}
     return id(value), [(name, _frozen(one, seen, depth)) for name, one in own.items()]
-
-
-def _identity(t: Tensor) -> tuple[Any, ...]:
-    place = t.data_ptr() if t.layout is torch.strided else 0
-    hooked = bool(gradient_hooks(t)) or bool(hooks_after_gradient(t))
-    return id(t), place, t.requires_grad, t.shape, t.stride() if place else (), hooked
 
 
 def _autocast(device: torch.device) -> Any:

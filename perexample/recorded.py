@@ -26,7 +26,7 @@ from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from ._unchanged import described, names_read, settings_of, state_of, what_differs
+from ._unchanged import Read, described, settings_of, state_of, what_differs, what_is_read
 from .errors import ConfigurationError, ExtensionError, LossError, StaleGradientError
 from .extension import Extension
 
@@ -56,8 +56,9 @@ class RecordedStep:
     was recorded with, whose losses count as zero. Indices may move entries as the data say, as long as these stay with
     their examples.
 
-    What ``losses`` does on the host is recorded as it was: Python numbers, prints, the tensors that its variables were
-    bound to. Where it looks at values (``item()``, ``if``), a batch for which it would see others is run as usual, and
+    What ``losses`` does on the host is not done again: prints, hooks, what it puts into lists. That variables around
+    it, and settings of the model, which it reads are bound to other numbers or tensors is an error. Where it looks at
+    values (``item()``, ``if``), a batch for which it would see others is run as usual, and
     so is one with fewer examples; on a GPU it cannot. It must not write into tensors that were there before. The model
     must stay on its device, in its
     mode, with the same parameters, settings and hooks; what has changed is an error. Optimizers, schedules, and the
@@ -124,7 +125,7 @@ class RecordedStep:
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values
-        self._seen, self._names = Seen(), frozenset[str]()
+        self._seen, self._read = Seen(), Read(frozenset())
         perex(*self.extensions, loss_reduction=loss_reduction, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
         for name, p in self._parameters.items():
@@ -145,7 +146,8 @@ class RecordedStep:
             self._without_grads()
             self._replay = self._captured() if self._on_graph else self._taped()
             self._compare()
-        self._model_was = state_of(self.model, self._device, self._names)
+        before |= self._around_was
+        self._model_was = state_of(self.model, self._device, self._read)
         self._settings_were = settings_of(self.extensions)
         # What a forward leaves at the modules says nothing of what is to be done.
         self._left = frozenset(key for key, value in self._model_was.items() if before.get(key, before) != value)
@@ -299,7 +301,8 @@ class RecordedStep:
 
         seed(SEED, [device])
         self._seen = first_run(run, self.model, self._parameters, own, device)
-        self._names = names_read(self.losses, self.model, self._seen.called)
+        self._read = what_is_read(self.losses, self.model, self._seen.called)
+        self._around_was = self._read.values()
         seed(SEED, [device])
         for asked, fields in zip(self._asked, found[0].fields, strict=True):  # as they are in a training
             for name, field in fields.items():
@@ -460,7 +463,7 @@ class RecordedStep:
         batch = map_tensors(lambda t: t.to(self._device), batch)
         mean = self.loss_reduction == "mean"
         found = as_usual(self.losses, batch, self.extensions, self.options, grad=self.grad, mean=mean)
-        self._model_was = state_of(self.model, self._device, self._names)  # a model may count its forwards
+        self._model_was = state_of(self.model, self._device, self._read)  # a model may count its forwards
         return found
 
     def _warn(self) -> None:
@@ -474,7 +477,7 @@ class RecordedStep:
             )
 
     def _refuse_changes(self) -> None:
-        what = what_differs(state_of(self.model, self._device, self._names), self._model_was, self._left)
+        what = what_differs(state_of(self.model, self._device, self._read), self._model_was, self._left)
         what = what or what_differs(settings_of(self.extensions), self._settings_were)
         if what is not None:
             raise StaleGradientError(

@@ -359,7 +359,7 @@ class _Step(RecordedStep):
 
     def refuse_changed(self) -> None:
         """Raise if a call cannot be run again, as the model is not as it was in the forward."""
-        what = what_differs(state_of(self.model, self._device, self._names), self._model_was, self._left)
+        what = what_differs(state_of(self.model, self._device, self._read), self._model_was, self._left)
         if what is not None:
             raise StaleGradientError(
                 f"{self._name}: {described(what)} has changed between a forward and its backward, which has to run the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 import threading
 import warnings
 from typing import Any
@@ -292,6 +293,102 @@ def test_settings_that_helpers_read(name):
     setattr(model, name, 3.0)
     with pytest.raises(StaleGradientError, match=f"`{name}` of Helped"):
         step(X, Y)
+
+
+FACTOR, TABLE, WEIGHT, CALLS, SEEN = 1.0, {"factor": 1.0, 3: 1.0}, torch.ones((), device=DEVICE), 0, []
+
+
+class Owner:
+    def __init__(self, model):
+        self.model, self.own, self.other = model, 1.0, 1.0
+
+    def losses(self, x, y):
+        return cross_entropy(self.model(x), y) * self.own
+
+
+class OfClass(nn.Linear):
+    factor, other = 1.0, 1.0
+
+    def forward(self, x):
+        return self.act(super().forward(x)) * self.factor * getattr(self, f"scale_{self.kind}")
+
+
+def reads_globals(model):
+    return lambda x, y: cross_entropy(model(x), y) * FACTOR * TABLE["factor"] * WEIGHT
+
+
+def counts(model):
+    def losses(x, y):
+        global CALLS
+        CALLS += 1
+        SEEN.append(CALLS)
+        return cross_entropy(model(x), y)
+
+    return losses
+
+
+def closed_over(model):
+    factor, table = 1.0, [1.0]
+
+    def put(value):
+        nonlocal factor
+        factor = value
+
+    def losses(x, y):
+        return cross_entropy(model(x), y) * factor * table[0]
+
+    losses.put, losses.table = put, table
+    return losses
+
+
+HERE = __name__
+AROUND = {
+    "FACTOR": (reads_globals, lambda f, m, put: put(sys.modules[HERE], "FACTOR", 3.0)),
+    "TABLE": (reads_globals, lambda f, m, put: put(sys.modules[HERE], "TABLE", TABLE | {"factor": 3.0})),
+    "WEIGHT": (reads_globals, lambda f, m, put: put(sys.modules[HERE], "WEIGHT", torch.ones((), device=DEVICE))),
+    "own": (lambda model: Owner(model).losses, lambda f, m, put: put(f.__self__, "own", 3.0)),
+    "factor": (per_class, lambda f, m, put: put(OfClass, "factor", 3.0)),
+    "scale_a": (per_class, lambda f, m, put: setattr(m, "scale_a", 3.0)),
+    "shift": (per_class, lambda f, m, put: setattr(m, "shift", 3.0)),
+    "factor of the variables around": (closed_over, lambda f, m, put: f.put(3.0)),
+    "table": (closed_over, lambda f, m, put: f.table.append(3.0)),
+}
+NOT_READ = {
+    "a counter": (counts, lambda f, m, put: (put(sys.modules[HERE], "CALLS", 9), SEEN.append(3))),
+    "an entry": (reads_globals, lambda f, m, put: TABLE.update(other=3.0)),
+    "a number": (reads_globals, lambda f, m, put: TABLE.update({3: 3.0})),
+    "an attribute": (lambda model: Owner(model).losses, lambda f, m, put: put(f.__self__, "other", 3.0)),
+    "one of a class": (per_class, lambda f, m, put: put(OfClass, "other", 3.0)),
+}
+
+
+def of_class():
+    torch.manual_seed(0)
+    model = OfClass(7, 5).to(DEVICE)
+    model.kind, model.scale_a, model.shift = "a", 1.0, 0.0
+    model.act = lambda t: t + model.shift
+    return extend(model)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_variables_around_functions_may_not_be_bound_anew(name, monkeypatch):
+    model, (make, change) = of_class(), AROUND[name]
+    losses = make(model)
+    step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    step(X, Y)
+    change(losses, model, monkeypatch.setattr)
+    with pytest.raises(StaleGradientError, match=f"`{name.replace(' of', '` of')}"):
+        step(X, Y)
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_variables_that_are_not_read_may(name, monkeypatch):
+    model, (make, change) = of_class(), NOT_READ[name]
+    losses = make(model)
+    step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    step(X, Y)
+    change(losses, model, monkeypatch.setattr)
+    step(X, Y)
 
 
 def test_settings_that_a_forward_of_the_object_reads():
