@@ -108,7 +108,8 @@ class StaticBatch:
             )
         if any(t.requires_grad for t in new):
             raise ConfigurationError(
-                f"{self._name} leaves no gradients of its inputs; pass them without requires_grad."
+                f"{self._name} leaves no gradients of its inputs; pass them without requires_grad (detach), or, where "
+                f"their gradients are wanted, call the model itself."
             )
         return n
 

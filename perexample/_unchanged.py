@@ -137,6 +137,7 @@ def state_of(model: nn.Module, device: torch.device, read: Read | None) -> State
         It.
     """
     found: State = {("", _AUTOCAST, ""): _autocast(device), ("", _EVERYWHERE, ""): global_hooks()}
+    found["", _DTYPE, ""] = torch.get_default_dtype()
     if read is not None:
         found |= read.values()
     names, seen = None if read is None else read.names, dict[int, Any]()
@@ -169,6 +170,7 @@ def settings_of(extensions: Sequence[Extension]) -> State:
 
 _HOOKS, _PARTS = "a hook or the forward", "a parameter or buffer"
 _AUTOCAST, _EVERYWHERE = "the precision of autocast", "the list of hooks on all modules"
+_DTYPE = "torch's default dtype"
 
 
 def what_differs(now: State, before: State, except_for: frozenset[Key] = frozenset()) -> Key | None:
@@ -188,6 +190,11 @@ def described(key: Key) -> str:
     if not name:
         return where
     return f"{name if name in (_HOOKS, _PARTS) else f'`{name}`'} of {where}"
+
+
+def may_be_a_tensor(key: Key) -> bool:
+    """Whether a part of the state is a setting that a forward reads, which could as well be a tensor."""
+    return key[2] not in ("", "training", _HOOKS, _PARTS)
 
 
 def _frozen(value: Any, seen: dict[int, Any], depth: int = _DEPTH) -> Any:

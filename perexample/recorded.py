@@ -26,7 +26,7 @@ from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from ._unchanged import Read, described, settings_of, state_of, what_differs, what_is_read
+from ._unchanged import Read, described, may_be_a_tensor, settings_of, state_of, what_differs, what_is_read
 from .errors import ConfigurationError, ExtensionError, LossError, StaleGradientError
 from .extension import Extension
 
@@ -478,11 +478,13 @@ class RecordedStep:
 
     def _refuse_changes(self) -> None:
         what = what_differs(state_of(self.model, self._device, self._read), self._model_was, self._left)
+        instead = what is not None and may_be_a_tensor(what)
         what = what or what_differs(settings_of(self.extensions), self._settings_were)
         if what is not None:
             raise StaleGradientError(
                 f"{self._name}: {described(what)} has changed since the step was recorded, and a replay would not know "
-                f"of it; make a new {self._name}."
+                f"of it; make a new {self._name}"
+                f"{', or keep it in a tensor that is written to in place (fill_)' if instead else ''}."
             )
 
 

@@ -377,8 +377,28 @@ def test_variables_around_functions_may_not_be_bound_anew(name, monkeypatch):
     step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
     step(X, Y)
     change(losses, model, monkeypatch.setattr)
-    with pytest.raises(StaleGradientError, match=f"`{name.replace(' of', '` of')}"):
+    with pytest.raises(StaleGradientError, match=f"`{name.replace(' of', '` of')}.* or keep it in a tensor"):
         step(X, Y)
+
+
+def test_the_default_dtype_may_not_change():
+    step = RecordedStep(model := mlp(), per_class(model), X, Y, extensions=BatchGrad())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(StaleGradientError, match=r"default dtype has changed .* make a new RecordedStep\.$"):
+            step(X, Y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    step(X, Y)
+
+
+def test_a_number_that_is_kept_in_a_tensor_may_change():
+    factor = torch.ones((), device=DEVICE)
+    model = mlp()
+    step = RecordedStep(model, lambda x, y: cross_entropy(model(x), y) * factor, X, Y, extensions=BatchGrad())
+    before = step(X, Y)
+    factor.fill_(3.0)
+    torch.testing.assert_close(step(X, Y), 3 * before)
 
 
 @pytest.mark.parametrize("name", NOT_READ)
