@@ -143,7 +143,8 @@ def _refuse_others(parameters: Mapping[str, Tensor], reached: _Reached) -> None:
     if others:
         raise ConfigurationError(
             f"This step cannot be recorded: its loss depends on the parameter `{others[0]}`, which is not one of the "
-            f"model's that was given; give a module that holds both models."
+            f"model's that was given, or this is one of another extended model, with which it shares parameters; give "
+            f"a module that holds both models."
         )
 
 

@@ -200,7 +200,8 @@ class Replayed(Backward):
         """The same gradients of the outputs, with the call as any other."""
         outputs = self.call.again()
         pairs = [(t, g) for t, g in zip(outputs, self.gradients, strict=True) if g is not None]
-        loss = reduce(torch.add, [at_least_float32((t * g).sum()) for t, g in pairs])
+        with torch.enable_grad():
+            loss = reduce(torch.add, [at_least_float32((t * g).sum()) for t, g in pairs])
         of = self.context
         context = _Sum(of.extensions, factor, of.strategy, of.room, of.grad)
         run = Backward(context, loss, walk([loss]))
