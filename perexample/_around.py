@@ -94,12 +94,12 @@ def shown_by(value: Any, names: Collection[str], depth: int = _DEPTH) -> Any:
     if depth == 0 or _is_code(value):
         return id(value)
     if isinstance(value, Mapping):
-        own = {key: one for key, one in value.items() if isinstance(key, str) and key in names}  # others may be caches
-        return id(value), [(key, shown_by(one, names, depth - 1)) for key, one in own.items()]
+        own = [key for key in value if isinstance(key, str) and key in names]  # others may be those of caches
+        return id(value), [(key, shown_by(value[key], names, depth - 1)) for key in own]
     if isinstance(value, (tuple, list)):
         return type(value), len(value) > _MOST or [shown_by(one, names, depth - 1) for one in value]
-    own = getattr(value, "__dict__", None) or {}
-    return id(value), [(name, shown_by(one, names, depth - 1)) for name, one in own.items() if name in names]
+    held = getattr(value, "__dict__", None) or {}
+    return id(value), [(name, shown_by(one, names, depth - 1)) for name, one in held.items() if name in names]
 
 
 def identity(t: Tensor) -> tuple[Any, ...]:

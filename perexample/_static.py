@@ -38,8 +38,9 @@ class StaticBatch:
         self.size = _number(batch)
         if self.size < 1:
             raise BatchAxisError(
-                f"{name} needs a batch of one example or more to be recorded with, as many examples on the first "
-                "axis of each tensor."
+                f"{name} needs a batch of one example or more to be recorded with, as many examples on the first axis "
+                f"of each tensor, and was given {_described(batch)}. What all examples share, as positions or a mask, "
+                f"make a buffer of the model, or expand it to the examples."
             )
         self.own = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
         self._spare = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
@@ -160,7 +161,7 @@ def _form(tree: Any) -> Any:
             kind = "a number" if not tree.dim() else "a quantized one" if tree.is_quantized else str(tree.layout)
             raise ConfigurationError(
                 f"A recording takes batches of dense tensors with the examples on their first axis, and one is "
-                f"{kind}; make it dense, or let the loss have it in another way."
+                f"{kind}; make it dense, expand what is for all of them, or keep it in the model."
             )
         return "tensor", tree.shape[1:], tree.dtype
     if isinstance(tree, Mapping):

@@ -115,6 +115,10 @@ class RecordedModel:
         self.model = model
         self._step = _Step(model, args, kwargs, extensions, strategy, room, grad=grad, compiled=compiled)
 
+    def __getattr__(self, name: str) -> Any:
+        """Say where the rest of a model is."""
+        raise AttributeError(f"A RecordedModel has no `{name}`; ask its model: recorded.model.{name}.")
+
     @property
     def size(self) -> int:
         """How many examples a replay may have."""

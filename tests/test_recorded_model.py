@@ -675,6 +675,11 @@ def test_models_that_cannot_be_recorded(kind, match):
         RecordedModel(model, torch.randn(N, 7, device=DEVICE), extensions=BatchGrad())
 
 
+class Masked(nn.Linear):
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
 def test_what_is_not_to_be_recorded():
     x = torch.randn(N, 7, device=DEVICE)
     with pytest.raises(ConfigurationError, match=r"call extend\(model\) before"):
@@ -687,6 +692,10 @@ def test_what_is_not_to_be_recorded():
     with pytest.raises(ConfigurationError, match="takes the model that was extended"):
         RecordedModel(whole[0], x, extensions=BatchGrad())
     recorded = RecordedModel(whole, x, extensions=BatchGrad())
+    with pytest.raises(AttributeError, match=r"has no `parameters`; ask its model: recorded\.model\.parameters"):
+        recorded.parameters()
+    with pytest.raises(BatchAxisError, match=r"was given \[6, 7\] .*, \[7\] .* What all examples share"):
+        RecordedModel(extend(Masked(7, 2).to(DEVICE)), x, x[0], extensions=BatchGrad())
     with pytest.raises(ConfigurationError, match="leaves no gradients of its inputs"):
         recorded(x.clone().requires_grad_())
 
