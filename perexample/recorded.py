@@ -467,9 +467,9 @@ class RecordedStep:
         return found
 
     def _warn(self) -> None:
-        if self.repeated == _OFTEN:
+        if self.repeated == OFTEN:
             warnings.warn(
-                f"A {self._name} had to run {_OFTEN} batches as usual so far, as values were not what they mostly are: "
+                f"A {self._name} had to run {OFTEN} batches as usual so far, as values were not what they mostly are: "
                 f"examples that are not finite, positions whose gradients cancel, or, where the model or its loss "
                 f"looks at values (item(), if), others than in the recording, or fewer examples. That takes the time "
                 f"of both; run the step without it if this goes on.",
@@ -547,7 +547,7 @@ def _joined(losses: Tensor, outputs: Any) -> Any:
     return losses if outputs is None else (losses, *outputs)
 
 
-_OFTEN = 10
+OFTEN = 10
 _HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # past all operations
 _NUMBERS = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
 _OF_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
@@ -572,4 +572,4 @@ class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
         return func(*args, **whole_arguments(func, kwargs or {}))
 
 
-__all__ = ["RecordedStep", "as_usual", "leaves"]
+__all__ = ["OFTEN", "RecordedStep", "as_usual", "leaves"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ._tree import map_tensors, tensors_of
 from ._unchanged import described, settings_of, state_of, what_differs
 from .errors import ConfigurationError, StaleGradientError
 from .extension import Extension
-from .recorded import RecordedStep, leaves
+from .recorded import OFTEN, RecordedStep, leaves
 
 
 class RecordedModel:
@@ -217,6 +218,7 @@ class _Step(RecordedStep):
         self.model = model
         self._carries: list[bool] = []
         self._same: Tensor | None = None
+        self._largest = 0
         self._keys, self._any_order = [*kwargs], _by_name(model, kwargs)
         self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._autocast = torch.is_autocast_enabled(self.home.type), torch.get_autocast_dtype(self.home.type)
@@ -322,6 +324,7 @@ class _Step(RecordedStep):
         if self._any_order and kwargs.keys() == {*self._keys}:
             kwargs = {key: kwargs[key] for key in self._keys}
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
+        self._largest = max(self._largest, n)
         if n > self.size or (self._by_model and 0 < n < self.size):  # of all of which it may have found out something
             return self._called(args, kwargs)
         with torch.inference_mode(False):
@@ -379,6 +382,17 @@ class _Step(RecordedStep):
         """Note that a call is run as usual."""
         self.repeated += 1
         self._warn()
+
+    def _warn(self) -> None:
+        if self.repeated == OFTEN and self._largest > self.size:
+            warnings.warn(
+                f"A {self._name} had to run {OFTEN} batches as usual so far, some of which had more examples than it "
+                f"was recorded with: {self._largest} in place of {self.size}. Record it with more; batches with fewer "
+                f"are filled up.",
+                stacklevel=3,
+            )
+        else:
+            super()._warn()
 
     def finish(
         self,

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -233,6 +234,15 @@ def test_more_examples_are_run_as_usual():
     backward(model, (x, y), other)
     near(found, fields(model, "clipped_sum"))
     assert recorded.repeated == 1
+
+
+def test_a_warning_if_batches_are_often_larger():
+    model, x, y = made()
+    own = ClippedGrad(0.3)
+    recorded = RecordedModel(model, x[:4], extensions=own)
+    for k in range(10):
+        with pytest.warns(UserWarning, match="6 in place of 4. Record it with more") if k == 9 else nullcontext():
+            backward(recorded, (x[: 5 + k % 2], y[: 5 + k % 2]), own)
 
 
 def test_values_that_a_replay_cannot_trust_are_run_as_usual():
