@@ -173,14 +173,48 @@ _AUTOCAST, _EVERYWHERE = "the precision of autocast", "the list of hooks on all 
 _DTYPE = "torch's default dtype"
 
 
-def what_differs(now: State, before: State, except_for: frozenset[Key] = frozenset()) -> Key | None:
-    """The first thing that is not as it was."""
+def what_differs(now: State, before: State, except_for: State | None = None) -> Key | None:
+    """The first thing that is not as it was; ``except_for``: of each key what may differ, as of `what_is_left`."""
     if now == before:
         return None
+    left = except_for or {}
     for key in [*now, *before]:
-        if key not in except_for and now.get(key, _PARTS) != before.get(key, _PARTS):
+        mask = left.get(key)
+        if mask is not True and _without(mask, now.get(key, _PARTS)) != _without(mask, before.get(key, _PARTS)):
             return key
     return None
+
+
+def what_is_left(now: State, before: State) -> State:
+    """What forwards have left there themselves, which says nothing of what is to be done: a counter beside settings."""
+    masks = {key: _unlike(value, before.get(key, before)) for key, value in now.items()}
+    return {key: mask for key, mask in masks.items() if mask is not None}
+
+
+def _unlike(now: Any, before: Any) -> Any:
+    """What has changed: None for nothing, True for all of it; of a mapping or an object the same of its entries."""
+    if now == before:
+        return None
+    if _has_entries(now) and _has_entries(before) and [name for name, _ in now[1]] == [name for name, _ in before[1]]:
+        return [_unlike(one, other) for (_, one), (_, other) in zip(now[1], before[1], strict=True)]
+    return True
+
+
+def _without(mask: Any, value: Any) -> Any:
+    """A value without what is marked."""
+    if mask is None or not _has_entries(value) or len(mask) != len(value[1]):
+        return value
+    pairs = zip(mask, value[1], strict=True)
+    return value[0], [(name, None if part is True else _without(part, one)) for part, (name, one) in pairs]
+
+
+def _has_entries(value: Any) -> bool:
+    """Whether it stands for a mapping or an object."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Entries)
+
+
+class _Entries(list):
+    """Those of a mapping, or the attributes of an object: names, and what they hold."""
 
 
 def described(key: Key) -> str:
@@ -218,7 +252,7 @@ def _frozen(value: Any, seen: dict[int, Any], depth: int = _DEPTH) -> Any:
 
 def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
     if isinstance(value, Mapping):
-        return type(value), [(_frozen(k, seen, depth), _frozen(v, seen, depth)) for k, v in value.items()]
+        return type(value), _Entries((_frozen(k, seen, depth), _frozen(v, seen, depth)) for k, v in value.items())
     if isinstance(value, (tuple, list, deque)):
         return type(value), [_frozen(one, seen, depth) for one in value]
     if isinstance(value, (set, frozenset)):
@@ -228,7 +262,7 @@ def _parts(value: Any, seen: dict[int, Any], depth: int) -> Any:
     if hasattr(value, "__array_interface__") and hasattr(value, "tobytes"):
         return type(value), getattr(value, "shape", ()), value.tobytes()
     own = getattr(value, "__dict__", None) or {}
-    return id(value), [(name, _frozen(one, seen, depth)) for name, one in own.items()]
+    return id(value), _Entries((name, _frozen(one, seen, depth)) for name, one in own.items())
 
 
 def _autocast(device: torch.device) -> Any:

@@ -26,7 +26,16 @@ from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
 from ._tree import map_tensors, tensors_of
-from ._unchanged import Read, described, may_be_a_tensor, settings_of, state_of, what_differs, what_is_read
+from ._unchanged import (
+    Read,
+    described,
+    may_be_a_tensor,
+    settings_of,
+    state_of,
+    what_differs,
+    what_is_left,
+    what_is_read,
+)
 from .errors import ConfigurationError, ExtensionError, LossError, StaleGradientError
 from .extension import Extension
 
@@ -149,8 +158,7 @@ class RecordedStep:
         before |= self._around_was
         self._model_was = state_of(self.model, self._device, self._read)
         self._settings_were = settings_of(self.extensions)
-        # What a forward leaves at the modules says nothing of what is to be done.
-        self._left = frozenset(key for key, value in self._model_was.items() if before.get(key, before) != value)
+        self._left = what_is_left(self._model_was, before)
 
     @property
     def _on_graph(self) -> bool:

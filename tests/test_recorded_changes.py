@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import elsewhere
@@ -399,6 +400,36 @@ def test_a_number_that_is_kept_in_a_tensor_may_change():
     before = step(X, Y)
     factor.fill_(3.0)
     torch.testing.assert_close(step(X, Y), 3 * before)
+
+
+class Noting(nn.Linear):
+    """Keeps a counter beside settings."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.kept, self.table = SimpleNamespace(scale=1.0, calls=0, rows=[]), {"calls": 0, "inner": {"shift": 0.0}}
+
+    def forward(self, x):
+        self.kept.calls, self.table["calls"] = self.kept.calls + 1, self.kept.calls
+        self.kept.rows.append(len(x))
+        return super().forward(x) * self.kept.scale + self.table["inner"]["shift"]
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("kept", lambda model: setattr(model.kept, "scale", 3.0)),
+    ("table", lambda model: model.table["inner"].update(shift=3.0)),
+])  # fmt: skip
+def test_settings_beside_a_counter(name, change):
+    torch.manual_seed(0)
+    model = extend(Noting(7, 5).to(DEVICE))
+    step = RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    step(X, Y)
+    with torch.no_grad():
+        model(X[:3])
+    step(X, Y)
+    change(model)
+    with pytest.raises(StaleGradientError, match=f"`{name}` of Noting has changed"):
+        step(X, Y)
 
 
 @pytest.mark.parametrize("name", NOT_READ)
