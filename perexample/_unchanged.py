@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._around import Variable, identity, shown_by, variables_of, variables_of_class, variables_of_object
-from ._engine.record import Enter, Exit
+from ._engine.hooks import Enter, Exit
 from ._private import global_hooks
 from .extension import Extension
 

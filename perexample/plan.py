@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._engine.context import perex
-from ._engine.record import unit_parameters, unit_rule
 from ._engine.state import listening
 from ._engine.tap import Tap
+from ._engine.units import unit_parameters, unit_rule
 from ._private import own_parameters
 from ._table import table
 from ._tree import tensors_in

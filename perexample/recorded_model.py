@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._arguments import shown
 from ._chance import random_kept, random_states, set_random_states
 from ._compared import Found
-from ._engine.record import Enter
+from ._engine.hooks import Enter
 from ._engine.replayed import leave
 from ._engine.state import STATE
 from ._looks import would_see_the_same

@@ -15,8 +15,8 @@ from .._private import loss_reduction_of, sums_losses, undispatched, whole_argum
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import ROOM, Choice
+from .hooks import forget_forwards
 from .kinds import HOOKING
-from .record import forget_forwards
 from .replayed import backward_of
 from .state import STATE
 from .walk import walk

@@ -22,7 +22,7 @@ from ..place import Place
 from ..rules.generic import GenericRule
 from .cuts import comes_from_rows
 from .graph import examples_of, live_taps
-from .record import ROOTS, Enter
+from .hooks import ROOTS, Enter
 from .state import STATE
 from .table import place_of
 from .tap import Tap

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from .._private import dispatched, undispatched
+from .._tree import map_tensors, tensors_in
 from ..place import Place, broadcast
+from ..rule import Rule
+from .state import STATE, Frame
 from .table import place_of, put
 
 
@@ -53,3 +56,44 @@ def _broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
 
 # In other words than torch's.
 PARTS: dict[Any, Any] = {torch.broadcast_tensors: _broadcast_tensors, Tensor.expand_as: _expand_as}
+
+
+def has_no_states(rule: Rule) -> bool:
+    return type(rule).states is Rule.states
+
+
+def with_tied_states(rule: Rule, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The arguments with learned states brought to the rows of the data, by an addition of zeros that is tapped."""
+    states = rule.states(module, args, kwargs)
+    learned = {id(t): axis for t, axis in states if t.requires_grad and place_of(t) is None}
+    if not learned:
+        return None
+    x = next(tensors_in((args, kwargs)))
+    located = rule.locate(module, args, kwargs, [x], place_of) if isinstance(place_of(x), Place) else ""
+    if isinstance(located, str):
+        return None
+    place = located[0]
+
+    def in_rows(t: Tensor) -> Tensor:
+        axis = learned.get(id(t))
+        if axis is None or t.shape[axis] != place.size:
+            return t
+        return tied(t, place.at(axis))
+
+    return map_tensors(in_rows, args), map_tensors(in_rows, kwargs)
+
+
+def with_tied_outputs(frame: Frame, output: Any) -> Any:
+    """The output of a model with what only repeats parameters for each example brought to the rows of these."""
+    record = frame.record
+    if record is None or frame.rule is not None or frame.inside:
+        return output
+    repeated = {id(t) for t in tensors_in(output) if record.repeats_for_each(t)}
+    if not repeated:
+        return output
+    STATE.frames.append(frame)  # so that the addition is named
+    try:
+        place = Place(record.space, record.batch_dim)
+        return map_tensors(lambda t: tied(t, place) if id(t) in repeated else t, output)
+    finally:
+        STATE.frames.pop()

@@ -7,7 +7,6 @@ from typing import Any
 
 from .mutant import Body, Edit, Put, mutant
 
-RECORD = "perexample._engine.record"
 COVERAGE = "perexample._engine.coverage"
 BACKWARD = "perexample._engine.backward:Backward"
 OPTIMIZER = "perexample.privacy.optimizer"
@@ -84,7 +83,7 @@ MUTANTS = (
     mutant(
         "F11-buffers",
         "lets a forward write data into buffers",
-        Body(f"{RECORD}:_refuse_written", "return None"),
+        Body("perexample._engine.written:refuse_written", "return None"),
         killers="test_faults.py::test_f11_a_module_that_writes_its_buffers",
     ),
     mutant(
@@ -114,7 +113,7 @@ MUTANTS = (
         "F33-crash",
         "does not close the call of a forward that has failed",
         Edit("perexample.model:extend", ("always_call=True", "always_call=False")),
-        Body("perexample._engine.record:forget_forwards", "return None"),
+        Body("perexample._engine.hooks:forget_forwards", "return None"),
         killers=[
             "test_faults.py::test_f33_a_crash_in_the_forward_leaves_nothing",
             "test_faults.py::test_finding_10_state_after_an_aborted_forward",
