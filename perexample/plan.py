@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._engine.context import perex
 from ._engine.state import listening
 from ._engine.tap import Tap
-from ._engine.units import unit_parameters, unit_rule
+from ._engine.units import unit_parameters
 from ._private import own_parameters
 from ._table import table
 from ._tree import tensors_in
@@ -19,7 +19,7 @@ from .errors import ConfigurationError
 from .extension import Extension, ParameterView
 from .methods import ROOM, Choice
 from .model import extend
-from .rule import Rule, refusal
+from .rule import Rule, refusal, rule_for
 from .terms import Term
 
 
@@ -124,7 +124,7 @@ def _row(path: str, module: nn.Module) -> PlanRow | None:
     kind = type(module).__name__
     if reason := refusal(module):
         return PlanRow(path, kind, "refused", {}, reason)
-    rule = unit_rule(module)
+    rule = rule_for(module)
     if rule is None:
         own = {n: tuple(p.shape) for n, p in own_parameters(module).items() if p is not None and p.requires_grad}
         return PlanRow(path, kind, "operations", own, "seen through: each use of them is tapped") if own else None

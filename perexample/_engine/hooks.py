@@ -22,13 +22,13 @@ from .._private import (
     undispatched,
 )
 from .._tree import tensors_in, tensors_of
-from ..rule import Rule, refusal, without_rule
+from ..rule import Rule, refusal, rule_for, without_rule
 from .follow import Follow, forget_followers, recognise
 from .parts import has_no_states, with_tied_outputs, with_tied_states
 from .record import Record
 from .state import STATE, Frame
 from .table import put_on_edge
-from .units import GENERIC, answers, depend_on_batch, leave_call, leave_opaque, may_be_opaque, unit_rule
+from .units import GENERIC, answers, depend_on_batch, leave_call, leave_opaque, may_be_opaque
 from .written import refuse_written, touched
 
 
@@ -108,7 +108,7 @@ class Enter:
             return None
         frame.parameters = tuple(module._parameters.values())
         # What a hook behind this one does to the arguments is followed, as the operations inside are then.
-        rule = unit_rule(module) if runs_last(module, Enter) else None
+        rule = rule_for(module) if runs_last(module, Enter) else None
         tied = None if rule is None or has_no_states(rule) else with_tied_states(rule, module, args, kwargs)
         frames.append(frame)
         args, kwargs = tied or (args, kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._private import own_parameters
 from .._tree import tensors_in, tensors_of
 from ..place import Lost, Place
-from ..rule import Rule, captured, rule_for, told
+from ..rule import Rule, captured, told
 from ..rules.generic import GenericRule, graded, is_own
 from .follow import note_checkpoint
 from .lost import is_sparse, lose, lost_if_sparse
@@ -23,11 +23,6 @@ from .tap import Tap
 from .walk import sees_through, tapped_only
 
 GENERIC = GenericRule()
-
-
-def unit_rule(module: nn.Module) -> Rule | None:
-    """The rule of a module whose parameters are handled as one, ``None`` for one that is seen through."""
-    return rule_for(module)
 
 
 def may_be_opaque(module: nn.Module) -> bool:
