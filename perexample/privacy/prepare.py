@@ -133,8 +133,7 @@ def make_private(
     _check_model(model, loss_reduction, strategy)
     target_epsilon, target_delta = budget(target_epsilon, target_delta)
     _check_generators(sampling_generator=sampling_generator, noise_generator=noise_generator)
-    if physical_batch_size is not None:
-        physical_batch_size = whole("physical_batch_size", physical_batch_size, "an integer >= 1, or None", 1)
+    physical_batch_size = _pieces(physical_batch_size)
     processes = checked_processes(processes)
     rate = sample_rate(batch_size, public_size)
     warn_of_delta(target_delta, float(public_size or math.inf))
@@ -143,13 +142,7 @@ def make_private(
     _check_optimized(model, optimizer)
     check_data(dataset, loader_options)
     noise_multiplier = noise_for(target_epsilon, target_delta, noise_multiplier, rate, planned, accountant)
-    sampler = PoissonBatchSampler(
-        len(dataset),  # type: ignore[arg-type]
-        rate,
-        generator=sampling_generator,
-        rank=processes.rank,
-        world_size=processes.size,
-    )
+    sampler = _sampler(dataset, rate, sampling_generator, processes)
     batches = sampler if physical_batch_size is None else PhysicalBatches(sampler, physical_batch_size)
     loader = loader_of(dataset, batches, collate_fn, loader_options)
     extend(model, batch_dim=batch_dim)
@@ -157,7 +150,7 @@ def make_private(
     book = book_of(ledger, planned, processes)
     warn_of_steps_before(model, book)
     if target_epsilon is not None:
-        hold_to(book, Release(float(noise_multiplier), rate))
+        hold_to(book, Release(noise_multiplier, rate))
     privatize(
         optimizer,
         clipping=clipping,
@@ -169,7 +162,6 @@ def make_private(
         noise=noise,
         processes=processes,
     )
-    plan = Plan(float(noise_multiplier), rate, float(batch_size), planned)
     return Private(
         model=model,
         optimizer=optimizer,
@@ -177,7 +169,7 @@ def make_private(
         sampler=sampler,
         clipping=clipping,
         ledger=book,
-        plan=plan,
+        plan=Plan(float(noise_multiplier), rate, float(batch_size), planned),
         delta=target_delta,
         accountant=accountant,
         settings={"loss_reduction": loss_reduction, "strategy": strategy},
@@ -201,6 +193,15 @@ def _check_generators(**generators: Any) -> None:
     for name, generator in generators.items():
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ConfigurationError(f"{name} must be a torch.Generator or None, not {generator!r}.")
+
+
+def _pieces(size: Any) -> int | None:
+    return None if size is None else whole("physical_batch_size", size, "an integer >= 1, or None", 1)
+
+
+def _sampler(dataset: Any, rate: float, generator: torch.Generator | None, processes: Processes) -> PoissonBatchSampler:
+    """This process's part of the batches."""
+    return PoissonBatchSampler(len(dataset), rate, generator=generator, rank=processes.rank, world_size=processes.size)
 
 
 def _clipping(max_norm: float | None, clipping: Clipping | None) -> Clipping:
