@@ -115,7 +115,7 @@ class Tape(TorchDispatchMode):
             for t in inputs:
                 delattr(t, _SLOT)
         self._wanted = map_tensors(self._named, found)
-        wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
+        wanted = _numbers(self._wanted)
         calls = needed(once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
         self._refuse_left(calls)
         with torch.no_grad(), without_autocast({"cpu", *(t.device.type for t in inputs)}):
@@ -123,7 +123,7 @@ class Tape(TorchDispatchMode):
         self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
         if later:
             self._shown_tree, self._wanted = self._wanted
-            wanted = [slot.number for slot in slots_of(self._wanted) if slot.number >= 0]
+            wanted = _numbers(self._wanted)
             self._pause = self._paused(calls, range(len(inputs) - later, len(inputs)))
         self._program = calls, len(inputs), wanted
         self._code = code_of(calls, len(inputs), wanted, self._pause)
@@ -234,7 +234,7 @@ class Tape(TorchDispatchMode):
     def _paused(self, calls: Sequence[Call], given: Sequence[int]) -> Pause:
         """Where it has to wait for these inputs."""
         place = next(place for place, call in enumerate(calls) if not set(given).isdisjoint(call.uses()))
-        shown = [slot.number for slot in slots_of(self._shown_tree) if slot.number >= 0]
+        shown = _numbers(self._shown_tree)
         roots = [self._roots[number] for number in shown]
         used = {self._roots[number] for call in calls[place:] for number in call.uses()}
         again = {number for at, number in enumerate(shown) if roots[at] in used or roots[at] in roots[:at]}
@@ -402,6 +402,11 @@ class Tape(TorchDispatchMode):
 def _layout(root: int, t: Tensor) -> Any:
     """All that tells tensors apart that show the same memory."""
     return root, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
+
+
+def _numbers(tree: Any) -> list[int]:
+    """Those of a structure's slots, constants left out."""
+    return [slot.number for slot in slots_of(tree) if slot.number >= 0]
 
 
 def _filled(tree: Any, values: Iterable[Tensor]) -> Any:

@@ -8,6 +8,7 @@ chosen by a mask). `Lost` stands for a tensor that depends on the batch in a way
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -183,6 +184,11 @@ def reshaped(place: Place, before: torch.Size, after: torch.Size) -> Place | Non
             return Place(place.space, axis, size // (inner * rows), inner)
         suffix *= size
     return None
+
+
+def widened(shape: Sequence[int], dims: int) -> tuple[int, ...]:
+    """A shape with as many axes, as broadcasting makes it."""
+    return (1,) * (dims - len(shape)) + tuple(shape)
 
 
 def broadcast(places: list[tuple[Place, torch.Size]], shape: torch.Size) -> Place | None:

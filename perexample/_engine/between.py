@@ -12,18 +12,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from .._private import ones_for
 from ..errors import CrossExampleError
 from ..place import Place
-from .graph import EACH, Near, Seldom, kind_of, live_taps, nodes_to_taps, shape_of
+from .graph import EACH, Near, Seldom, is_light, kind_of, live_taps, nodes_to_taps, shape_of
 from .state import STATE
 from .walk import Walk
 
 _MOST = 4096  # nodes
-_FEW = 2**22  # entries of the largest tensor that is differentiated
 _SEEN = Seldom()
 
 
@@ -56,11 +54,10 @@ def check_between(found: Walk, n: int) -> None:
 
 
 def _is_doubtful(nodes: Sequence[Node], place: Place, near: Sequence[Near]) -> bool:
-    """Whether rows may have met, and it can be seen: what users wrote may do anything, large tensors take too long."""
+    """Whether rows may have met, and it can be seen."""
     if len(nodes) > _MOST or any(tap.record.opened is not STATE.opened for _, tap, _ in near):
         return False
-    largest = max((shape.numel() for node in nodes if (shape := shape_of(node, 0)) is not None), default=0)
-    if largest > _FEW or any(isinstance(node, BackwardCFunction) for node in nodes):
+    if not is_light(nodes):
         return False
     beside = all(tap.places[i].axis == place.axis and not tap.places[i].folded for _, tap, i in near)
     return not (beside and all(map(_of_each_entry, nodes)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from ..errors import CrossExampleError
+from ..place import widened
 from .graph import EACH, kind_of, nodes_to_taps, shape_of
 from .kinds import names
 
@@ -45,7 +46,7 @@ def check_broadcasts(loss: Tensor, n: int, model: nn.Module | None) -> None:
     known = set() if model is None else _CONSTANT.setdefault(model, set())
     nodes = nodes_to_taps(GradientEdge(loss.grad_fn, loss.output_nr), behind_models=True)
     for node, before, after in _grown(nodes):
-        sizes = {size for size, was in zip(after, _padded(before, len(after)), strict=True) if size != was}
+        sizes = {size for size, was in zip(after, widened(before, len(after)), strict=True) if size != was}
         twice = {size for size in sizes if size % n == 0 and size in before and (node.name(), size) not in known}
         if not twice:
             known.update((node.name(), size) for size in sizes if size % n)
@@ -101,7 +102,3 @@ def _expanded_by_torch(nodes: Sequence[Node]) -> Iterator[Node]:
     compare = [node for node in nodes if kind_of(node) in _COMPARES]
     for node in (*compare, *(one for one in differences if one is not None and kind_of(one) == "Sub")):
         yield from (one for one, _ in node.next_functions if one is not None and kind_of(one) == "Expand")
-
-
-def _padded(shape: torch.Size, axes: int) -> tuple[int, ...]:
-    return (1,) * (axes - len(shape)) + tuple(shape)

@@ -30,6 +30,7 @@ from .graph import (
     Seldom,
     dims_of,
     examples_of,
+    is_light,
     kind_of,
     live_taps,
     nearest_taps,
@@ -68,7 +69,6 @@ _SMOOTH = names(  # what examples do to each other in these shows in second deri
 _NOT_KINKED = _LINEAR | _SMOOTH
 _MASKS = names("Where MaskedFill MaskedSelect IndexPut")
 _ORDERING = names("Amax Amin Aminmax Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin Mode")
-_FEW = 2**22  # entries of the largest tensor up to which a loss is differentiated twice
 _MOST = 4096  # nodes, and forms that are remembered
 _SMALL = 8  # numbers below are axes and the like; larger ones are sizes, which differ from batch to batch
 _AXES = 3  # up to which a number that N divides may well be an axis
@@ -164,11 +164,10 @@ def _form(node: Node, n: int) -> Any:
 
 
 def _can_be_differentiated(nodes: list[Node], taps: list[Near], loss: Tensor) -> bool:
-    """Whether nothing but time is spent: what users wrote may do anything, and large tensors may leave no room."""
-    largest = max((shape.numel() for node in nodes if (shape := shape_of(node, 0)) is not None), default=0)
-    if len({id(tap) for _, tap, _ in taps}) > 1:
-        nodes = nodes + _between(loss, {edge.node for edge, _, _ in taps})
-    return largest <= _FEW and not any(isinstance(node, BackwardCFunction) for node in nodes)
+    """Whether nothing but time is spent."""
+    several = len({id(tap) for _, tap, _ in taps}) > 1
+    more = _between(loss, {edge.node for edge, _, _ in taps}) if several else []
+    return is_light(nodes) and not any(isinstance(node, BackwardCFunction) for node in more)
 
 
 def _between(loss: Tensor, ends: set[Node]) -> list[Node]:

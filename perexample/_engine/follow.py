@@ -28,7 +28,7 @@ from .._private import (
     without_dispatch,
 )
 from .._tree import PLAIN, tensors_in
-from ..place import Lost, Place, broadcast, entry_owners, from_owners
+from ..place import Lost, Place, broadcast, entry_owners, from_owners, widened
 from ..rule import function_rule
 from .arithmetic import simple_place
 from .kinds import HOOKING, LEAVING, TRAITS, Kind, Traits, traits_of
@@ -298,8 +298,7 @@ def _underived(out: Any, traits: Traits, args: tuple, targets: list[Tensor]) -> 
 
 def _only_ones(source: Tensor, out: Tensor) -> bool:
     """Whether only axes of size 1 were repeated, so that it is the same as expanding."""
-    padded = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
-    return all(a == b or a == 1 for a, b in zip(padded, out.shape, strict=True))
+    return all(a == b or a == 1 for a, b in zip(widened(source.shape, out.dim()), out.shape, strict=True))
 
 
 def note_checkpoint(record: Any) -> None:

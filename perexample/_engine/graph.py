@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from .._private import is_named_by_kind, metadata, ones_for, output_shape, saved, value_of
@@ -22,6 +23,7 @@ EACH = names(  # nodes of functions of each entry
     "Atan2 Hypot Logaddexp Logaddexp2 Copysign"
 )
 _MOST = 4096  # forms that are remembered
+_FEW = 2**22  # entries of the largest tensor up to which a part of a graph is differentiated once more
 
 Near = tuple[GradientEdge, Tap, int]  # an edge at which a tap is, and which of its outputs that is
 
@@ -129,6 +131,12 @@ def nodes_to_taps(edge: GradientEdge, *, behind_models: bool = False) -> list[No
         seen[node] = None
         stack += node.next_functions
     return list(seen)
+
+
+def is_light(nodes: Sequence[Node]) -> bool:
+    """Whether to differentiate once more takes time only: what users wrote may do anything, large tensors take room."""
+    largest = max((shape.numel() for node in nodes if (shape := shape_of(node, 0)) is not None), default=0)
+    return largest <= _FEW and not any(isinstance(node, BackwardCFunction) for node in nodes)
 
 
 class Seldom:

@@ -19,7 +19,6 @@ from ..rule import Bound, Rule, captured, function_rule, told
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, names
 from .lost import lose
-from .owners import values_of
 from .placing import Placing
 from .state import STATE, quiet
 from .table import origin_of, place_of, put, wrote
@@ -150,7 +149,7 @@ class Operation(Placing):
         """What moves entries into a tensor must be asked before it writes there."""
         if not (self.in_place and self.kind is Kind.MOVE) or self.lost is not None:
             return None
-        if not any(place_of(t) is not None for t in values_of(self.func, self.args, self.kwargs)):
+        if not self._moves_what_is_owned():
             return None
         args = (self.args[0].detach().clone(), *self.args[1:])
         known = place_of(self.args[0])

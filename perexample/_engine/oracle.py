@@ -127,16 +127,7 @@ class _Made:
 
     def rolled(self, rows: Tensor) -> list[Tensor]:
         """The real values, with those of some rows replaced by their neighbours'."""
-        new = []
-        for t, old in zip(self.tracked, self.values, strict=True):
-            place = place_of(t)
-            assert isinstance(place, Place)
-            assert place.axis is not None
-            mask = rows.view(1, -1, 1).expand(place.outer, -1, place.inner).reshape(-1).to(old.device)
-            shape = [1] * old.dim()
-            shape[place.axis] = -1
-            new.append(torch.where(mask.view(shape), old.roll(place.inner, place.axis), old))
-        return new
+        return self._where(rows, lambda t, old, place, axis: old.roll(place.inner, axis))
 
     def _numbers(self, shape: Any) -> Tensor:
         made = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * self.scale
@@ -144,6 +135,10 @@ class _Made:
 
     def changed(self, rows: Tensor) -> list[Tensor]:
         """The values with those of some rows exchanged; ``rows`` is a mask ``[rows]``."""
+        return self._where(rows, lambda t, old, place, axis: self._values(t, old))
+
+    def _where(self, rows: Tensor, other: Callable[[Tensor, Tensor, Place, int], Tensor]) -> list[Tensor]:
+        """The values, others where the mask says so."""
         new = []
         for t, old in zip(self.tracked, self.values, strict=True):
             place = place_of(t)
@@ -152,7 +147,7 @@ class _Made:
             mask = rows.view(1, -1, 1).expand(place.outer, -1, place.inner).reshape(-1).to(old.device)
             shape = [1] * old.dim()
             shape[place.axis] = -1
-            new.append(torch.where(mask.view(shape), self._values(t, old), old))
+            new.append(torch.where(mask.view(shape), other(t, old, place, place.axis), old))
         return new
 
     def _seed(self) -> None:

@@ -19,7 +19,7 @@ from .._looks import holds
 from .._norms import BLOCK
 from .._tree import map_tensors, tensors_in
 from .._vjp import pulled_back
-from ..place import Place
+from ..place import Place, widened
 from ..rule import Call, Rule, at_least_float32
 from ..terms import Dense, Term, combine
 from ..terms.placed import Placed, merged
@@ -232,7 +232,7 @@ def rows_of(values: Tensor, place: Place, shape: Size) -> Term:
     Returns:
         A term of M rows; one row's own entries where the tensor has the rows itself.
     """
-    padded = (1,) * (values.dim() - len(shape)) + tuple(shape)
+    padded = widened(shape, values.dim())
     shared = [axis for axis, (a, b) in enumerate(zip(padded, values.shape, strict=True)) if a == 1 and b != 1]
     if place.axis is None or padded[place.axis] != 1:
         shared_sum = values.sum(shared, keepdim=True) if shared else values
@@ -361,7 +361,7 @@ class JoinRule(FunctionRule):
                 kept = torch.where(row_mask(place, g), g, 0).narrow(dim + 1, start, length)
                 kept = kept.squeeze(dim + 1) if call.saved["stacked"] else kept
                 kept = _real(kept, b)
-                one = torch.stack([row.sum_to_size(_padded(b.shape, row.dim())).reshape(b.shape) for row in kept])
+                one = torch.stack([row.sum_to_size(widened(b.shape, row.dim())).reshape(b.shape) for row in kept])
                 parts[name].append(Dense(one))
             else:
                 part = _real(g, b).narrow(dim, start, length)
@@ -377,10 +377,6 @@ class JoinRule(FunctionRule):
 def _real(gradient: Tensor, param: Tensor) -> Tensor:
     """The gradient of a real parameter in a complex result."""
     return gradient.real if gradient.is_complex() and not param.is_complex() else gradient
-
-
-def _padded(shape: Size, dims: int) -> tuple[int, ...]:
-    return (1,) * (dims - len(shape)) + tuple(shape)
 
 
 __all__ = ["JOINS", "FunctionRule", "JoinRule", "PointwiseRule"]

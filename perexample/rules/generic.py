@@ -157,7 +157,7 @@ class GenericRule(Rule):
 
     def _whole(self, call: Call, tensors: list[Tensor], upstream: list[Tensor]) -> dict[str, Tensor]:
         """Gradient of the whole batch, which those of the examples must add up to."""
-        params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
+        params = _leaves(call)
         with torch.enable_grad():  # a forward may let its input need a gradient
             outputs = _Repeat(call)(params, [t.detach() for t in tensors])
         return _pull(outputs, upstream, params)
@@ -172,8 +172,7 @@ class GenericRule(Rule):
         def one(inputs: tuple[Tensor, ...], gs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], list[Tensor]]:
             outputs, pull = vjp(lambda p: run(p, _with_axes(inputs, in_axes)), params)[:2]
             cotangents = [g.to(o.dtype) for g, o in zip(_with_axes(gs, out_axes), outputs, strict=True)]
-            prints = [_fingerprint(o, a).squeeze(0) for o, a in zip(outputs, out_axes, strict=True)]
-            return pull(tuple(cotangents))[0], prints
+            return pull(tuple(cotangents))[0], [found.squeeze(0) for found in _prints(outputs, out_axes)]
 
         dims = (tuple(in_axes), tuple(out_axes))
         try:
@@ -192,14 +191,14 @@ class GenericRule(Rule):
         out_axes: list[int],
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """One ordinary backward for each example."""
-        params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
+        params = _leaves(call)
         rows, prints = [], []
         for n in range(call.n):
             inputs = [t if a is None else t.narrow(a, n, 1) for t, a in zip(tensors, in_axes, strict=True)]
             with torch.enable_grad():
                 outputs = run(params, inputs)
             rows.append(_pull(outputs, [g.narrow(a, n, 1) for g, a in zip(upstream, out_axes, strict=True)], params))
-            prints.append([_fingerprint(o, a).squeeze(0) for o, a in zip(outputs, out_axes, strict=True)])
+            prints.append([found.squeeze(0) for found in _prints(outputs, out_axes)])
         gradients = {name: torch.stack([row[name] for row in rows]) for name in call.params}
         return gradients, [torch.stack(column) for column in zip(*prints, strict=True)]
 
@@ -232,7 +231,7 @@ class GenericRule(Rule):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """What the module gives for these tensors, and the gradients of each example."""
         inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
-        params = {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
+        params = _leaves(call)
         with torch.enable_grad(), restored(call.saved["rng"], tensors):
             outputs = _Repeat(call)(params, inputs)
         out_axes = self.output_axes(call.module, upstream)
@@ -263,8 +262,7 @@ class GenericRule(Rule):
                     f"`{call.name}` ({type(call.module).__name__}) mixes examples: the output of one depends on the "
                     f"input of another. Remove the mixing, or register a rule for it (@register_rule)."
                 )
-        pairs = zip(params.items(), grads, strict=False)
-        return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+        return _or_zeros(grads[: len(params)], params)
 
 
 class _Repeat:
@@ -289,6 +287,11 @@ def at_least(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: at_least_float32(t) for name, t in named.items()}
 
 
+def _leaves(call: Call) -> dict[str, Tensor]:
+    """The parameters of a call, as leaves of a graph of their own."""
+    return {name: p.detach().requires_grad_() for name, p in at_least(call.params).items()}
+
+
 def autocast_state(kind: str) -> dict[str, Any]:
     """Arguments of `torch.autocast` for what is set now."""
     enabled = torch.is_autocast_enabled(kind)
@@ -308,6 +311,10 @@ def _pull(outputs: Sequence[Tensor], upstream: Sequence[Tensor], params: dict[st
         return {name: torch.zeros_like(p) for name, p in params.items()}
     own, cotangents = zip(*reached, strict=True)
     grads = torch.autograd.grad(own, list(params.values()), cotangents, allow_unused=True)
+    return _or_zeros(grads, params)
+
+
+def _or_zeros(grads: Sequence[Tensor | None], params: dict[str, Tensor]) -> dict[str, Tensor]:
     pairs = zip(params.items(), grads, strict=True)
     return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
 
