@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from ._arguments import flag, losses_of, shown
 from ._chance import random_kept, random_states, seed, set_random_states
 from ._compared import SEED, Comparison, Found, refuse_memory
-from ._engine.backward import checked_fields
 from ._engine.context import perex
+from ._engine.fields import checked_fields
 from ._first_run import Seen, first_run, refuse_remembering
 from ._looks import holds, noting
 from ._precision import full_precision, reduced, without_autocast

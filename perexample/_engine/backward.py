@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._arguments import shown
 from .._grams import Grams
 from .._looks import blind, holds
 from .._private import in_memory, version
@@ -21,7 +20,6 @@ from .._vjp import pulled_back
 from ..errors import (
     BatchAxisError,
     ConfigurationError,
-    ExtensionError,
     MemoryBoundWarning,
     UncoveredParameterError,
     UnsupportedModuleError,
@@ -35,6 +33,7 @@ from .between import check_between
 from .broadcasts import check_broadcasts
 from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
+from .fields import FIELDS, check_late, check_written, checked, checked_fields, of_its_own
 from .joins import check_cuts, check_joins
 from .shares import check_shares, refuse_means, refuse_sums
 from .shortcuts import shortcut
@@ -44,7 +43,6 @@ from .view import ParameterView
 from .walk import Source, Walk
 
 _choice = lru_cache(Choice)
-FIELDS: set[str] = set()  # every field that was ever written, for `unextend`
 
 
 class Context(Protocol):
@@ -328,9 +326,9 @@ class Backward:
     def _compute(self, view: ParameterView) -> None:
         for extension in self.context.extensions:
             result = extension.compute(view)
-            _check_written(extension, view, "compute")
+            check_written(extension, view, "compute")
             if result is not None:
-                self.results[extension.field][id(view.param)] = _checked(extension, view.name, result, "compute")
+                self.results[extension.field][id(view.param)] = checked(extension, view.name, result, "compute")
         if not self.joint:
             view.drop()
         elif self.twice:
@@ -349,9 +347,9 @@ class Backward:
                 asked = {view.name: len(view.late) for view in views} if self.twice else {}
                 results = checked_fields(extension, extension.finish(views), by_name, "finish")
                 for view in views if type(extension).finish is not Extension.finish else ():
-                    _check_written(extension, view, "finish")
+                    check_written(extension, view, "finish")
                 for name, before in asked.items():
-                    _check_late(extension, by_name[name], before, results.get(name))
+                    check_late(extension, by_name[name], before, results.get(name))
                 for name, result in results.items():
                     self.results[extension.field][id(by_name[name].param)] = result
 
@@ -378,62 +376,9 @@ class Backward:
             shown: set[int] = set()
             for p, _ in self.names.values():
                 if id(p) in results:
-                    setattr(p, field, _of_its_own(results[id(p)], p, shown))
+                    setattr(p, field, of_its_own(results[id(p)], p, shown))
                 elif hasattr(p, field):
                     delattr(p, field)
-
-
-def _of_its_own(result: Any, p: Tensor, shown: set[int]) -> Any:
-    """A field that may be written to: the gradients of two biases can be one tensor, or that of one repeat an entry."""
-    if type(result) is not Tensor or result.dim() <= p.dim():
-        return result
-    memory = result.untyped_storage().data_ptr()
-    repeats = any(step == 0 and size > 1 for size, step in zip(result.shape, result.stride(), strict=True))
-    own = result.clone(memory_format=torch.contiguous_format) if repeats or memory in shown else result
-    shown.add(memory)
-    return own
-
-
-def _check_written(extension: Extension, view: ParameterView, method: str) -> None:
-    """What a view returns is shared by all extensions."""
-    if what := view.written():
-        raise ExtensionError(
-            f"{type(extension).__name__}.{method} wrote into what `{what}()` of `{view.name}` returned, which all "
-            f"extensions share; compute a new tensor instead (`.sqrt()` for `.sqrt_()`), or write into a `.clone()`."
-        )
-
-
-def checked_fields(extension: Extension, results: Any, names: Collection[str], method: str) -> dict[str, Tensor]:
-    """Fields by the names of the parameters, as an extension has returned them; None leaves one out."""
-    unknown = [name for name in results if name not in names] if isinstance(results, Mapping) else None
-    if unknown or unknown is None:
-        got = f"a field for {shown(unknown[0])}, which no view is named" if unknown else type(results).__name__
-        raise ExtensionError(
-            f"{type(extension).__name__}.{method} returned {got}; it must return a dictionary of tensors by the names "
-            f"of the views ({{view.name: ...}}), empty if there is nothing."
-        )
-    return {name: _checked(extension, name, one, method) for name, one in results.items() if one is not None}
-
-
-def _checked(extension: Extension, name: str, result: Any, method: str) -> Tensor:
-    """A field is a tensor."""
-    if isinstance(result, Tensor):
-        return result
-    raise ExtensionError(
-        f"{type(extension).__name__}.{method} returned {type(result).__name__} for `{name}`; a field must be a tensor, "
-        f"None leaves it out."
-    )
-
-
-def _check_late(extension: Extension, view: ParameterView, before: int, result: Tensor | None) -> None:
-    """What was computed from a sum that is not there yet was computed from zeros, and no field may show it."""
-    late = view.late[before:]
-    if late and any(one.out is not result for one in late):
-        raise ExtensionError(
-            f"{type(extension).__name__}.finish returned for `{view.name}` something else than what `weighted_sum` "
-            f"gave, which perex(max_memory=...) fills in later; return that alone (pass what is to be added as "
-            f"weighted_sum(w, onto=...)), or set late_sums = False."
-        )
 
 
 def _upstream(tap: Tap, gradients: dict[int, Tensor]) -> Any:
