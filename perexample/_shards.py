@@ -8,6 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+COMPUTES_WITH_PARTS = (
+    "is a DTensor that fully_shard (FSDP2) has not made of an ordinary parameter of this model: tensor parallelism is "
+    "not supported, and of a model that is kept in shards the whole has to be extended, not a part"
+)
+
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``, of which each process holds a part."""

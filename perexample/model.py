@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ._arguments import whole
-from ._engine.coverage import COMPUTES_WITH_PARTS
 from ._engine.fields import FIELDS
 from ._engine.hooks import ROOTS, Enter, Exit
 from ._private import compiled_in_place, has_hook, remove_hooks, shards
-from ._shards import is_sharded
+from ._shards import COMPUTES_WITH_PARTS, is_sharded
 from .errors import ConfigurationError, UnsupportedModuleError
 from .rule import can_refuse, refusal
 

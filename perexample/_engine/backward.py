@@ -68,7 +68,7 @@ class Backward:
         self.context, self.found, self.retain = context, found, False
         self.listener = STATE.listener  # of this thread; autograd computes for devices in threads of its own
         self.names = parameter_names(found)
-        check_coverage(found, self.names)
+        check_coverage(found)
         self.n = number_of_examples(found)
         mean = context.loss_reduction == "mean"
         self.joint = any(extension.joint for extension in context.extensions)

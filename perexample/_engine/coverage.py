@@ -8,24 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import gradient_hooks, has_hook, laid_out_in_one, mean_is_over, named_parameters, ones_for, shards
-from .._shards import is_sharded
+from .._private import gradient_hooks, laid_out_in_one, mean_is_over, named_parameters, ones_for, shards
+from .._shards import COMPUTES_WITH_PARTS, is_sharded
 from ..errors import (
     BatchAxisError,
     LossError,
-    PerExampleError,
     StaleGradientError,
-    UncoveredParameterError,
     UnsupportedModuleError,
 )
 from ..place import Place
-from ..rules.generic import GenericRule
 from .cuts import comes_from_rows
 from .graph import examples_of, live_taps
-from .hooks import ROOTS, Enter
-from .state import STATE
+from .hooks import ROOTS
 from .table import place_of
 from .tap import Tap
+from .uncovered import uncovered
 from .walk import Walk, refuse_lost
 
 
@@ -52,14 +49,8 @@ def parameter_names(found: Walk) -> dict[int, tuple[Tensor, str]]:
     for tap in found.taps:
         for name, given in tap.params.items():
             for p in found.sources[id(given)].leaves:
-                _check_leaf(tap, name, p, given, names)
+                _check_leaf(tap, name, p, names)
     return names
-
-
-COMPUTES_WITH_PARTS = (
-    "is a DTensor that fully_shard (FSDP2) has not made of an ordinary parameter of this model: tensor parallelism is "
-    "not supported, and of a model that is kept in shards the whole has to be extended, not a part"
-)
 
 
 def _check_shards(name: str, whole: Tensor, own: Tensor) -> None:
@@ -73,7 +64,7 @@ def _check_shards(name: str, whole: Tensor, own: Tensor) -> None:
         )
 
 
-def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, tuple[Tensor, str]]) -> None:
+def _check_leaf(tap: Tap, name: str, p: Tensor, names: dict[int, tuple[Tensor, str]]) -> None:
     """What must hold of a leaf that a tap answers for; one that took a parameter's place gets a name."""
     if laid_out_in_one(p):
         raise UnsupportedModuleError(
@@ -108,7 +99,7 @@ def _check_leaf(tap: Tap, name: str, p: Tensor, given: Tensor, names: dict[int, 
         )
 
 
-def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
+def check_coverage(found: Walk) -> None:
     """Errors for what the walk has found that no tap answers for."""
     records = [tap.record for tap in found.taps] + ([found.lost.record] if found.lost else [])
     for record in records:
@@ -124,79 +115,13 @@ def check_coverage(found: Walk, names: dict[int, tuple[Tensor, str]]) -> None:
             )
     refuse_lost(found)
     if found.uncovered:
-        uncovered = list(found.uncovered.values())
-        raise _uncovered(next(filter(is_sharded, uncovered), uncovered[0]), found)
+        parameters = list(found.uncovered.values())
+        raise uncovered(next(filter(is_sharded, parameters), parameters[0]), found)
     if not any(source.leaves for source in found.sources.values()):
         raise LossError(
             "The loss does not depend on the batch through any extended model: no call of a module with trainable "
             "parameters lies between. Call extend(model) before the forward."
         )
-
-
-def _uncovered(p: nn.Parameter, found: Walk) -> PerExampleError:
-    for model in ROOTS:
-        _, owner = shards(model).get(id(p), (p, p))
-        for path, module in model.named_modules():
-            for name, own in module.named_parameters(recurse=False):
-                if own is p or own is owner:
-                    return _uncovered_at(path, name, module, found)
-    return UncoveredParameterError(
-        f"The loss depends on a trainable parameter of shape {list(p.shape)} that belongs to no extended model; call "
-        f"extend() on the model it belongs to before the forward, or freeze it with requires_grad_(False)."
-    )
-
-
-def _uncovered_at(path: str, name: str, module: nn.Module, found: Walk) -> PerExampleError:
-    where = f"Parameter `{path}.{name}`" if path else f"Parameter `{name}`"
-    kind = type(module).__name__
-    if is_sharded(module._parameters.get(name)):
-        return UnsupportedModuleError(f"{where} {COMPUTES_WITH_PARTS}.")
-    if found.compiled:
-        return UncoveredParameterError(
-            f"{where} ({kind}) is used inside or behind a compiled region, through which nothing can be followed; "
-            f"run the extended model, and the functions that it calls, without torch.compile."
-        )
-    if not has_hook(module, Enter):
-        return UncoveredParameterError(
-            f"{where} belongs to a {kind} that was put into the model after extend(); call extend(model) again, before "
-            f"the forward."
-        )
-    if not found.taps:
-        return UncoveredParameterError(
-            f"{where} ({kind}) reaches the loss, but no call of an extended module does that could be followed: the "
-            f"forward ran before extend() or under torch.compile, a method was called in its place, the loss (a "
-            f"penalty on weights?) does not depend on the batch, or the parameter is used by a torch.autograd.Function "
-            f"in a module with children. Call the model (model(x)) again; put such a function into a module without "
-            f"children, or register a rule for the module that uses it "
-            f"(register_rule(ThatClass)(GenericRule)).{STATE.hinted()}"
-        )
-    tap = found.within.get(id(module._parameters[name]))
-    if tap is not None and not isinstance(tap.rule, GenericRule):
-        rule = type(tap.rule).__name__
-        return UncoveredParameterError(
-            f"{where} ({kind}) is used inside of `{tap.name}` ({tap.kind}), whose rule {rule} answers for "
-            f"{sorted(tap.params)}, parameters that the module owns itself, and no others. Let {rule}.handles return "
-            f"False for such a module, so that the operations inside are followed one by one, or register the generic "
-            f"rule, which takes it as a whole: register_rule({tap.kind}, overwrite=True)(GenericRule)."
-        )
-    roots = {tap.record.root_name: tap.record.root() for tap in found.taps}
-    if not any(module in root.modules() for root in roots.values() if root is not None):
-        return UncoveredParameterError(
-            f"{where} ({kind}) is used outside of any forward of its {kind}: by the loss function, a penalty, or a "
-            f"method that is called by itself, where nothing is followed; the loss comes from the forward of "
-            f"{', '.join(f'`{name}`' for name in roots)}. Let forward do what uses the parameter (it may return each "
-            f"example's own loss), and call the model; add penalties in the optimizer (weight_decay)."
-        )
-    return UncoveredParameterError(
-        f"{where} ({kind}) reaches the loss where no tap could be left: outside of the model's forward, as in the loss "
-        f"function, in a penalty, in what the model returns beside data, in a factor of the loss when the examples are "
-        f"joined already, in gradients (create_graph=True), or through an operation that could not be followed, such "
-        f"as a torch.autograd.Function in a module with children. Let forward do what uses it (it may return each "
-        f"example's own loss), add penalties in the optimizer (weight_decay), bring what is returned to the shape of "
-        f"data (log_std.expand_as(mean)) and factors to each example's own loss inside the model, put such a function "
-        f"into a module without children, register a rule for the module that uses it "
-        f"(register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False).{STATE.hinted()}"
-    )
 
 
 def check_divisors(found: Walk, n: int) -> None:
