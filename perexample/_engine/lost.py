@@ -46,5 +46,4 @@ def where() -> str:
     """What runs now, for messages."""
     if not STATE.frames:
         return "a part that a checkpoint repeats"
-    frame = STATE.frames[-1]
-    return f"`{frame.name}` ({type(frame.module).__name__})"
+    return STATE.frames[-1].called

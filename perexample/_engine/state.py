@@ -48,6 +48,11 @@ class Frame:
     parameters: tuple[Any, ...] = ()
     follow: Follow | None = None
 
+    @property
+    def called(self) -> str:
+        """How messages name it."""
+        return f"`{self.name}` ({type(self.module).__name__})"
+
 
 class _State(threading.local):
     def __init__(self) -> None:

@@ -77,28 +77,16 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
     """Tap a module's outputs; returns the output to go on with."""
     module = frame.module
     inputs, results = tensors_of((args, kwargs) if kwargs else args), tensors_of(output)
-    known: list[Place] = []
-    for t in inputs:
-        place = place_of(t)
-        if isinstance(place, Lost):
-            if any(t is order for order in rule.orders(args)):
-                continue
-            lose(results, place)
-            return output
-        if place is not None and is_sparse(t) and not isinstance(rule, GenericRule):
-            where = f"`{frame.name}` ({type(module).__name__})"
-            lose(results, lost_if_sparse(frame.record or place.space.record, where, t))
-            return output
-        if place is not None:
-            known.append(place)
+    known = _known(rule, frame, args, inputs)
+    if isinstance(known, Lost):
+        lose(results, known)
+        return output
     if kwargs:
         args, kwargs = _bound(module, args, kwargs)
     record = frame.record or known[0].space.record
     located = _located(rule, frame, args, kwargs, bool(known), results, record)
     if isinstance(located, str):
-        where = f"`{frame.name}` ({type(module).__name__})"
-        mixes = "several examples" in located
-        lose(results, Lost(record, where, located, mixes))
+        lose(results, Lost(record, frame.called, located, "several examples" in located))
         return output
     place, places = located
     tapped = [is_own(t, inputs) for t in results]
@@ -123,6 +111,22 @@ def leave_call(rule: Rule, frame: Frame, args: tuple, kwargs: dict, output: Any)
         shown = [p is not None and _may_require_grad(t) for t, p in zip(results, places, strict=True)]
         tap.leave_out([(t, own) for t, own, one in zip(results, tapped, shown, strict=True) if one])
     return output
+
+
+def _known(rule: Rule, frame: Frame, args: tuple, inputs: list[Tensor]) -> list[Place] | Lost:
+    """Where the inputs hold the examples; or what stands for the result of the call, as one of them does not tell."""
+    known: list[Place] = []
+    for t in inputs:
+        place = place_of(t)
+        if isinstance(place, Lost):
+            if any(t is order for order in rule.orders(args)):
+                continue
+            return place
+        if place is not None and is_sparse(t) and not isinstance(rule, GenericRule):
+            return lost_if_sparse(frame.record or place.space.record, frame.called, t)
+        if place is not None:
+            known.append(place)
+    return known
 
 
 def _put_all(tensors: Any, places: Sequence[Place | None]) -> None:
