@@ -24,9 +24,9 @@ def _importable():
 
 
 def script(name, *arguments):
-    threads = {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, FOLDER / f"{name}.py", *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    """Run it, with one thread, as other tests run beside it."""
+    command = [sys.executable, FOLDER / f"{name}.py", "--threads", "1", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 
@@ -38,24 +38,30 @@ def measured(entries, names):
         assert len(entries[name]["seconds"]) == 3
 
 
+MODELS = ["mlp", "seed_cnn", "resnet18", "vgg11", "depthwise", "transformer", "gpt", "lstm", "vit"]
+COMPILED = ["mlp", "seed_cnn"]  # to compile the others takes minutes
+
+
+def test_all_models_of_the_suite_are_run_below():
+    assert list(importlib.import_module("models").SUITE) == MODELS
+
+
 @pytest.mark.slow
-def test_suite(tmp_path):
+@pytest.mark.parametrize("model", MODELS)
+def test_suite(model, tmp_path):
     names = importlib.import_module("systems").SYSTEMS
+    systems = [name for name in names if "compiled" not in name or model in COMPILED]
     small = ["--smoke", "--n", 4, "--no-memory", "--out", tmp_path]
-    script("suite", *small, "--systems", *(name for name in names if not name.endswith("compiled")))
-    compiled = ["plain, compiled", "ClippedGrad, compiled"]
-    script("suite", *small, "--systems", *compiled, "--models", "mlp", "seed_cnn")  # as it takes minutes on all
-    models = json.loads((tmp_path / "suite.json").read_text())["models"]
-    assert len(models) == 9
-    for entries in models.values():
-        measured(entries, ["plain", "ClippedGrad", "ClippedGrad, roomy", "BatchL2Grad", "BatchGrad", "vmap", "loop"])
-    for name in ("mlp", "seed_cnn"):
-        measured(models[name], compiled)
-    peers = [entry["failed"] for entries in models.values() for entry in entries.values() if "failed" in entry]
-    if any(why.endswith("is not installed") for why in peers):
+    script("suite", *small, "--models", model, "--systems", *systems)
+    entries = json.loads((tmp_path / "suite.json").read_text())["models"][model]
+    measured(entries, ["plain", "ClippedGrad", "ClippedGrad, roomy", "BatchL2Grad", "BatchGrad", "vmap", "loop"])
+    measured(entries, ["ClippedGrad, recorded model", "ClippedGrad, recorded"])
+    measured(entries, [name for name in systems if "compiled" in name])
+    if any(entry.get("failed", "").endswith("is not installed") for entry in entries.values()):
         pytest.skip("ran, but without Opacus or BackPACK, which are not installed")
-    measured(models["vgg11"], ["Opacus hooks", "Opacus functorch", "Opacus ghost", "BackPACK"])
-    assert all("seconds" in entries["Opacus hooks"] for entries in models.values())
+    measured(entries, ["Opacus hooks"])
+    if model == "vgg11":
+        measured(entries, ["Opacus functorch", "Opacus ghost", "BackPACK"])
 
 
 @pytest.mark.slow
