@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from perexample._arguments import is_word, positive, shown
+from perexample._arguments import positive
 from perexample._looks import holds
 from perexample._private import added_up, version
 from perexample.errors import ConfigurationError, ExtensionError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
 
 from .clip import Clip, Flat, bounded, make_clip
+from .groups import check_groups, group_of, refuse_unknown
 
 
 @dataclass
@@ -111,18 +112,7 @@ class ClippedGrad(Extension):
             self.max_norm: float | dict[str, float] = {g: positive(f"max_norm[{g!r}]", c) for g, c in max_norm.items()}
         else:
             self.max_norm = positive("max_norm", max_norm)
-        if not isinstance(groups, Mapping) and not is_word(groups, ("all", "per-parameter", "per-module")):
-            raise ConfigurationError(
-                f"groups must be 'all', 'per-parameter', 'per-module', or a mapping from parameter names; "
-                f"not {shown(groups)}."
-            )
-        if isinstance(groups, Mapping):
-            for name, group in groups.items():
-                if not isinstance(name, str) or not isinstance(group, (str, int)):
-                    raise ConfigurationError(
-                        f"groups must map names of parameters, or of modules, to names of groups, not "
-                        f"{shown(name)} to {shown(group)}."
-                    )
+        check_groups(groups)
         self.clip, self.groups = make_clip(clip), groups
         self.norms: Tensor | None = None
         self.group_norms: dict[str, Tensor] = {}
@@ -151,12 +141,7 @@ class ClippedGrad(Extension):
         """
         named = list(named)
         self._remember(named)
-        for key in self.groups if isinstance(self.groups, Mapping) else ():
-            if not any(_belongs(name, key) for name, _ in named):
-                raise ConfigurationError(
-                    f"ClippedGrad(groups=...): the model has no parameter or module `{key}`; the names are those of "
-                    f"model.named_parameters(), or what they begin with before a dot."
-                )
+        refuse_unknown(self.groups, [name for name, _ in named])
         if not self._under_way():
             self._bounds = self._bounds_of(name for name, p in named if p.requires_grad)
 
@@ -169,7 +154,7 @@ class ClippedGrad(Extension):
         return known[1] if known is not None and known[0]() is p else None
 
     def _bounds_of(self, names: Iterable[str]) -> dict[str, float]:
-        return {group: self._bound(group) for group in sorted({self._group(name) for name in names}, key=str)}
+        return {group: self._bound(group) for group in sorted({group_of(name, self.groups) for name in names}, key=str)}
 
     def sensitivity(self) -> float:
         """Bound on what one example adds to all clipped sums together: ``sqrt(sum over groups of C_g^2)``.
@@ -284,7 +269,7 @@ class ClippedGrad(Extension):
         device = views[0].param.device
         members: dict[str, list[ParameterView]] = {}
         for view in views:
-            members.setdefault(self._group(view.name), []).append(view)
+            members.setdefault(group_of(view.name, self.groups), []).append(view)
         squares = {g: torch.stack([v.batch_l2().to(device) for v in vs]).sum(0) for g, vs in members.items()}
         total = torch.stack(list(squares.values())).sum(0) if len(squares) > 1 else next(iter(squares.values()))
         finite = None if holds(total.sum() < math.inf) else torch.isfinite(total)  # a sum of squares hides nothing
@@ -432,21 +417,6 @@ class ClippedGrad(Extension):
         name = getattr(clip, "__name__", type(clip).__name__)
         return f"{type(self).__name__}(max_norm={self.max_norm}, clip={name}, groups={self.groups!r})"
 
-    def _group(self, name: str) -> str:
-        if self.groups == "all":
-            return "all"
-        if self.groups == "per-parameter":
-            return name
-        if self.groups == "per-module":
-            return name.rpartition(".")[0]
-        assert isinstance(self.groups, Mapping)
-        fits = [key for key in self.groups if _belongs(name, key)]
-        if not fits:
-            raise ConfigurationError(
-                f"ClippedGrad(groups=...): parameter `{name}` belongs to no group; name it, or a module that holds it."
-            )
-        return self.groups[max(fits, key=len)]
-
     def _bound(self, group: str) -> float:
         if not isinstance(self.max_norm, dict):
             return positive("max_norm", self.max_norm)  # it may have been changed, to what was computed
@@ -488,11 +458,6 @@ class ClippedGrad(Extension):
                 f"perex(clipping) before the next step."
             )
         return value
-
-
-def _belongs(name: str, key: str) -> bool:
-    """Whether a parameter is the one, or in the module, that a key of ``groups`` names."""
-    return name == key or name.startswith(key + ".")
 
 
 CLIP_ALIKE: set[type] = {ClippedGrad}  # classes that clip as ClippedGrad does
