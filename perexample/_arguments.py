@@ -35,9 +35,9 @@ def real(name: str, value: Any, wanted: str, fits: Callable[[float], bool], reme
     return number
 
 
-def positive(name: str, value: Any, wanted: str = "a finite number greater than 0", remedy: str = "") -> float:
+def positive(name: str, value: Any, wanted: str = "a finite number greater than 0") -> float:
     """A finite number above 0; arguments as for `real`."""
-    return real(name, value, wanted, lambda number: number > 0, remedy)
+    return real(name, value, wanted, lambda number: number > 0)
 
 
 def whole(name: str, value: Any, wanted: str, least: int = 0, most: int = _COUNTABLE, remedy: str = "") -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from torch import Tensor
 from torch.utils.data import default_collate
 
+from .._arguments import whole
 from ..errors import ConfigurationError
-from .sampling import _whole
+from .containers import fresh, is_array, parts_of, plain, with_parts
 
 
 class EmptyBatches:
@@ -63,7 +61,7 @@ class EmptyBatches:
         Returns:
             The batch.
         """
-        return self.collate_fn(examples) if len(examples) else _fresh(self._empty)
+        return self.collate_fn(examples) if len(examples) else fresh(self._empty)
 
     def _of_none(self, unclear: ConfigurationError) -> Any:
         """What the function itself makes of no examples, where the structure does not tell."""
@@ -76,7 +74,7 @@ class EmptyBatches:
 
     def _collated(self, example: Any, times: int) -> Any:
         try:
-            return self.collate_fn([_fresh(example) for _ in range(times)])  # some functions take parts out of examples
+            return self.collate_fn([fresh(example) for _ in range(times)])  # some functions take parts out of examples
         except Exception as error:
             raise ConfigurationError(
                 f"collate_fn failed for {times} x the given example, so that the structure of an empty batch is not "
@@ -106,7 +104,7 @@ def split_batch(batch: Any, size: int) -> list[Any]:
         >>> [len(piece["x"]) for piece in split_batch({"x": torch.ones(5, 3), "y": torch.ones(5)}, 2)]
         [2, 2, 1]
     """
-    size = _whole("size", size, 1)
+    size = whole("size", size, "an integer >= 1", 1)
     rows = _rows(batch, "batch")
     if not rows:
         raise ConfigurationError("batch has no tensor, array or list that tells the number of examples.")
@@ -122,61 +120,20 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     return [_cut(batch, start, start + size, examples, "batch") for start in range(0, examples, size)]
 
 
-def _children(value: Any) -> dict[str, Any] | None:
-    """What a container holds, by how it is reached; None for anything else."""
-    if isinstance(value, Mapping):
-        return {f"[{key!r}]": child for key, child in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f".{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {f".{name}": child for name, child in zip(value._fields, value, strict=True)}
-    if isinstance(value, (list, tuple)):
-        return {f"[{i}]": child for i, child in enumerate(value)}
-    return None
-
-
-def _with_children(value: Any, children: list[Any]) -> Any:
-    """A container of the same kind that holds others."""
-    if isinstance(value, Mapping):
-        return _mapping(value, dict(zip(value, children, strict=True)))
-    if dataclasses.is_dataclass(value):
-        result = copy.copy(value)
-        for field, child in zip(dataclasses.fields(value), children, strict=True):
-            object.__setattr__(result, field.name, child)  # of frozen ones, too
-        return result
-    if hasattr(value, "_fields"):
-        return type(value)(*children)
-    return type(value)(children)
-
-
-def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    try:
-        return type(value)(items)  # type: ignore[call-arg]
-    except TypeError:  # made of something else, as defaultdict is
-        result: Any = copy.copy(value)
-        result.update(items)
-        return result
-
-
-def _is_array(value: Any) -> bool:
-    """Whether it is a tensor or a numpy array, or behaves like one."""
-    return isinstance(value, Tensor) or all(hasattr(value, name) for name in ("shape", "dtype", "__array__"))
-
-
 def _none_of(one: Any, two: Any, path: str) -> Any:
     """What no examples give, if one example gives ``one`` and two of them ``two``."""
     if type(one) is not type(two):
         _cannot_tell(path, one, two)
-    if _is_array(one):
+    if is_array(one):
         return _no_rows(one, two, path)
     if isinstance(one, (list, tuple)) and one and len(two) == 2 * len(one):
         return type(one)()
-    parts, others = _children(one), _children(two)
+    parts, others = parts_of(one), parts_of(two)
     if parts is None or others is None:
         return one if _equal(one, two) else _cannot_tell(path, one, two)
     if list(parts) != list(others):
         _cannot_tell(path, one, two)
-    return _with_children(one, [_none_of(part, others[key], path + key) for key, part in parts.items()])
+    return with_parts(one, [_none_of(part, others[key], path + key) for key, part in parts.items()])
 
 
 def _no_rows(one: Any, two: Any, path: str) -> Any:
@@ -185,24 +142,11 @@ def _no_rows(one: Any, two: Any, path: str) -> Any:
     if len(before) != len(after) or len(differing) > 1:
         _cannot_tell(path, one, two)
     if not differing:
-        return _plain(one) if bool((one == two).all()) else _cannot_tell(path, one, two)
+        return plain(one) if bool((one == two).all()) else _cannot_tell(path, one, two)
     axis = differing[0]
     if after[axis] != 2 * before[axis]:
         _cannot_tell(path, one, two)
-    return _plain(one[(slice(None),) * axis + (slice(0),)])
-
-
-def _plain(array: Any) -> Any:
-    """A copy that holds on to nothing else."""
-    return array.detach().clone() if isinstance(array, Tensor) else copy.deepcopy(array)
-
-
-def _fresh(value: Any) -> Any:
-    """A copy that shares no container and no array."""
-    if _is_array(value):
-        return _plain(value)
-    children = _children(value)
-    return value if children is None else _with_children(value, [_fresh(child) for child in children.values()])
+    return plain(one[(slice(None),) * axis + (slice(0),)])
 
 
 def _equal(one: Any, two: Any) -> bool:
@@ -213,7 +157,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 
 def _cannot_tell(path: str, one: Any, two: Any) -> NoReturn:
-    first, second = (f"shape {list(v.shape)}" if _is_array(v) else f"a {type(v).__name__}" for v in (one, two))
+    first, second = (f"shape {list(v.shape)}" if is_array(v) else f"a {type(v).__name__}" for v in (one, two))
     raise ConfigurationError(
         f"What {path} is for a batch of no examples cannot be told: it is {first} for one example and {second} for two "
         f"that are equal, which differ otherwise than by twice as many rows."
@@ -221,7 +165,7 @@ def _cannot_tell(path: str, one: Any, two: Any) -> NoReturn:
 
 
 def _holds_arrays(value: Any) -> bool:
-    return _is_array(value) or any(_holds_arrays(child) for child in (_children(value) or {}).values())
+    return is_array(value) or any(_holds_arrays(child) for child in (parts_of(value) or {}).values())
 
 
 def _is_list_of_examples(value: Any) -> bool:
@@ -231,27 +175,27 @@ def _is_list_of_examples(value: Any) -> bool:
 
 def _rows(value: Any, path: str) -> dict[str, int]:
     """Number of examples according to each part that tells it."""
-    if _is_array(value):
+    if is_array(value):
         return {path: value.shape[0]} if len(value.shape) else {}
     if _is_list_of_examples(value):
         return {path: len(value)}
     found: dict[str, int] = {}
-    for key, child in (_children(value) or {}).items():
+    for key, child in (parts_of(value) or {}).items():
         found |= _rows(child, path + key)
     return found
 
 
 def _cut(value: Any, start: int, stop: int, examples: int, path: str) -> Any:
-    if _is_array(value):
+    if is_array(value):
         return value[start:stop] if len(value.shape) else value
     if _is_list_of_examples(value):
         return value[start:stop]
-    children = _children(value)
-    if children is None:
+    parts = parts_of(value)
+    if parts is None:
         return value
     if path != "batch" and isinstance(value, list) and len(value) == examples:
         raise ConfigurationError(
             f"{path} is a list of {examples} parts with tensors in a batch of {examples} examples: it cannot be told "
             f"whether each part is of one example or of all. Cut the batch before it is collated, with PhysicalBatches."
         )
-    return _with_children(value, [_cut(child, start, stop, examples, path + key) for key, child in children.items()])
+    return with_parts(value, [_cut(child, start, stop, examples, path + key) for key, child in parts.items()])

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .._private import system_generator
 from ..errors import ConfigurationError
-from .collate import EmptyBatches, _is_array
+from .collate import EmptyBatches
+from .containers import is_array
 from .mixing import refuse_mixing
 
 _OURS = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset", "collate_fn"}
@@ -25,7 +26,7 @@ def check_data(dataset: Any, loader_options: Mapping[str, Any]) -> None:
             f"dataset must have __len__ and __getitem__, and {type(dataset).__name__} is no such thing; Poisson "
             f"sampling draws every example by its index.{given}"
         )
-    if isinstance(dataset, tuple) and dataset and all(map(_is_array, dataset)):
+    if isinstance(dataset, tuple) and dataset and all(map(is_array, dataset)):
         raise ConfigurationError(
             f"dataset is a tuple of {len(dataset)} arrays, which would be taken for {len(dataset)} examples. Give "
             f"torch.utils.data.TensorDataset(*tensors), whose examples are their rows; if each is an example, a list."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CrossExampleError
-from .collate import _children, _fresh, _is_array, _with_children
+from .containers import fresh, is_array, parts_of, with_parts
 
 _SEEDS = 20  # with how many random numbers it is tried: mixing may be left to chance
 _KEPT = 2 / 3  # share of the rows that stay as they are when the last of three examples is changed
@@ -63,15 +63,15 @@ def _changed(example: Any) -> tuple[Any, int]:
 
     def other(value: Any) -> Any:
         nonlocal count
-        if _is_array(value):
+        if is_array(value):
             t = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
             if not t.is_floating_point() or not t.numel():
                 return value
             count += 1
             new = 1.5 * t + 0.25
             return new if isinstance(value, torch.Tensor) else new.numpy().astype(value.dtype)
-        children = _children(value)
-        return value if children is None else _with_children(value, [other(child) for child in children.values()])
+        parts = parts_of(value)
+        return value if parts is None else with_parts(value, [other(child) for child in parts.values()])
 
     return other(example), count
 
@@ -81,7 +81,7 @@ def _batch(collate: Callable[[list[Any]], Any], examples: Sequence[Any], seed: i
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
-    return collate([_fresh(example) for example in examples])
+    return collate([fresh(example) for example in examples])
 
 
 @contextmanager
@@ -100,12 +100,12 @@ def _random_kept() -> Iterator[None]:
 
 def _arrays(value: Any) -> list[torch.Tensor]:
     """Tensors and arrays of numbers in a batch, in order."""
-    if _is_array(value):
+    if is_array(value):
         with suppress(TypeError, ValueError, RuntimeError):  # texts and objects
             t = torch.as_tensor(value)
             return [t] if t.layout is torch.strided else []
         return []
-    return [array for child in (_children(value) or {}).values() for array in _arrays(child)]
+    return [array for child in (parts_of(value) or {}).values() for array in _arrays(child)]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

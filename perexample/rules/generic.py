@@ -249,7 +249,7 @@ class GenericRule(Rule):
         inputs: list[Tensor],
     ) -> dict[str, Tensor]:
         """Gradient of example n, after making sure that only input n has one too."""
-        masked = [_only(g, a, n).to(o.dtype) for g, a, o in zip(upstream, out_axes, outputs, strict=True)]
+        masked = [only(g, a, n).to(o.dtype) for g, a, o in zip(upstream, out_axes, outputs, strict=True)]
         leaves = [t for t in inputs if t.requires_grad]
         wanted = [*params.values(), *leaves]
         grads = torch.autograd.grad(outputs, wanted, masked, retain_graph=True, allow_unused=True)
@@ -257,7 +257,7 @@ class GenericRule(Rule):
         for grad, axis in zip(grads[len(params) :], in_axes, strict=True):
             if grad is None or axis is None or not _holds(grad, axis, call.n):
                 continue
-            if bool((((grad - _only(grad, axis, n)) != 0) & grad.isfinite()).any()):  # zero times infinity is no sign
+            if bool((((grad - only(grad, axis, n)) != 0) & grad.isfinite()).any()):  # zero times infinity is no sign
                 raise CrossExampleError(
                     f"`{call.name}` ({type(call.module).__name__}) mixes examples: the output of one depends on the "
                     f"input of another. Remove the mixing, or register a rule for it (@register_rule)."
@@ -335,7 +335,7 @@ def _holds(t: Tensor, axis: int | None, n: int) -> bool:
     return axis is not None and t.dim() > axis and t.shape[axis] == n
 
 
-def _only(g: Tensor, axis: int, n: int) -> Tensor:
+def only(g: Tensor, axis: int, n: int) -> Tensor:
     """``g`` with all examples but one set to zero."""
     out = torch.zeros_like(g)
     out.select(axis, n).copy_(g.select(axis, n))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .generic import _only
+from .generic import only
 from .unrolled import Unrolled
 
 
@@ -58,8 +58,8 @@ class Layout:
         """A gradient with all examples but one set to zero, be it of the output or of states ``[L, N, H]``."""
         if self.batch_sizes is not None and not states:
             place = n if self.back is None else int(self.back[n])
-            return self.as_given(_only(self.time_major(g), 1, place))
-        return _only(g, 0 if self.batch_first and not states else 1, n)
+            return self.as_given(only(self.time_major(g), 1, place))
+        return only(g, 0 if self.batch_first and not states else 1, n)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ MUTANTS = (
     mutant(
         "F16-empty-batch-crashes",
         "leaves an empty batch to the collate function",
-        Edit("perexample.privacy.collate:EmptyBatches.__call__", (" if len(examples) else _fresh(self._empty)", "")),
+        Edit("perexample.privacy.collate:EmptyBatches.__call__", (" if len(examples) else fresh(self._empty)", "")),
         killers="test_make_private.py::test_empty_batches_are_steps",
     ),
     mutant(
