@@ -13,7 +13,18 @@ from perexample.errors import ConfigurationError, CrossExampleError
 
 
 class Clip:
-    """A function from norms ``[N]`` and a bound C to factors ``[N]`` with ``factor * norm <= C``."""
+    """A function from norms ``[N]`` and a bound C to factors ``[N]`` with ``factor * norm <= C``.
+
+    Each factor must depend on the norm of its own example only. `ClippedGrad` holds the factors of a subclass of your
+    own to the bound.
+
+    Example:
+        >>> from perexample.extensions import Clip, ClippedGrad
+        >>> class Capped(Clip):
+        ...     def __call__(self, norms, bound):
+        ...         return (bound / norms).clamp(max=2.0)
+        >>> clipping = ClippedGrad(1.0, clip=Capped())
+    """
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
         """Factors for these norms."""
@@ -25,6 +36,11 @@ class Flat(Clip):
 
     References:
         Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
+
+    Example:
+        >>> from perexample.extensions import Flat
+        >>> Flat()(torch.tensor([0.5, 2.0]), 1.0)
+        tensor([1.0000, 0.5000])
     """
 
     def __call__(self, norms: Tensor, bound: float) -> Tensor:
@@ -40,6 +56,11 @@ class Automatic(Clip):
 
     References:
         Bu et al. 2022, arXiv:2206.07136, equation 4.
+
+    Example:
+        >>> from perexample.extensions import Automatic
+        >>> Automatic(stability=0.5)(torch.tensor([0.5, 2.0]), 1.0)
+        tensor([1.0000, 0.4000])
     """
 
     def __init__(self, stability: float = 0.01) -> None:
@@ -59,6 +80,11 @@ class Global(Clip):
 
     References:
         Bu et al. 2021, arXiv:2106.07830, section 4.
+
+    Example:
+        >>> from perexample.extensions import Global
+        >>> Global()(torch.tensor([0.5, 2.0]), 1.0)
+        tensor([1., 0.])
     """
 
     def __init__(self, threshold: float | None = None) -> None:
