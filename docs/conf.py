@@ -51,6 +51,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "remove_config_comments": True,
     "matplotlib_animations": False,
+    "parallel": os.cpu_count(),  # so many pages run at a time
 }
 
 draw_architecture.main(Path(__file__).parent / "_static" / "architecture.svg")
