@@ -1,5 +1,7 @@
-"""A reference that shares no code with the library: one ``torch.autograd.grad`` per example, and a few small models."""
+"""A reference that shares no code with the library: one ``torch.autograd.grad`` per example; and what tests share."""
 
+import gc
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -121,3 +123,22 @@ def lstm_in_bfloat16() -> None:
             torch.nn.LSTM(2, 2)(torch.ones(1, 1, 2))
     except RuntimeError as error:
         pytest.skip(f"torch has no bfloat16 LSTM on this processor: {error}")
+
+
+def values(model):
+    """Copies of the parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def saved_whole(model):
+    """What torch.load gives of the model that torch.save has written."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def tensors_alive():
+    """How many tensors there are."""
+    gc.collect()
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import threading
 import tracemalloc
@@ -11,7 +10,7 @@ import weakref
 import naive
 import pytest
 import torch
-from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
+from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn, saved_whole, tensors_alive
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -64,13 +63,6 @@ def test_extend_changes_neither_object_nor_class_nor_state():
     backward(model, BatchGrad(), ClippedGrad(1.0))
     assert_bitwise(model.state_dict(), state)
     assert naive.mlp(seed=1).load_state_dict(model.state_dict()).missing_keys == []
-
-
-def saved_whole(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 @pytest.mark.parametrize(
@@ -631,11 +623,6 @@ def test_the_context_holds_for_one_thread():
         thread.start()
         thread.join()
     assert seen == [False]
-
-
-def tensors_alive():
-    gc.collect()
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
 def training(model, fail=False):

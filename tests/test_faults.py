@@ -1,7 +1,6 @@
 """The known ways in which private training went wrong elsewhere, each with the test that catches it here."""
 
 import copy
-import gc
 import math
 import warnings
 
@@ -9,7 +8,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
+from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn, tensors_alive
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -607,20 +606,16 @@ def test_f32_captured_tensors_are_let_go():
     """Activations captured by forwards without a backward pile up."""
     model = extend(naive.mlp())
 
-    def alive():
-        gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
     x, y = naive.batch()
     with perex(BatchL2Grad()):
         mse(model, x, y).backward()
-        before = alive()
+        before = tensors_alive()
         for _ in range(5):
             model(x)
             with torch.no_grad():
                 model(x)
             mse(model, x, y).backward()
-        assert alive() <= before
+        assert tensors_alive() <= before
 
 
 def test_f33_a_crash_in_the_forward_leaves_nothing():

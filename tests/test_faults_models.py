@@ -29,7 +29,7 @@ from harness import (
     rand,
     trainable,
 )
-from naive import assert_bitwise
+from naive import assert_bitwise, values
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -177,10 +177,6 @@ MODELS = {"tiny": (tiny, losses), "gpt2": (gpt2, of_logits)}
 
 def fields(model, name="grad_batch"):
     return {key: getattr(p, name) for key, p in trainable(model).items()}
-
-
-def values_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def grad_batch(model, *inputs, loss=losses, grad=False, seed=3):
@@ -481,22 +477,22 @@ def test_f32_no_step_without_a_forward_of_its_own():
     """A graph that was used up, a step without any backward, and a second step on one backward."""
     model, ids, clipping = extend(tiny()), words(), ClippedGrad(0.5)
     optimizer = dp_sgd(model.parameters(), clipping)
-    before = values_of(model)
+    before = values(model)
     with perex(clipping, grad=False):
         pass
     with pytest.raises(StaleGradientError):
         optimizer.step()
-    assert_bitwise(values_of(model), before)
+    assert_bitwise(values(model), before)
     with perex(clipping, grad=False):
         loss = losses(model(ids)).mean()
         loss.backward()
         optimizer.step()
-        after = values_of(model)
+        after = values(model)
         with pytest.raises(LossError, match="run the forward again"):
             loss.backward()
     with pytest.raises(StaleGradientError):
         optimizer.step()
-    assert_bitwise(values_of(model), after)
+    assert_bitwise(values(model), after)
 
 
 # -------------------------------------------------------------------------------------------- F33: after a crash
@@ -626,10 +622,10 @@ def test_f33_no_step_on_what_a_crash_has_left(where):
     CRASHES[where](model, ValueError("crash"))
     with pytest.raises(ValueError, match="crash"), perex(clipping):
         losses(model(ids)).mean().backward()
-    before = values_of(model)
+    before = values(model)
     with pytest.raises(StaleGradientError):
         optimizer.step()
-    assert_bitwise(values_of(model), before)
+    assert_bitwise(values(model), before)
 
 
 # ------------------------------------------------------------------------------------------ F34: in-place operations
@@ -799,7 +795,7 @@ def test_f36_noise_is_the_same_whether_the_data_uses_a_parameter():
         torch.manual_seed(0)
         model, clipping = extend(jittered(Sometimes())), ClippedGrad(0.01)
         optimizer = dp_sgd(model.parameters(), clipping, noise=2.0)
-        before = values_of(model)
+        before = values(model)
         with perex(clipping, grad=False):
             losses(model(ids)).mean().backward()
         sums.append(fields(model, "clipped_sum"))
@@ -818,7 +814,7 @@ def test_f36_vit_with_parts_that_the_loss_does_not_use():
     assert_exact(model, (x,), loss=of_hidden)
     unused = {"embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"}
     assert {name for name, p in model.named_parameters() if not p.grad_batch.any()} == unused
-    clipping, before = ClippedGrad(1.0), values_of(model)
+    clipping, before = ClippedGrad(1.0), values(model)
     optimizer = dp_sgd(model.parameters(), clipping, noise=1.0)
     with perex(clipping, grad=False):
         of_hidden(model(x)).mean().backward()
@@ -897,12 +893,12 @@ def test_f37_nothing_is_updated_after_an_error(name, grad):
     )
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    before = values_of(model)
+    before = values(model)
     with pytest.raises(UncoveredParameterError), perex(clipping, grad=grad):
         (losses(model(ids)).mean() + model.get_parameter(name).square().sum()).backward()
     with pytest.raises(StaleGradientError):
         optimizer.step()
-    assert_bitwise(values_of(model), before)
+    assert_bitwise(values(model), before)
 
 
 def test_f37_a_raw_gradient_is_no_part_of_a_step():
@@ -910,12 +906,12 @@ def test_f37_a_raw_gradient_is_no_part_of_a_step():
     optimizer = dp_sgd(model.parameters(), clipping)
     with perex(clipping, grad=True):
         losses(model(ids)).mean().backward()
-    before = values_of(model)
+    before = values(model)
     expected = {name: before[name] - value for name, value in fields(model, "clipped_sum").items()}
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e3)
     optimizer.step()
-    assert_near(values_of(model), expected, 1e-12, "parameters after the step")
+    assert_near(values(model), expected, 1e-12, "parameters after the step")
 
 
 # ------------------------------------------------------------------------- F38: frozen, unfrozen and added parameters
@@ -939,7 +935,7 @@ def _step(model, optimizer, clipping, ids):
     """One step without noise, against one backward per example; only what is trainable moves."""
     optimizer.zero_grad()
     expected = reference.clipped_sum(wanted(model, ids), len(ids), clipping.max_norm)
-    before = values_of(model)
+    before = values(model)
     with perex(clipping, BatchL2Grad(), grad=False):
         losses(model(ids)).mean().backward()
     assert_near(fields(model, "clipped_sum"), expected, 1e-10, "clipped_sum")
@@ -1015,10 +1011,10 @@ def test_f38_a_parameter_that_the_optimizer_does_not_have_yet():
     clipping.zero_grad()
     with perex(clipping, grad=False):
         losses(model(ids)).mean().backward()
-    before = values_of(model)
+    before = values(model)
     with pytest.raises(StaleGradientError, match=r"shape \[3\]"):
         optimizer.step()
-    assert_bitwise(values_of(model), before)
+    assert_bitwise(values(model), before)
 
 
 # --------------------------------------------------------------------------------------------- F39: random masks
@@ -1346,12 +1342,12 @@ def test_f46_a_copy_is_independent(name):
     expected = wanted(other, ids, loss=loss)
     clipping = ClippedGrad(0.5)
     optimizer = dp_sgd(other.parameters(), clipping, noise=1.0)
-    values = values_of(model)
+    known = values(model)
     with perex(clipping, BatchGrad(), grad=False):
         loss(other(ids)).mean().backward()
     assert_near(fields(other), expected, 1e-10, "grad_batch of the copy")
     optimizer.step()
-    assert_bitwise(values_of(model), values)
+    assert_bitwise(values(model), known)
     assert_bitwise(fields(model), before)
     assert_bitwise(grad_batch(model, ids, loss=loss), before)
 
@@ -1371,15 +1367,15 @@ def test_f46_an_optimizer_of_another_models_parameters(make, name):
     model, clipping = extend(build()), ClippedGrad(0.5)
     other = make(model)
     optimizer = dp_sgd(other.parameters(), clipping)
-    before = values_of(other)
+    before = values(other)
     with perex(clipping):
         loss(model(words())).mean().backward()
     for p in other.parameters():
         p.grad = torch.ones_like(p)
     with pytest.raises(StaleGradientError, match=r"parameter 0 "):
         optimizer.step()
-    assert_bitwise(values_of(other), before)
-    assert_bitwise(values_of(model), values_of(copy.deepcopy(model)))
+    assert_bitwise(values(other), before)
+    assert_bitwise(values(model), values(copy.deepcopy(model)))
 
 
 @pytest.mark.parametrize("name", ["token", "words", "layers.0.attention"])

@@ -5,7 +5,6 @@ The models here use parameters bare and functionally beside modules; test_faults
 
 import copy
 import gc
-import io
 import pickle
 import re
 import subprocess
@@ -21,7 +20,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Net, Problem, assert_exact, assert_exact_or_refused, assert_near, jittered, losses, par, rand
-from naive import assert_bitwise
+from naive import assert_bitwise, saved_whole
 from torch import Tensor, distributions, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -953,15 +952,8 @@ def _pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
-def _saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["new", "used"])
-@pytest.mark.parametrize("copied", [_copied, _pickled, _saved])
+@pytest.mark.parametrize("copied", [_copied, _pickled, saved_whole])
 def test_copies_of_extended_models(copied, after):
     model, x = extend(bare()), batch()
     if after:

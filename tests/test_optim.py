@@ -7,7 +7,7 @@ import warnings
 import naive
 import pytest
 import torch
-from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
+from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn, values
 from scipy import stats
 from torch import nn
 
@@ -45,10 +45,6 @@ def private(model, clipping=None, noise=0.0, size=4.0, params=None, **settings):
 def backward(model, clipping, *batch, **settings):
     with perex(clipping, **({"grad": False} | settings)):
         mse(model, *(batch or naive.batch())).backward()
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def train(model, optimizer, clipping, steps=5, scheduler=None, start=0):

@@ -17,7 +17,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn
+from naive import Lambda, assert_bitwise, assert_same, fields, mse, randn, values
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,10 +241,6 @@ def assert_exact(model, loss, *batch, bound=0.1):
     assert_same(fields(model, "grad_batch"), wanted)
     assert_same(fields(model, "batch_l2"), {n: g.flatten(1).square().sum(1) for n, g in wanted.items()})
     assert_same(fields(model, "clipped_sum"), naive.clipped(wanted, bound))
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_peer_01_param_groups_are_clipped_jointly():

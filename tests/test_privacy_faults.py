@@ -20,7 +20,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from naive import assert_bitwise, assert_same, mse, randn
+from naive import assert_bitwise, assert_same, mse, randn, values
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
@@ -75,10 +75,6 @@ def train(p: Any, epochs: int = 1) -> Iterator[bool]:
         for batch in p.loader:
             backward(p, *batch)
             yield p.step()
-
-
-def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
