@@ -26,12 +26,18 @@ OF_MODELS = [
 ]
 
 
-@pytest.mark.skipif(elsewhere.compiler() is None, reason="needs a C++ compiler")
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if elsewhere.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    return elsewhere.build(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.mark.parametrize(
     "file", [pytest.param(file, marks=OF_MODELS if file == "test_models.py" else []) for file in FILES]
 )
-def test_on_a_device_that_is_not_the_cpu(file, tmp_path):
-    environment = os.environ | {elsewhere.LIBRARY: str(elsewhere.build(tmp_path))}
+def test_on_a_device_that_is_not_the_cpu(file, library):
+    environment = os.environ | {elsewhere.LIBRARY: str(library)}
     which, least = FILES[file]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", "-rN", "-k", which]
     run = subprocess.run(
