@@ -33,6 +33,17 @@ FOLLOWING = {
     "by a tensor": lambda losses: losses.mean() * torch.tensor(len(losses) / B),
     "twice": lambda losses: losses.sum() / len(losses) ** 2,
     "divided before the sum": lambda losses: (losses / B).sum(),
+    "divided before the mean": lambda losses: (losses / len(losses)).mean(),
+    "by a tensor in front": lambda losses: torch.tensor(len(losses) / B) * losses.mean(),
+    "by ones": lambda losses: torch.ones(len(losses)) @ losses.sum(1),
+    "by ones, all": lambda losses: torch.dot(losses.flatten(), torch.ones(losses.numel())) / B,
+    "into one": lambda losses: torch.zeros(1).index_add(0, torch.zeros(len(losses), dtype=torch.long), losses[:, 0])[0],
+    "of products": lambda losses: torch.einsum("nc,nc->", losses, losses),
+    "a loop": lambda losses: sum(row.exp().mean() for row in losses),
+    "a loop, divided": lambda losses: sum(F.softplus(row.mean()) / B for row in losses),
+    "entries one by one": lambda losses: sum(losses.exp().mean(1)),
+    "a loop over two": lambda losses: sum(row.exp().mean() + 0.1 * row.sin().sum() for row in losses),
+    "a loop beside another": lambda losses: sum(row.exp().mean() for row in losses) + losses.mean(),
 }
 STEADY = {
     "mean": lambda losses: losses.mean(),
@@ -54,6 +65,18 @@ STEADY = {
     "divided before the sum": lambda losses: (losses / len(losses)).sum(),
     "divided before the sum over classes": lambda losses: (losses * (1 / len(losses))).sum(1).sum() / B,
     "times a number, over their number": lambda losses: 100 * losses.sum() / len(losses),
+    "by weights of one over their number": lambda losses: (
+        losses.T * torch.full((len(losses),), 1 / len(losses))
+    ).sum(),
+    "by a tensor of their number": lambda losses: (losses / torch.full_like(losses, 2 * len(losses))).sum(),
+    "by ones, over their number": lambda losses: torch.ones(len(losses)) @ losses.sum(1) / len(losses),
+    "by ones over their number": lambda losses: torch.full((len(losses),), 1 / len(losses)) @ losses.sum(1),
+    "by other weights": lambda losses: torch.arange(1.0, len(losses) + 1) @ losses.sum(1) / len(losses),
+    "of products, over their number": lambda losses: torch.einsum("nc,nc->", losses, losses) / len(losses),
+    "a loop": lambda losses: sum(row.exp().mean() for row in losses) / len(losses),
+    "a loop, divided": lambda losses: sum(F.softplus(row.mean()) / len(losses) for row in losses),
+    "entries one by one": lambda losses: sum(losses.exp().mean(1)) / len(losses),
+    "a loop over steps": lambda losses: sum(losses[:, k % 3].mean() for k in range(12)),
     "of classes as many as examples": lambda losses: losses.repeat(1, 12).mean(0).sum() / B,
 }
 
@@ -92,6 +115,8 @@ def test_sums_that_were_said_to_be_sums():
     backwards(lambda losses: losses.sum() / B, (64, 37, 12), loss_reduction="sum")
     with pytest.raises(LossError, match="batches of 64 and 37"):
         backwards(lambda losses: losses.sum() / len(losses), (64, 37), loss_reduction="sum")
+    with pytest.raises(LossError, match="batches of 64 and 37"):
+        backwards(lambda losses: (losses / len(losses)).sum(), (64, 37), loss_reduction="sum")
     backwards(lambda losses: losses.sum(0).mean(), (3, 6, 9), loss_reduction="sum")
 
 
@@ -202,6 +227,14 @@ LOOPS = {  # over the examples, whose own losses are means of as many entries as
     "a loss of torch": lambda out: sum(F.mse_loss(row, torch.ones(len(row))) for row in out),
     "cross-entropies": lambda out: sum(F.cross_entropy(out[i : i + 1], torch.tensor([1])) for i in range(len(out))),
 }
+
+
+@pytest.mark.parametrize("loss", [LOOPS["a loss of torch"], LOOPS["cross-entropies"]])
+def test_a_loop_that_was_said_to_be_a_mean_is_refused_in_the_first_backward(loss):
+    for scaled in (loss, lambda out: 0.5 * loss(out), lambda out: loss(out) / 3):
+        with pytest.raises(LossError, match=r"sums over 5 examples.*loss_reduction='sum'"), perex(ClippedGrad(1.0)):
+            scaled(extend(nn.Linear(4, 6))(torch.randn(5, 4))).backward()
+    backwards(lambda out: 2 * loss(out) / len(out), (5, 3))
 
 
 @pytest.mark.parametrize("loss", LOOPS.values(), ids=LOOPS)

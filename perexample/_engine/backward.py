@@ -35,7 +35,7 @@ from .couplings import check_couplings
 from .coverage import check_coverage, check_divisors, check_sums, number_of_examples, parameter_names
 from .fields import FIELDS, check_late, check_written, checked, checked_fields, of_its_own
 from .joins import check_cuts, check_joins
-from .shares import check_shares, refuse_means, refuse_sums
+from .shares import check_shares, refuse_means, refuse_sums, shares_of
 from .shortcuts import shortcut
 from .state import STATE, plain
 from .tap import Tap
@@ -127,13 +127,14 @@ class Backward:
         if self.n:
             check_sums(loss, self.found, self.n, loss_scale / (self.n if mean else 1.0))
             check_divisors(self.found, self.n)
-        if self.n and mean:
-            refuse_sums(loss, self.n, loss_scale)
+        shares = shares_of(loss, self.found, self.n) if self.n else []
+        if mean:
+            refuse_sums(loss, shares, self.n, loss_scale)
         if self.joint and not mean:
             refuse_means(loss, self.found, self.n, loss_scale)
         model = next((tap.record.root() for tap in self.found.taps), None)
         if self.n:
-            check_shares(loss, self.n, model, mean=mean)
+            check_shares(shares, self.n, model, mean=mean)
         check_broadcasts(loss, self.n, model)
         check_between(self.found, self.n)
         check_joins(loss, self.found, self.n)

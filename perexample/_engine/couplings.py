@@ -26,6 +26,7 @@ from ..errors import CrossExampleError
 from ..place import Place
 from .graph import (
     EACH,
+    LINEAR,
     Near,
     Seldom,
     dims_of,
@@ -53,20 +54,12 @@ _SHAPES = names("View UnsafeView Reshape Flatten Unflatten")
 _PRODUCTS = {"Mm": 0, "Addmm": 1, "Bmm": 0, "Baddbmm": 1}  # which input has the rows
 _SCALED = names("Add Sub Neg Mul Div ToCopy Clone View Squeeze Stack Cat Sum Mean")  # numbers that are added
 _SOME = 8  # entries that are tried one by one, of tensors of which torch knows no second derivative
-_LINEAR = names(  # of one tensor that has a graph, whatever else they are given: sums of its entries times numbers
-    "Add Sub Rsub Neg Mul Div View UnsafeView Reshape Flatten Unflatten Transpose Permute T Expand Unsqueeze Squeeze "
-    "Select Slice Index IndexSelect Gather Sum Mean Nanmean Nansum Cat Stack Unbind Split SplitWithSizes Chunk Clone "
-    "Alias Copy ToCopy Mm Addmm Bmm Baddbmm Mv Dot Cumsum Flip Roll Repeat RepeatInterleave Scatter ScatterAdd "
-    "IndexAdd IndexPut IndexCopy MaskedFill MaskedSelect MaskedScatter ConstantPadNd AsStrided Diagonal Trace Tril "
-    "Triu Where Lerp Addcmul NativeDropout Detach Unfold AvgPool1D AvgPool2D AdaptiveAvgPool2D Movedim Real Imag "
-    "Convolution Take Put Trapezoid FftR2C FftC2R FftC2C NanToNum torch::autograd::CopySlices"
-)
 _SMOOTH = names(  # what examples do to each other in these shows in second derivatives
     "Exp Exp2 Expm1 Log Log1P Log2 Log10 Pow Sqrt Rsqrt Square Reciprocal Sigmoid Tanh Softmax LogSoftmax Logsumexp "
     "Softplus LogSigmoid Gelu Silu Mish Erf Erfc Sin Cos Tan Atan Asin Acos Sinh Cosh Var Std NativeLayerNorm "
     "NativeGroupNorm ScaledDotProductFlashAttentionForCpu"
 )
-_NOT_KINKED = _LINEAR | _SMOOTH
+_NOT_KINKED = LINEAR | _SMOOTH
 _MASKS = names("Where MaskedFill MaskedSelect IndexPut")
 _ORDERING = names("Amax Amin Aminmax Max Min Sort Median Nanmedian Kthvalue Topk Cummax Cummin Mode")
 _MOST = 4096  # nodes, and forms that are remembered

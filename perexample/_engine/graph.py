@@ -22,6 +22,14 @@ EACH = names(  # nodes of functions of each entry
     "Lgamma Digamma Copy ToCopy Clone Alias NativeDropout Fmod Remainder Trunc Round Floor Ceil NanToNum "
     "Atan2 Hypot Logaddexp Logaddexp2 Copysign"
 )
+LINEAR = names(  # of one tensor that has a graph, whatever else they are given: sums of its entries times numbers
+    "Add Sub Rsub Neg Mul Div View UnsafeView Reshape Flatten Unflatten Transpose Permute T Expand Unsqueeze Squeeze "
+    "Select Slice Index IndexSelect Gather Sum Mean Nanmean Nansum Cat Stack Unbind Split SplitWithSizes Chunk Clone "
+    "Alias Copy ToCopy Mm Addmm Bmm Baddbmm Mv Dot Cumsum Flip Roll Repeat RepeatInterleave Scatter ScatterAdd "
+    "IndexAdd IndexPut IndexCopy MaskedFill MaskedSelect MaskedScatter ConstantPadNd AsStrided Diagonal Trace Tril "
+    "Triu Where Lerp Addcmul NativeDropout Detach Unfold AvgPool1D AvgPool2D AdaptiveAvgPool2D Movedim Real Imag "
+    "Convolution Take Put Trapezoid FftR2C FftC2R FftC2C NanToNum torch::autograd::CopySlices"
+)
 _MOST = 4096  # forms that are remembered
 _FEW = 2**22  # entries of the largest tensor up to which a part of a graph is differentiated once more
 
@@ -60,6 +68,8 @@ def dims_of(node: Node, axes: int) -> set[int]:
 def number_of(node: Node) -> float | None:
     """What a product or quotient is multiplied with or divided by, if it is a single number, be it a tensor."""
     other = saved(node, "other")  # no tensor where torch itself has divided
+    if other is None and kind_of(node) == "Mul":
+        other = saved(node, "self")  # the one in front
     if isinstance(other, Tensor):
         return value_of(other) if other.numel() == 1 else None
     return float(other) if isinstance(other, (int, float)) else None

@@ -12,27 +12,30 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from .._private import loss_reduction_of, metadata, saved
+from .._private import loss_reduction_of, metadata, ones_for, saved
 from ..errors import LossError
-from .graph import dims_of, examples_of, kind_of, number_of, shape_of
+from .graph import LINEAR, dims_of, examples_of, kind_of, number_of, shape_of
 from .kinds import names
+from .state import STATE
 from .tap import KEY
 from .walk import Walk
 
 _KEPT = 4  # losses of a model that are remembered, of different numbers of examples; a schedule meets few by chance
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
-_MOST = 256  # nodes
+_MOST = 4096  # nodes
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
 _MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum")
 _LINEAR = _PASSED | _MOVED | names("Mean")
+_PRODUCTS = names("Dot Mv Mm Bmm")  # of which a single number is a sum, as einsum("nc,nc->", a, b) is
 _LOSSES = names("Pow Abs LogSoftmax LogSigmoid Softplus LinalgVectorNorm Norm")  # of what losses by hand are made
 
 
 @dataclass(frozen=True)
-class _Share:
+class Share:
     """One of the numbers that a loss adds up.
 
     Attributes:
@@ -47,7 +50,7 @@ class _Share:
     entries: int
     before: float = 1.0
 
-    def whole(self) -> _Share:
+    def whole(self) -> Share:
         """With all numbers in the factor."""
         return replace(self, factor=self.factor * self.before, before=1.0)
 
@@ -58,7 +61,34 @@ class _Share:
         return self.factor / n if self.joins == "mean" else self.factor
 
 
-_SHARES: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[int, list[_Share]]]]] = WeakKeyDictionary()
+_SHARES: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[int, list[Share]]]]] = WeakKeyDictionary()
+
+
+def shares_of(loss: Tensor, found: Walk, n: int) -> list[Share]:
+    """The numbers that a loss adds up, of which those of a loop over the examples are one sum.
+
+    Args:
+        loss: The loss.
+        found: The graph below it.
+        n: Number of examples.
+
+    Returns:
+        How each is joined, as far as that can be told.
+    """
+    alike: dict[tuple, list[tuple[Share, GradientEdge]]] = {}
+    for share, edge in _joined(loss):
+        kinds = edge.node.name(), *(one.node.name() for one in _given(edge.node))
+        alike.setdefault((*kinds, share.factor), []).append((share, edge))
+    # A user's hook is not called more than once.
+    once = n < 2 or STATE.once or any(tap.record.opened is not STATE.opened for tap in found.taps)
+    shares: list[Share] = []
+    for group in alike.values():
+        ends = {group[0][1], group[-1][1]}  # tell of a loop
+        if n > 1 and len(group) % n == 0 and all(examples_of(edge, found) == 1 for edge in ends):
+            shares.append(replace(group[0][0], joins="sum", entries=len(group)))
+        else:
+            shares += [one if once else _measured(one, edge, n) for one, edge in group]
+    return shares
 
 
 def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
@@ -75,13 +105,13 @@ def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
     """
     if n < 2:
         return
-    means = [(share.whole(), node) for share, node in _joined(loss) if share.joins == "mean" and share.entries % n == 0]
+    means = [(share.whole(), edge) for share, edge in _joined(loss) if share.joins == "mean" and share.entries % n == 0]
     largest = max((abs(share.factor) for share, _ in means), default=0.0)
     if not math.isclose(largest, scale, rel_tol=1e-9):  # a smaller one may be n / B by chance
         return
-    nodes = [node for share, node in means if abs(share.factor) == largest]
+    edges = [edge for share, edge in means if abs(share.factor) == largest]
     # A loop over the examples has one for each, over the entries of that alone: the first and the last tell.
-    if any(examples_of(GradientEdge(node, 0), found) > 1 for node in {nodes[0], nodes[-1]}):
+    if any(examples_of(edge, found) > 1 for edge in {edges[0], edges[-1]}):
         raise LossError(
             f"The loss is a mean over {n} examples, but perex was told loss_reduction='sum': each gradient would "
             f"be divided by {n} before it is clipped, and one example more changes what all others add. Leave "
@@ -89,18 +119,19 @@ def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
         )
 
 
-def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
+def refuse_sums(loss: Tensor, shares: list[Share], n: int, scale: float) -> None:
     """Refuse a sum that is written by hand or scaled, where a mean was said: nothing divides it by how many there are.
 
     Args:
         loss: The loss, which was said to be the mean of the examples' own.
+        shares: The numbers that it adds up.
         n: Number of examples.
         scale: What the loss was said to be multiplied with.
 
     Raises:
         LossError: If it is a sum of squares, absolute values, log-probabilities or norms, or of a loss of torch.
     """
-    shares = [share.whole() for share, _ in _joined(loss)] if n > 1 else []
+    shares = [share.whole() for share in shares] if n > 1 else []
     if len(shares) != 1 or shares[0].joins != "sum" or shares[0].entries % n:
         return
     if abs(shares[0].factor) * n <= scale * (1 + 1e-6):
@@ -118,11 +149,11 @@ def refuse_sums(loss: Tensor, n: int, scale: float) -> None:
         )
 
 
-def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -> None:
+def check_shares(shares: list[Share], n: int, model: nn.Module | None, *, mean: bool) -> None:
     """Refuse losses whose factors change as the number of examples does.
 
     Args:
-        loss: The loss.
+        shares: The numbers that it adds up.
         n: Number of examples.
         model: For which the last losses are remembered.
         mean: Whether the loss was said to be a mean of the examples' own.
@@ -132,7 +163,6 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
     """
     if model is None:
         return
-    shares = [share for share, _ in _joined(loss)]
     known = _SHARES.setdefault(model, {})  # a sum and a mean of one model are two losses
     like = [(m, others) for m, others in known.get(mean, []) if len(others) == len(shares)]
     before = [(m, others) for m, others in like if m != n]
@@ -154,16 +184,18 @@ def check_shares(loss: Tensor, n: int, model: nn.Module | None, *, mean: bool) -
     known[mean] = [*before, (n, shares)][-_KEPT:]
 
 
-def _same(now: list[_Share], before: list[_Share], n: int, *, mean: bool) -> bool:
+def _same(now: list[Share], before: list[Share], n: int, *, mean: bool) -> bool:
     """Whether n examples have the same weights in two losses."""
     pairs = zip(now, before, strict=True)
     return all(math.isclose(*(share.weight(n, mean=mean) for share in pair), rel_tol=1e-6) for pair in pairs)
 
 
-def _follow(now: list[_Share], before: list[_Share], n: int, m: int, power: int, *, mean: bool) -> bool:
+def _follow(now: list[Share], before: list[Share], n: int, m: int, power: int, *, mean: bool) -> bool:
     """Whether the weights of n examples are those of m times a power of n / m, where they are not the same."""
     changed = False
     for one, other in zip(now, before, strict=True):
+        if one.joins != other.joins:
+            return False
         over = one.entries != other.entries  # the examples, be it that some were chosen, or filled up to another length
         weight = one.weight(n, mean=mean) if over else one.factor
         was = other.weight(m, mean=mean) if over else other.factor
@@ -188,8 +220,8 @@ def _scales_all(node: Node) -> bool:
     return kind in _MOVED or (kind in _PASSED and (kind not in ("Mul", "Div") or number_of(node) is not None))
 
 
-def _joined(loss: Tensor) -> Iterator[tuple[_Share, Node]]:
-    """The numbers that a loss adds up, and the node of the graph at which the examples are joined in each."""
+def _joined(loss: Tensor) -> Iterator[tuple[Share, GradientEdge]]:
+    """The numbers that a loss adds up, and where in the graph each of them is joined."""
     stack: list[tuple[Node | None, int, float]] = [(loss.grad_fn, loss.output_nr, 1.0)]
     for _ in range(_MOST):
         if not stack:
@@ -201,12 +233,56 @@ def _joined(loss: Tensor) -> Iterator[tuple[_Share, Node]]:
         shapes = [shape_of(*edge) for edge in before]
         passed = before and kind_of(node) in _PASSED and number not in metadata(node).get(KEY, {})
         if not passed or not all(shape is not None and shape.numel() == 1 for shape in shapes):
-            join = _join(node)
-            shape = shape_of(*join.next_functions[0]) if join.next_functions else None
-            yield _Share(factor, _kind(join), 0 if shape is None else shape.numel(), _numbers_before(join)), join
+            yield _share(GradientEdge(node, number), factor), GradientEdge(node, number)
             continue
         factor *= _number(node)
         stack += [(*edge, factor) for edge in before]
+
+
+def _share(edge: GradientEdge, factor: float) -> Share:
+    """What is known of a number by the operations that joined it."""
+    join = _join(edge.node)
+    shape = shape_of(*join.next_functions[0]) if join.next_functions else None
+    return Share(factor, _kind(join), 0 if shape is None else shape.numel(), _numbers_before(join))
+
+
+def _measured(share: Share, edge: GradientEdge, n: int) -> Share:
+    """The same by a gradient: of what was summed by a product with ones, say, or multiplied before.
+
+    Args:
+        share: What is known.
+        edge: Of the number.
+        n: Number of examples.
+
+    Returns:
+        The share as a sum, if each row counts as much as the others; else as it was.
+    """
+    last, given, plain = edge, _given(edge.node), share.before == 1.0 and bool(share.joins)
+    while len(given) == 1 and kind_of(last.node) in LINEAR and last.output_nr not in metadata(last.node).get(KEY, {}):
+        plain = plain and (share.joins == "mean" or kind_of(last.node) == "Mean" or _scales_all(last.node))
+        last, given = given[0], _given(given[0].node)
+    if len(given) > 1 and kind_of(last.node) in _PRODUCTS and _numel(last) == 1:
+        return replace(share, joins="sum", entries=_numel(given[0]))
+    entries = _numel(last)
+    if plain or not entries or entries % n:
+        return share
+    (g,) = torch.autograd.grad(edge, last, ones_for(edge), retain_graph=True)
+    rows = g.reshape(n if g.shape[:1] == (n,) else entries, -1)
+    counted = rows[:1] != 0
+    if not counted.any() or not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6, atol=0.0):
+        return share
+    factor, entries = float(rows[:1][counted].abs().mean()), len(rows) * int(counted.sum())
+    return Share(share.factor * factor, "sum", entries)
+
+
+def _given(node: Node) -> list[GradientEdge]:
+    """What an operation was given, of what has a graph."""
+    return [GradientEdge(before, number) for before, number in node.next_functions if before is not None]
+
+
+def _numel(edge: GradientEdge) -> int:
+    shape = shape_of(edge.node, edge.output_nr)
+    return 0 if shape is None else shape.numel()
 
 
 def _number(node: Node) -> float:
