@@ -87,7 +87,8 @@ def shares_of(loss: Tensor, found: Walk, n: int) -> list[Share]:
         if n > 1 and len(group) % n == 0 and all(examples_of(edge, found) == 1 for edge in ends):
             shares.append(replace(group[0][0], joins="sum", entries=len(group)))
         else:
-            shares += [one if once else _measured(one, edge, n) for one, edge in group]
+            found_out = [None if once else _measured(one, edge, n) for one, edge in group]
+            shares += [one or _sure(*known) for one, known in zip(found_out, group, strict=True)]
     return shares
 
 
@@ -246,7 +247,12 @@ def _share(edge: GradientEdge, factor: float) -> Share:
     return Share(factor, _kind(join), 0 if shape is None else shape.numel(), _numbers_before(join))
 
 
-def _measured(share: Share, edge: GradientEdge, n: int) -> Share:
+def _sure(share: Share, edge: GradientEdge) -> Share:
+    """What is known for certain: along the first axis there may be classes, or several losses of each example."""
+    return share if _join(edge.node) is edge.node else replace(share, joins="")
+
+
+def _measured(share: Share, edge: GradientEdge, n: int) -> Share | None:
     """The same by a gradient: of what was summed by a product with ones, say, or multiplied before.
 
     Args:
@@ -255,9 +261,10 @@ def _measured(share: Share, edge: GradientEdge, n: int) -> Share:
         n: Number of examples.
 
     Returns:
-        The share as a sum, if each row counts as much as the others; else as it was.
+        The share as a sum, if each row counts as much as the others; ``None`` if not, or if nothing was.
     """
-    last, given, plain = edge, _given(edge.node), share.before == 1.0 and bool(share.joins)
+    plain = share.before == 1.0 and bool(share.joins) and _join(edge.node) is edge.node
+    last, given = edge, _given(edge.node)
     while len(given) == 1 and kind_of(last.node) in LINEAR and last.output_nr not in metadata(last.node).get(KEY, {}):
         plain = plain and (share.joins == "mean" or kind_of(last.node) == "Mean" or _scales_all(last.node))
         last, given = given[0], _given(given[0].node)
@@ -265,12 +272,12 @@ def _measured(share: Share, edge: GradientEdge, n: int) -> Share:
         return replace(share, joins="sum", entries=_numel(given[0]))
     entries = _numel(last)
     if plain or not entries or entries % n:
-        return share
+        return None
     (g,) = torch.autograd.grad(edge, last, ones_for(edge), retain_graph=True)
     rows = g.reshape(n if g.shape[:1] == (n,) else entries, -1)
     counted = rows[:1] != 0
     if not counted.any() or not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6, atol=0.0):
-        return share
+        return None
     factor, entries = float(rows[:1][counted].abs().mean()), len(rows) * int(counted.sum())
     return Share(share.factor * factor, "sum", entries)
 
