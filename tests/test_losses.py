@@ -201,6 +201,8 @@ def test_a_sum_over_tokens_may_be_divided_by_a_constant():
     assert wanted[3].abs().max() == 0
     torch.testing.assert_close(run_tokens(lambda total: total / 5), wanted)
     torch.testing.assert_close(run_tokens(lambda total: 8 * total / 5, loss_scale=8.0), wanted)
+    for half in (lambda total: total / LABELS.numel(), lambda total: 0.5 * (total / 5)):  # beside another loss, say
+        torch.testing.assert_close(run_tokens(half), wanted / 2)
     equal = torch.tensor([[0, -100], [2, -100], [-100, 1], [3, -100], [-100, 0]])
     each = run_tokens(lambda total: total, equal, loss_reduction="sum")
     torch.testing.assert_close(run_tokens(lambda total: total / 10, equal), each / 2)

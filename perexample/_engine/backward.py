@@ -125,7 +125,7 @@ class Backward:
                 "perexample.RecordedStep, which can."
             )
         if self.n:
-            check_sums(loss, self.found, self.n, loss_scale / (self.n if mean else 1.0))
+            check_sums(loss, self.found, self.n, loss_scale, mean=mean)
             check_divisors(self.found, self.n)
         shares = shares_of(loss, self.found, self.n) if self.n else []
         if mean:

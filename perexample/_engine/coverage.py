@@ -18,8 +18,9 @@ from ..errors import (
 )
 from ..place import Place
 from .cuts import comes_from_rows
-from .graph import examples_of, live_taps
+from .graph import examples_of, kind_of, live_taps, number_of
 from .hooks import ROOTS
+from .joins import single_numbers
 from .table import place_of
 from .tap import Tap
 from .uncovered import uncovered
@@ -141,8 +142,19 @@ def check_divisors(found: Walk, n: int) -> None:
             )
 
 
-def check_sums(loss: Tensor, found: Walk, n: int, factor: float) -> None:
-    """Refuse sums that are divided by what all examples share; ``factor`` is that of an example's own loss."""
+def check_sums(loss: Tensor, found: Walk, n: int, scale: float, *, mean: bool) -> None:
+    """Refuse sums that are divided by what all examples share.
+
+    Args:
+        loss: The loss.
+        found: The graph below it.
+        n: Number of examples.
+        scale: What the loss was said to be multiplied with.
+        mean: Whether it was said to be a mean of the examples' own.
+
+    Raises:
+        LossError: If the examples have different numbers of targets that count, and nothing shows a constant divisor.
+    """
     for node in found.losses:
         over = mean_is_over(node, "sum")
         if over is None:
@@ -153,13 +165,26 @@ def check_sums(loss: Tensor, found: Walk, n: int, factor: float) -> None:
         if _is_of_one_example(node, found):
             continue
         actual = float(torch.autograd.grad(loss, GradientEdge(node, 0), retain_graph=True)[0])
-        if not math.isclose(actual, factor, rel_tol=1e-3):
+        if mean and _is_divided(loss, node, (n, targets.numel())):
+            continue
+        if not math.isclose(actual, scale / n if mean else scale, rel_tol=1e-3):
             raise LossError(
                 f"The loss is the sum of a cross-entropy ({node.name()}) times {actual:g}, and the {n} examples have "
                 f"different numbers of targets that count ({total:g} of {targets.numel()}): a divisor that is computed "
                 f"from them, as num_items_in_batch of transformers is, leaves none a loss of its own. Use "
                 f"reduction='none', average over each example's own targets, then take the mean."
             )
+
+
+def _is_divided(loss: Tensor, node: Node, by: tuple[int, int]) -> bool:
+    """Whether a sum is divided by one of these numbers on the way to the loss, whatever it is multiplied with."""
+    for one in single_numbers(loss):
+        if kind_of(one) == "Div" and number_of(one) in by:
+            edges = GradientEdge(one, 0), GradientEdge(node, 0)
+            (g,) = torch.autograd.grad(*edges, ones_for(edges[0]), retain_graph=True, allow_unused=True)
+            if g is not None:
+                return True
+    return False
 
 
 def _is_of_one_example(node: Node, found: Walk) -> bool:

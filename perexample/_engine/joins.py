@@ -51,7 +51,7 @@ def check_joins(loss: Tensor, found: Walk, n: int) -> None:
     """
     if n < 2:
         return
-    _refuse(((node, _doubt(node, n) or _uneven(node, found, n)) for node in _single_numbers(loss)), found)
+    _refuse(((node, _doubt(node, n) or _uneven(node, found, n)) for node in single_numbers(loss)), found)
 
 
 def check_cuts(loss: Tensor, found: Walk, n: int) -> None:
@@ -66,7 +66,7 @@ def check_cuts(loss: Tensor, found: Walk, n: int) -> None:
         LossError: If there is such a mean.
     """
     if n > 1:
-        _refuse(((node, _over_a_part(node, n)) for node in _single_numbers(loss)), found)
+        _refuse(((node, _over_a_part(node, n)) for node in single_numbers(loss)), found)
 
 
 def _refuse(doubts: Iterator[tuple[Node, str]], found: Walk) -> None:
@@ -83,7 +83,7 @@ def _refuse(doubts: Iterator[tuple[Node, str]], found: Walk) -> None:
             )
 
 
-def _single_numbers(loss: Tensor) -> Iterator[Node]:
+def single_numbers(loss: Tensor) -> Iterator[Node]:
     """The nodes between the loss and the last tensors of more than one entry, not beyond taps; the nearest first."""
     waiting: deque[tuple[Node | None, int]] = deque([(loss.grad_fn, loss.output_nr)])
     seen: set[Node] = set()
