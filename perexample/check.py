@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -141,6 +140,7 @@ def check(
     loss_reduction: str = "mean",
     tolerance: float = 1e-9,
     raises: bool = True,
+    batch_dim: int = 0,
 ) -> CheckReport:
     """Compare with one ``torch.autograd.grad`` per example, in float64, for every parameter.
 
@@ -153,11 +153,13 @@ def check(
         model: The model; it need not be extended.
         loss_fn: Returns a scalar loss. It is given float64; of a module, as ``nn.BCEWithLogitsLoss`` is, a copy in
             float64 is used, and a function of your own must not bring tensors in float32.
-        batch: Inputs and target, tensors or nested structures of them, examples on axis 0; two or more examples.
+        batch: Inputs and target, tensors or nested structures of them, of two or more examples.
         named: Inputs by name, such as a ``BatchEncoding``; then ``batch`` may hold the target alone, or nothing.
         loss_reduction: How the loss joins the examples, as for `perex`.
         tolerance: Largest relative error that passes.
         raises: Raise an error if something is wrong; otherwise only the report tells.
+        batch_dim: Axis that holds the examples, as for `extend`; of tensors that have no such axis, as labels ``[N]``
+            beside inputs ``[T, N, F]``, it is the first.
 
     Returns:
         A report that prints as a table.
@@ -180,21 +182,21 @@ def check(
     tolerance, raises = real("tolerance", tolerance, "a finite number >= 0", lambda x: x >= 0), flag("raises", raises)
     if named is not None and not isinstance(named, Mapping):
         raise ConfigurationError(f"named must be a mapping from names of inputs to them, not {shown(named)}.")
-    model, notes = _prepared(model)
+    model, notes = _prepared(model, batch_dim)
     if isinstance(loss_fn, nn.Module):
         loss_fn = copy.deepcopy(loss_fn).double()  # it may have weights of its own, such as those of classes
     by_name = {key: map_tensors(_double, part) for key, part in (named or {}).items()}
     batch = (by_name, *(map_tensors(_double, part) for part in batch))
-    n = _size(batch)
+    n = _size(batch, batch_dim)
     _refuse_random(model, loss_fn, batch)
     found = _measured(model, loss_fn, batch, loss_reduction)
     others = {way: _measured(model, loss_fn, batch, loss_reduction, ask) for way, ask in _WAYS.items()}
-    moved = _moved(model, loss_fn, batch, n, loss_reduction, found)
+    moved = _moved(model, loss_fn, batch, n, loss_reduction, found, batch_dim)
     alone = {name: gradients[:1] for name, gradients in found.items()}
     try:
-        wanted = _reference(model, loss_fn, batch, n)
+        wanted = _reference(model, loss_fn, batch, n, batch_dim)
         if max(moved.values()) <= tolerance:
-            alone = _measured(model, loss_fn, _one(batch, 0), loss_reduction)
+            alone = _measured(model, loss_fn, _one(batch, 0, batch_dim), loss_reduction)
     except CrossExampleError:
         if max(moved.values()) <= tolerance:
             raise
@@ -217,25 +219,30 @@ def check(
     return report
 
 
-def _prepared(model: nn.Module) -> tuple[nn.Module, list[str]]:
+def _prepared(model: nn.Module, batch_dim: int) -> tuple[nn.Module, list[str]]:
     """An extended float64 copy without dropout."""
     model = copy.deepcopy(model).double()
     dropouts = [m for m in model.modules() if is_dropout(m) and m.training and m.p]
     for module in dropouts:
         module.eval()
     notes = [f"{len(dropouts)} dropout modules were switched off for the comparison"] if dropouts else []
-    return extend(model), notes
+    return extend(model, batch_dim=batch_dim), notes
 
 
 def _double(t: Tensor) -> Tensor:
     return t.detach().double() if t.is_floating_point() else t.detach()
 
 
-def _size(batch: tuple) -> int:
-    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in(batch)}
+def _axis(t: Tensor, batch_dim: int) -> int:
+    """The axis of a tensor that holds the examples."""
+    return batch_dim if t.dim() > batch_dim else 0
+
+
+def _size(batch: tuple, batch_dim: int) -> int:
+    sizes = {t.shape[_axis(t, batch_dim)] if t.dim() else 0 for t in tensors_in(batch)}
     if len(sizes) != 1 or min(sizes) < 2:
         raise ConfigurationError(
-            f"check needs a batch of two or more examples on axis 0 of every tensor; the sizes there are "
+            f"check needs a batch of two or more examples on axis {batch_dim} of every tensor; the sizes there are "
             f"{sorted(sizes)}."
         )
     return sizes.pop()
@@ -285,22 +292,24 @@ def _measured(
     return asked.found
 
 
-def _reference(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int) -> dict[str, Tensor]:
+def _reference(
+    model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int, batch_dim: int
+) -> dict[str, Tensor]:
     named = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for i in range(n):
         with _kept_buffers(model):
             grads = torch.autograd.grad(
-                _alone(model, loss_fn, _one(batch, i), i), list(named.values()), allow_unused=True
+                _alone(model, loss_fn, _one(batch, i, batch_dim), i), list(named.values()), allow_unused=True
             )
         for (name, p), grad in zip(named.items(), grads, strict=True):
             rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense())
     return {name: torch.stack(grads) for name, grads in rows.items()}
 
 
-def _one(batch: tuple, i: int) -> tuple:
+def _one(batch: tuple, i: int, batch_dim: int) -> tuple:
     """A batch of example i alone."""
-    return tuple(map_tensors(itemgetter(slice(i, i + 1)), part) for part in batch)
+    return tuple(map_tensors(lambda t: t.narrow(_axis(t, batch_dim), i, 1), part) for part in batch)
 
 
 def _alone(model: nn.Module, loss_fn: Callable[..., Tensor], one: tuple, i: int) -> Tensor:
@@ -315,21 +324,28 @@ def _alone(model: nn.Module, loss_fn: Callable[..., Tensor], one: tuple, i: int)
 
 
 def _moved(
-    model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple, n: int, reduction: str, found: dict[str, Any]
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    batch: tuple,
+    n: int,
+    reduction: str,
+    found: dict[str, Any],
+    batch_dim: int,
 ) -> dict[str, float]:
     """Exchange one example after the other (up to 8) for its neighbour, and see what else moves."""
     moved, least = dict.fromkeys(found, 0.0), _least(found)
     for j in range(0, n, max(1, n // 8)):
-        other = tuple(map_tensors(partial(_exchanged, j=j), part) for part in batch)
+        other = tuple(map_tensors(partial(_exchanged, j=j, batch_dim=batch_dim), part) for part in batch)
         for name, gradients in _measured(model, loss_fn, other, reduction).items():
             rest = torch.arange(n, device="cpu") != j
             moved[name] = max(moved[name], _relative(gradients[rest], found[name][rest], least))
     return moved
 
 
-def _exchanged(t: Tensor, j: int) -> Tensor:
+def _exchanged(t: Tensor, j: int, batch_dim: int) -> Tensor:
     t = t.clone()
-    t[j] = t[(j + 1) % t.shape[0]] * (1.5 if t.is_floating_point() else 1)
+    rows = t.movedim(_axis(t, batch_dim), 0)
+    rows[j] = rows[(j + 1) % len(rows)] * (1.5 if t.is_floating_point() else 1)
     return t
 
 

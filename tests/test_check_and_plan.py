@@ -172,6 +172,28 @@ def test_gradients_of_whole_numbers_are_refused(registry):
         check(Gain(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3))
 
 
+@pytest.mark.parametrize("labels", [torch.arange(6) % 4, torch.arange(30).view(5, 6) % 4], ids=["[N]", "[T, N]"])
+def test_examples_on_another_axis(labels):
+    """Of a layer that takes the steps first, with labels of each example or of each step."""
+
+    def loss(out, labels):
+        logits = out[0][-1] if labels.dim() == 1 else out[0].mT
+        return nn.functional.cross_entropy(logits, labels)
+
+    x = torch.randn(5, 6, 3)
+    assert check(nn.LSTM(3, 4), loss, x, labels, batch_dim=1).ok
+    with pytest.raises(ConfigurationError, match=r"examples on axis 1 .* \[3, 6\]"):
+        check(nn.LSTM(3, 4), loss, x[..., :3].movedim(1, 2), labels, batch_dim=1)
+    with pytest.raises(CrossExampleError, match="moves the gradients of others"):
+        check(
+            nn.LSTM(3, 4),
+            lambda out, _: (out[0] - out[0].detach().mean(1, True)).square().mean(),
+            x,
+            labels,
+            batch_dim=1,
+        )
+
+
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_batch_mean_in_the_model_is_caught_by_the_name_of_the_operation(raises):
     """There are no gradients of examples that a report could compare."""
