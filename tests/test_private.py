@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from perexample import _private
 
@@ -367,6 +368,8 @@ def test_global_forward_hooks_are_noticed():
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert _private.global_forward_hooks()
     handle.remove()
+    with ModuleTracker():
+        assert not _private.global_forward_hooks()
 
 
 def test_gradient_hooks_are_listed_in_their_order():

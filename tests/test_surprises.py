@@ -1,6 +1,7 @@
 """Models and uses in which per-example gradients came out silently wrong once, or failed for no good reason."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from perexample import (
     BatchAxisError,
@@ -367,6 +369,22 @@ def test_a_global_forward_hook_is_refused():
         loss.backward()
     with perex(BatchGrad()):
         square(model, torch.randn(5, 4)).backward()
+
+
+def test_operations_of_a_private_step_are_counted():
+    """By torch's counter, which follows the modules with hooks on all of them, and the operations with a mode."""
+    model, x = (
+        extend(nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))),
+        torch.randn(5, 2, 6),
+    )
+    clipping, sums = ClippedGrad(1.0), []
+    for counter in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with counter, perex(clipping, grad=False):
+            model(x).square().mean().backward()
+        sums.append([p.clipped_sum.clone() for p in model.parameters()])
+        clipping.zero_grad()
+    torch.testing.assert_close(sums[0], sums[1])
+    assert counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("inside", [True, False])

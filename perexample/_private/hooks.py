@@ -24,8 +24,15 @@ def global_hooks() -> list[list[int]]:
 
 
 def global_forward_hooks() -> bool:
-    """Whether hooks on all modules are registered; they run before any module's own."""
-    return bool(torch.nn.modules.module._global_forward_hooks)
+    """Whether hooks on all modules are registered; they run before any module's own.
+
+    Those of torch's own trackers (of ``FlopCounterMode``) only look on.
+
+    Returns:
+        Whether there are others.
+    """
+    hooks = torch.nn.modules.module._global_forward_hooks.values()
+    return any(getattr(hook, "__module__", "") != "torch.utils.module_tracker" for hook in hooks)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
