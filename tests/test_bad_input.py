@@ -492,6 +492,11 @@ def bad_noise():
     private(noise="gauss")
 
 
+@case(ConfigurationError, "'torch' or 'os', not .*Generator.*goes to noise_generator=", "must be 'torch' or 'os'")
+def bad_noise_that_is_a_generator():
+    private(noise=torch.Generator())
+
+
 @case(ConfigurationError, "noise='os'.*takes no generator", "takes no generator")
 def bad_noise_of_the_system_with_a_generator():
     private(noise="os", noise_generator=torch.Generator())

@@ -53,7 +53,12 @@ class Noise:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ConfigurationError(f"generator must be a torch.Generator or None, not {generator!r}.")
         if not is_word(source, ("torch", "os")):
-            raise ConfigurationError(f"The source of noise must be 'torch' or 'os', not {shown(source)}.")
+            hint = (
+                "; a generator goes to noise_generator= (make_private) or generator="
+                if isinstance(source, torch.Generator)
+                else ""
+            )
+            raise ConfigurationError(f"The source of noise must be 'torch' or 'os', not {shown(source)}{hint}.")
         if generator is not None and source == "os":
             raise ConfigurationError("noise='os' draws from the operating system, and takes no generator.")
         if generator is not None:
