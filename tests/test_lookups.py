@@ -384,3 +384,34 @@ def test_offsets_that_a_model_computes_of_lengths(by_function, frozen):
         wanted = torch.autograd.grad(harness.losses(model(ids[begin:end], lengths[n : n + 1]))[0], trained)
         for p, rows in zip(trained, wanted, strict=True):
             torch.testing.assert_close(p.grad_batch[n], rows)
+
+
+def _pooled(ids, weight, offsets):
+    return F.embedding_bag(ids, weight, offsets)
+
+
+class Pooled(nn.Module):
+    """Bags in a function that the forward names, or in a method of the model."""
+
+    def __init__(self, *, by_method):
+        super().__init__()
+        self.table, self.head, self.by_method = nn.Embedding(V, D), nn.Linear(D, 2), by_method
+
+    def of_bags(self, ids, offsets):
+        return F.embedding_bag(ids, self.table.weight, offsets)
+
+    def forward(self, ids, offsets):
+        pooled = self.of_bags(ids, offsets) if self.by_method else _pooled(ids, self.table.weight, offsets)
+        return self.head(pooled)
+
+
+@pytest.mark.parametrize("by_method", [False, True])
+def test_bags_in_what_a_forward_calls(by_method):
+    model = Pooled(by_method=by_method).double()
+    ids, ends = torch.randint(V, (6,)), torch.tensor([0, 2, 5, 5, 6])
+    extend(model)
+    with perex(BatchGrad()):
+        harness.losses(model(ids, ends[:-1])).mean().backward()
+    for got, begin, end in zip(model.table.weight.grad_batch, ends[:-1], ends[1:], strict=True):
+        own = harness.losses(model(ids[begin:end], torch.tensor([0])))[0]
+        torch.testing.assert_close(got, torch.autograd.grad(own, model.table.weight)[0])

@@ -279,15 +279,27 @@ class Record:
 
 
 def _has_bags(module: nn.Module) -> bool:
-    """Whether a layer in it, or a function that a forward names, may be given the ids of all examples in one row."""
+    """Whether a layer in it, or a function that its code names, may be given the ids of all examples in one row."""
     return any(map(_takes_bags, module.modules()))
 
 
 def _takes_bags(module: nn.Module) -> bool:
     rule = rule_for(module)
-    codes = [getattr(function, "__code__", None) for function in (type(module).forward, *vars(module).values())]
-    named = any("embedding_bag" in getattr(code, "co_names", ()) for code in codes)
-    return named or (rule is not None and rule.counts_rows)
+    return (rule is not None and rule.counts_rows) or any("embedding_bag" in _names(f) for f in _functions_of(module))
+
+
+def _functions_of(module: nn.Module) -> Iterator[Any]:
+    """The methods of a module, functions among its attributes, and those outside of it that these name."""
+    kinds = type(module).__mro__
+    for values in (vars(module), *map(vars, kinds[: kinds.index(nn.Module)])):
+        for function in values.values():
+            yield function
+            yield from (function.__globals__.get(name) for name in _names(function) if inspect.isfunction(function))
+
+
+def _names(function: Any) -> Collection[str]:
+    """Of what the code of a function speaks."""
+    return function.__code__.co_names if inspect.isfunction(function) else ()
 
 
 def _packed(values: Iterable[Any]) -> list[PackedSequence]:
