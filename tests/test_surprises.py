@@ -119,8 +119,30 @@ def test_a_list_of_sequences_is_refused():
             return self.linear(torch.stack(sequences)).mean(1)
 
     model = extend(Stacked())
-    with perex(BatchGrad()), pytest.raises(BatchAxisError, match="cannot be told"):
+    with perex(BatchGrad()), pytest.raises(BatchAxisError, match=r"cannot be told.* \(pad_sequence\).* with a mask"):
         square(model, [torch.randn(7, 3) for _ in range(5)]).backward()
+
+
+@pytest.mark.parametrize("given", ["with edges", "alone"])
+def test_graphs_whose_nodes_lie_in_one_row_are_told_to_be_padded(given):
+    class Graphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, nodes, graph, edges=None):
+            h = self.linear(nodes)
+            if edges is not None:
+                h = torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
+            return torch.zeros(int(graph.max()) + 1, 4).index_add(0, graph, h)
+
+    model, graph = extend(Graphs()), torch.tensor([0, 0, 0, 1, 1, 2])
+    edges = () if given == "alone" else (torch.tensor([[0, 1, 3], [1, 2, 4]]),)
+    with (
+        perex(BatchGrad()),
+        pytest.raises(BatchAxisError, match=r"nodes of graphs, are padded to \[N, parts, \.\.\.\]"),
+    ):
+        square(model, torch.randn(6, 3), graph, *edges).backward()
 
 
 @pytest.mark.parametrize("gate", [0.0, 1e-6, 1.0])

@@ -255,7 +255,9 @@ class Record:
             f"The number of examples in the call of `{self.root_name}` cannot be told: its input tensors have the "
             f"sizes {self.input_sizes} along axis {self.batch_dim}, its outputs {self.output_sizes}. Pass the data as "
             f"tensors with the examples on that axis, the data first (what all examples share behind it, or as a "
-            f"buffer of the model), or name another axis with extend(model, batch_dim=...)."
+            f"buffer of the model), or name another axis with extend(model, batch_dim=...). A list of one tensor for "
+            f"each example (pad_sequence), and parts of examples in one row, as nodes of graphs, are padded to "
+            f"[N, parts, ...], with a mask."
         )
 
     def _first_counts(self, sizes: set[int], outputs: set[int]) -> bool:

@@ -182,7 +182,8 @@ def refuse_lost(found: Walk) -> None:
     if lost is not None:
         raise BatchAxisError(
             f"{lost.where} {lost.why}, so it cannot be known which of its entries belong to which example. Keep the "
-            f"examples on one axis there, or register a rule for the module around it (@register_rule, docs/extending)."
+            f"examples on one axis there (parts of examples in one row, as nodes of graphs, are padded to "
+            f"[N, parts, ...]), or register a rule for the module around it (@register_rule, docs/extending)."
             f"{_of_time_first(lost)}"
         )
     for tap in found.taps:
