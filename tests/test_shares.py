@@ -39,6 +39,7 @@ FOLLOWING = {
     "by ones, all": lambda losses: torch.dot(losses.flatten(), torch.ones(losses.numel())) / B,
     "into one": lambda losses: torch.zeros(1).index_add(0, torch.zeros(len(losses), dtype=torch.long), losses[:, 0])[0],
     "of products": lambda losses: torch.einsum("nc,nc->", losses, losses),
+    "of classes, by products": lambda losses: torch.einsum("nc,nc->", losses, F.one_hot(losses.argmax(1), 3).float()),
     "a loop": lambda losses: sum(row.exp().mean() for row in losses),
     "a loop, divided": lambda losses: sum(F.softplus(row.mean()) / B for row in losses),
     "entries one by one": lambda losses: sum(losses.exp().mean(1)),
@@ -74,6 +75,10 @@ STEADY = {
     "of losses beside each other": lambda losses: torch.stack([losses[:, 0], losses[:, 1].exp()]).sum(0).mean(),
     "of weighted ones": lambda losses: (torch.stack([losses[:, 0], losses[:, 1]]) * torch.rand(2, 1)).sum(0).mean(),
     "of losses one behind the other": lambda losses: torch.cat([losses, losses.exp()]).sum() / len(losses),
+    "of classes, by products": lambda losses: (
+        torch.einsum("nc,nc->", losses, F.one_hot(losses.argmax(1), 3).float()) / len(losses)
+    ),
+    "of some, by a product": lambda losses: (torch.arange(len(losses)) % 3 > 0).float() @ losses[:, 0] / len(losses),
     "by other weights": lambda losses: torch.arange(1.0, len(losses) + 1) @ losses.sum(1) / len(losses),
     "of products, over their number": lambda losses: torch.einsum("nc,nc->", losses, losses) / len(losses),
     "a loop": lambda losses: sum(row.exp().mean() for row in losses) / len(losses),

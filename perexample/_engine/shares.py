@@ -261,7 +261,7 @@ def _measured(share: Share, edge: GradientEdge, n: int) -> Share | None:
         n: Number of examples.
 
     Returns:
-        The share as a sum, if each row counts as much as the others; ``None`` if not, or if nothing was.
+        The share as a sum, if each row counts as much as the others; ``None`` if not, or if there is nothing to find.
     """
     plain = share.before == 1.0 and bool(share.joins) and _join(edge.node) is edge.node
     last, given = edge, _given(edge.node)
@@ -274,12 +274,15 @@ def _measured(share: Share, edge: GradientEdge, n: int) -> Share | None:
     if plain or not entries or entries % n:
         return None
     (g,) = torch.autograd.grad(edge, last, ones_for(edge), retain_graph=True)
-    rows = g.reshape(n if g.shape[:1] == (n,) else entries, -1)
-    counted = rows[:1] != 0
-    if not counted.any() or not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6, atol=0.0):
+    rows = g.abs().reshape(n if g.shape[:1] == (n,) else entries, -1)
+    counted = rows != 0
+    values, each = rows[counted], counted.sum(1)
+    alike = torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6, atol=0.0)
+    if not alike and (not share.joins or bool((each == each[0]).all())):  # of classes, say, one in each row
+        alike = torch.allclose(values, values[:1].expand_as(values), rtol=1e-6, atol=0.0)
+    if not alike or not len(values):
         return None
-    factor, entries = float(rows[:1][counted].abs().mean()), len(rows) * int(counted.sum())
-    return Share(share.factor * factor, "sum", entries)
+    return Share(share.factor * float(values.mean()), "sum", len(values))
 
 
 def _given(node: Node) -> list[GradientEdge]:
