@@ -212,7 +212,7 @@ def test_a_sum_over_tokens_may_be_divided_by_a_constant():
 
 N, MASK = 5, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
 CLASSES, AIMS = torch.tensor([0, 3, 1, 2, 3]), torch.linspace(-1, 1, 20).view(5, 4)
-TWO = torch.arange(10) % 2
+TWO, LENGTHS = torch.arange(10) % 2, (2, 1, 4, 3, 1)
 
 
 def each(out):
@@ -265,6 +265,7 @@ COUPLED = {
     "sum of errors over a mask, by its size": lambda out: (
         F.mse_loss(out[MASK > 0], AIMS[MASK > 0], reduction="sum") / int(MASK.sum())
     ),
+    "sums of each, by the number of all": lambda out: sum(out[i, :k].exp().sum() for i, k in enumerate(LENGTHS)) / 11,
     "all tokens of those": lambda out: torch.cat([out[0, :3], out[2], out[3, :1]]).mean(),
 }
 LINEAR = {
@@ -300,6 +301,8 @@ LINEAR = {
     "parts one by one": lambda out: sum(out[i : i + 1, :3].mean() for i in range(N)) / N,
     "own tokens of each": lambda out: sum(out.flatten()[4 * i : 4 * i + 3].mean() for i in range(N)) / N,
     "as many of each": lambda out: torch.cat([out[i, :2] for i in range(N)]).mean(),
+    "sums of each, by a constant": lambda out: sum(out[i, :k].sum() for i, k in enumerate(LENGTHS)) / 5,
+    "sums of two, by the number of all": lambda out: (out.exp().sum() + out[:, :2].square().sum()) / 30,
     "choices one by one": lambda out: sum(out[i][MASK[:4] > 0].mean() for i in range(N)) / N,
 }
 

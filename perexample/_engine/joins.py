@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -182,15 +182,38 @@ def _averaged(node: Node) -> tuple[Node | None, int] | None:
 
 def _uneven(node: Node, found: Walk, n: int) -> str:
     """What is wrong with a mean over numbers that each come from one example, if some have more of them than others."""
-    if kind_of(node) != "Mean":
-        return ""
-    before, entries = node.next_functions[0][0], _entries(*node.next_functions[0])
-    if before is None or kind_of(before) not in ("Stack", "Cat") or entries % n == 0:
+    before, entries = node.next_functions[0][0] if node.next_functions else None, _entries(*node.next_functions[0])
+    if kind_of(node) == "Div" and before is not None:
+        parts, sizes = _added_sums(before)
+        if number_of(node) == sum(sizes) and sum(sizes) % n and _are_of_one_each(parts, found):
+            return f"divides by {sum(sizes)}, how many numbers all examples have together"
+    if kind_of(node) != "Mean" or before is None or kind_of(before) not in ("Stack", "Cat") or entries % n == 0:
         return ""
     parts = [GradientEdge(one, number) for one, number in before.next_functions if one is not None][:_MOST]
-    if not all(comes_from_rows(part) for part in parts) or any(examples_of(part, found) > 1 for part in parts):
+    if not _are_of_one_each(parts, found):
         return ""  # of several losses, each of all examples
     return f"takes the mean of {entries} numbers, of which some examples have more than others"
+
+
+def _are_of_one_each(parts: Sequence[GradientEdge], found: Walk) -> bool:
+    """Whether numbers each come from a single example."""
+    return all(map(comes_from_rows, parts)) and all(examples_of(part, found) < 2 for part in parts)
+
+
+def _added_sums(node: Node) -> tuple[list[GradientEdge], list[int]]:
+    """The first of the sums that are added up, as in a loop, and over how many rows each goes; none if others are."""
+    parts, rows, stack = list[GradientEdge](), list[int](), [(node, 0)]
+    while stack:
+        one, number = stack.pop()
+        if kind_of(one) in ("Add", "Neg"):
+            stack += [(before, at) for before, at in one.next_functions if before is not None]
+            continue
+        shape = shape_of(*one.next_functions[0]) if one.next_functions else None
+        if not shape or (kind_of(one) != "Sum" and loss_reduction_of(one) != "sum"):
+            return [], []
+        parts.append(GradientEdge(one, number))
+        rows.append(shape[0])
+    return parts[:_MOST], rows
 
 
 def _multiple(value: float, n: int) -> bool:
