@@ -143,6 +143,13 @@ def test_sequences_of_another_length_in_each_batch(loss, options):
             loss(model(torch.randn(n, length, 4))).backward()
 
 
+def test_weights_that_are_divided_by_the_number_are_told_where_to_be():
+    """They differ, so that nothing tells them from such as are not divided."""
+    with pytest.raises(LossError, match=r"\(weights \* losses\)\.mean\(\) where each has a weight"):
+        backwards(lambda losses: (torch.rand(len(losses)) / len(losses) * losses.sum(1)).sum(), (64, 37))
+    backwards(lambda losses: (torch.rand(len(losses)) * losses.sum(1)).mean(), (64, 37, 12))
+
+
 def test_one_loss_may_be_half_of_another():
     """An auxiliary loss on some of the examples, beside the main one."""
     model = extend(nn.Linear(4, 3))

@@ -177,10 +177,11 @@ def check_shares(shares: list[Share], n: int, model: nn.Module | None, *, mean: 
         if alike and len(alike) == len(before) and (len(alike) > 1 or not _is_plain(n, alike[0])):
             raise LossError(
                 f"Each example's own loss is multiplied with a number that follows how many there are, in batches of "
-                f"{alike[0]} and {n} (loss * len(x) / B, or a sum over a batch divided by a constant), so one more "
-                f"changes what all others add. Take the plain mean of the examples' losses, which perex multiplies by "
-                f"their number, or their sum with loss_reduction='sum', and loss_scale=1 / B where that is divided by "
-                f"a constant; the divisor of a batch is the optimizer's expected_batch_size."
+                f"{alike[0]} and {n} (loss * len(x) / B, or a sum over a batch, divided by a constant or not), so one "
+                f"more changes what all others add. Take the plain mean of the examples' losses, which perex "
+                f"multiplies by their number, (weights * losses).mean() where each has a weight, or their sum with "
+                f"loss_reduction='sum', and loss_scale=1 / B where that is divided by a constant; the divisor of a "
+                f"batch is the optimizer's expected_batch_size."
             )
     known[mean] = [*before, (n, shares)][-_KEPT:]
 
