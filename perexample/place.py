@@ -148,16 +148,23 @@ class Lost:
         error: What is to be raised, where it is known already.
         meets: Whether rows of different examples met before they were joined, so that a single number of them is no
             sum of what each has of its own.
+        beside: Whether its entries are single numbers, such as losses, that were put beside each other.
     """
 
-    __slots__ = ("error", "meets", "mixes", "record", "where", "why")
+    __slots__ = ("beside", "error", "meets", "mixes", "record", "where", "why")
 
     def __init__(
         self, record: Any, where: str, why: str, mixes: bool, error: Exception | None = None, *, meets: bool = False
     ) -> None:
         """Remember where it happened first; what is computed from the tensor is lost for the same reason."""
         self.record, self.where, self.why, self.mixes, self.error = record, where, why, mixes, error
-        self.meets = meets
+        self.meets, self.beside = meets, False
+
+    def whose_entries_are(self, beside: bool) -> Lost:
+        """The same, as what is lost in another tensor."""
+        lost = Lost(self.record, self.where, self.why, self.mixes, self.error, meets=self.meets)
+        lost.beside = beside
+        return lost
 
     def __repr__(self) -> str:
         """For tables."""

@@ -925,3 +925,71 @@ def test_rows_that_are_joined_otherwise(loss, kept):
 def test_means_of_as_many_rows_of_each_example(loss, inside):
     rows, grad = of_chosen(loss, TWO_EACH, inside=inside)
     torch.testing.assert_close(rows.mean(0), grad)
+
+
+# -- several losses that a model itself puts beside each other ------------------------------------------------------
+
+
+class Losses(nn.Module):
+    """Two losses of all examples, and what is made of them in the forward."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.inner, self.join = nn.Linear(3, 4), join
+
+    def forward(self, x):
+        out = self.inner(x)
+        return self.join(F.cross_entropy(out, labels_of(out)), out.square().mean())
+
+
+BESIDE = {
+    "mean": lambda *losses: torch.stack(losses).mean(),
+    "weights": lambda *losses: (torch.stack(losses) * torch.tensor([0.3, 0.7])).sum(),
+    "entries": lambda *losses: torch.cat([one.view(1) for one in losses]).unbind()[1] + torch.hstack(losses)[0],
+    "returned": lambda *losses: torch.stack(losses),
+}
+BENT = {
+    "roots": lambda *losses: torch.stack(losses).sqrt().sum(),
+    "the largest": lambda *losses: torch.stack(losses).max(),
+    "norm": lambda *losses: torch.stack(losses).norm(),
+    "by themselves": lambda *losses: (torch.stack(losses).softmax(0) * torch.stack(losses)).sum(),
+    "by themselves, detached": lambda *losses: (torch.stack(losses).detach() * torch.stack(losses)).sum(),
+    "by one of them, detached": lambda one, other: (torch.stack([one, other]) * other.detach()).sum(),
+    "product": lambda *losses: torch.stack(losses).prod(),
+    "with itself": lambda *losses: torch.dot(torch.stack(losses), torch.stack(losses)),
+    "repeated": lambda one, other: (torch.stack([one, other]) + torch.zeros(3, 2)).exp().sum(),
+}
+
+
+@pytest.mark.parametrize("join", BESIDE.values(), ids=BESIDE)
+def test_a_model_may_put_its_losses_beside_each_other(join):
+    model = extend(Losses(join).double())
+    for n in (5, 2, 7):
+        x = torch.randn(n, 3).double()
+        with perex(BatchGrad()):
+            model(x).sum().backward()
+        got = model.inner.weight.grad_batch
+        torch.testing.assert_close(got.mean(0), model.inner.weight.grad)
+        model.zero_grad()
+
+
+def test_numbers_beside_each_other_do_not_weigh_data():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x):
+            h = self.inner(x)
+            return torch.stack([h.mean(), h.square().mean()]) @ x[0, :2]
+
+    model = extend(Model())
+    with pytest.raises(CrossExampleError, match="mixes examples"), perex(BatchGrad()):
+        model(torch.randn(5, 3)).backward()
+
+
+@pytest.mark.parametrize("join", BENT.values(), ids=BENT)
+def test_what_bends_such_losses_is_refused(join):
+    model = extend(Losses(join))
+    with pytest.raises((CrossExampleError, LossError)), perex(BatchGrad()):
+        model(torch.randn(5, 3)).sum().backward()

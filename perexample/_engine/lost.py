@@ -19,12 +19,12 @@ from .tap import LOST
 def lose(outputs: Iterable[Tensor], lost: Lost, *, meets: bool = False) -> None:
     """Mark outputs in which the examples cannot be told apart.
 
-    A single number is what a loss is made of, and joins the examples rightly, unless they met before; anything else
-    must not reach the loss.
+    A single number is what a loss is made of, and joins the examples rightly, unless they met before; so do several
+    beside each other, but anything else must not reach the loss.
     """
     for t in outputs:
         put(t, lost)
-        if (t.numel() > 1 or lost.meets or meets) and t.grad_fn is not None:
+        if ((t.numel() > 1 and not lost.beside) or lost.meets or meets) and t.grad_fn is not None:
             metadata(t.grad_fn).setdefault(LOST, lost)
 
 

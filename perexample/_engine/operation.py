@@ -26,6 +26,7 @@ from .tap import Tap
 
 _POINTWISE, _JOIN, _FUNCTION = PointwiseRule(), JoinRule(), FunctionRule()
 _TURNS = names("squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_")  # only change how a tensor shows its memory
+_STACKS = names("stack cat concat concatenate hstack")
 _TIMES = names("mul rmul imul multiply")
 
 
@@ -94,14 +95,25 @@ class Operation(Placing):
 
     def _conclude_lost(self, lost: Lost, outputs: list[Tensor]) -> None:
         """What comes of lost arguments is lost too, where it is written to as well."""
-        several = any(isinstance(place, Lost) and t.numel() > 1 for t, place in self.tracked)
+        numbers = self._are_numbers()
+        several = not numbers and any(isinstance(place, Lost) and t.numel() > 1 for t, place in self.tracked)
         if self._scales():
             lost = self._lost("mixes examples: it multiplies one number with another that all change", True)
             several = True
+        put_beside = self.name in _STACKS or (self.kind is Kind.POINTWISE and lost.beside)
+        beside = numbers and put_beside and not self._before
+        lost = lost.whose_entries_are(beside) if beside != lost.beside else lost
         lose(outputs, lost, meets=several)
         for t, place in self._before:
             self.record.wrote |= place is None
             wrote(t, place, lost)
+
+    def _are_numbers(self) -> bool:
+        """Whether all that it is given are single numbers of a loss, or such that were put beside each other."""
+        return all(
+            isinstance(place, Lost) and t.requires_grad and (t.numel() == 1 or place.beside)
+            for t, place in self.tracked
+        )
 
     def _scales(self) -> bool:
         """Whether it multiplies a loss with a single number that was found out from several examples."""
