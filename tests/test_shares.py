@@ -267,3 +267,21 @@ def test_a_sum_of_means_of_each_class_is_a_mean():
     model = extend(nn.Linear(4, 2))
     with pytest.raises(LossError, match="mean over 3 examples"), perex(ClippedGrad(1.0), loss_reduction="sum"):
         sum(column.square().mean() for column in model(torch.randn(3, 4)).T).backward()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_hooks_of_users_are_called_once(inside):
+    """Of a sum that is measured, and of as many losses as there are examples, which might be a loop over these."""
+    calls, model, x = [], extend(nn.Linear(4, 3)), torch.randn(2 if inside else 3, 4)
+
+    def loss():
+        out = model(x)
+        out.register_hook(calls.append)
+        losses = out.square().sum(1)
+        losses.register_hook(calls.append)
+        return torch.ones(len(x)) @ losses / len(x) + F.mse_loss(out, x[:, :3]) + F.mse_loss(out, x[:, 1:])
+
+    total = None if inside else loss()
+    with perex(BatchGrad()):
+        (loss() if total is None else total).backward()
+    assert len(calls) == 2

@@ -79,12 +79,12 @@ def shares_of(loss: Tensor, found: Walk, n: int) -> list[Share]:
     for share, edge in _joined(loss):
         kinds = edge.node.name(), *(one.node.name() for one in _given(edge.node))
         alike.setdefault((*kinds, share.factor), []).append((share, edge))
-    # A user's hook is not called more than once.
-    once = n < 2 or STATE.once or any(tap.record.opened is not STATE.opened for tap in found.taps)
+    loops = n > 1 and not STATE.once  # a user's hook is not called more than once
+    once = not loops or any(tap.record.opened is not STATE.opened for tap in found.taps)
     shares: list[Share] = []
     for group in alike.values():
         ends = {group[0][1], group[-1][1]}  # tell of a loop
-        if n > 1 and len(group) % n == 0 and all(examples_of(edge, found) == 1 for edge in ends):
+        if loops and len(group) % n == 0 and all(examples_of(edge, found) == 1 for edge in ends):
             shares.append(replace(group[0][0], joins="sum", entries=len(group)))
         else:
             found_out = [None if once else _measured(one, edge, n) for one, edge in group]
