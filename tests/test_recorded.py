@@ -658,6 +658,9 @@ def test_autocast_around_a_step():
     assert model[0].weight.clipped_sum.dtype == torch.float32
 
 
+@pytest.mark.skipif(
+    DEVICE != "cpu", reason="autograd of devices computes in threads of its own, all of which look away"
+)
 def test_another_thread_looks_at_values_meanwhile():
     model, x, y = made()
     other, _, _ = made()

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import perexample.privacy
 from perexample import LossError, PerExampleError, StaleGradientError, UnsupportedModuleError, extend, perex, privatize
 from perexample.extensions import BatchGrad, ClippedGrad
-from perexample.privacy import PhysicalBatches, PoissonBatchSampler, Release, make_private
+from perexample.privacy import Noise, PhysicalBatches, PoissonBatchSampler, Release, make_private
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "howto.rst").read_text()
 TITLES = re.split(r"^(.+)\n[=\-^]+\n", PAGE, flags=re.M)
@@ -70,7 +70,10 @@ class Made:
 
     def train(self, loss, schedule=None, epochs=2, batches=None):
         """The same training, example by example; gives the parameters by name."""
-        sampler, noise = PoissonBatchSampler(40, 0.2, generator=generator(self.seeds[0])), generator(self.seeds[1])
+        sampler, noise = (
+            PoissonBatchSampler(40, 0.2, generator=generator(self.seeds[0])),
+            Noise(generator(self.seeds[1])),
+        )
         schedule = schedule and schedule(self.optimizer)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         norms = []
@@ -83,7 +86,7 @@ class Made:
                 for total, g in zip(sums, grads, strict=True):
                     total += min(1.0, self.bound / norm) * g
             for p, total in zip(params, sums, strict=True):
-                p.grad = (total + self.bound * torch.randn(p.shape, generator=noise)) / 8
+                p.grad = (total + noise.like(p, self.bound)) / 8
             self.optimizer.step()
             if schedule is not None:
                 schedule.step()
