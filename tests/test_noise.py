@@ -10,7 +10,7 @@ from scipy import stats
 from perexample import ConfigurationError
 from perexample._private import system_generator
 from perexample.privacy import Noise
-from perexample.privacy.normal import PIECE, bits_of, plus_normal
+from perexample.privacy.normal import PIECE, plus_normal
 
 SOURCES = {
     "torch": lambda: Noise(),
@@ -73,13 +73,14 @@ def test_successive_draws_differ():
         assert not torch.equal(noise.like(torch.zeros(4), 1.0), noise.like(torch.zeros(4), 1.0))
 
 
-def test_the_largest_uniform_gives_a_finite_number(monkeypatch):
+def test_the_least_and_the_largest_bits_give_finite_numbers(monkeypatch):
     monkeypatch.setattr("os.urandom", lambda size: b"\xff" * size)
     z = Noise(source="os").like(torch.zeros(2), 1.0)
-    assert torch.isfinite(z).all()
-    assert abs(z).max() == pytest.approx(math.sqrt(2 * 53 * math.log(2)))
+    assert torch.equal(z.abs(), torch.zeros(2, dtype=torch.float64))
     monkeypatch.setattr("os.urandom", lambda size: b"\x00" * size)
-    assert torch.equal(Noise(source="os").like(torch.zeros(2), 1.0), torch.zeros(2, dtype=torch.float64))
+    z = Noise(source="os").like(torch.zeros(2), 1.0)
+    assert torch.isfinite(z).all()
+    assert abs(z).max() == pytest.approx(math.sqrt(2 * 64 * math.log(2)))
 
 
 def test_every_bit_is_used_from_the_system(monkeypatch):
@@ -142,65 +143,20 @@ def test_few_numbers_differ(make):
     assert noise.unique().numel() == noise.numel()
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+@pytest.mark.parametrize("size", [1, 2, 5, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 3])
+def test_numbers_are_those_of_box_and_muller(size):
+    drawn, generator = [], torch.Generator().manual_seed(1)
 
+    def source(out):
+        drawn.append(out.random_(generator=generator).clone())
 
-MANY = 5 * PIECE + 3
-
-
-@pytest.mark.parametrize("make", [SOURCES["torch"], SOURCES["os"]], ids=["torch", "os"])
-def test_threads_have_bits_of_their_own(make, threads):
-    threads(2)
-    numbers = make().like(torch.zeros(MANY), 1.0)
-    assert numbers.unique().numel() == MANY  # equal ones are as likely as 1e-6
-
-
-def test_numbers_of_a_given_generator_are_those_of_any_machine(threads):
-    found = []
-    for count in (1, 2, 3):
-        threads(count)
-        found.append(SOURCES["given"]().like(torch.zeros(MANY), 1.0))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_what_comes_from_which_source(count):
-    """Sources are asked in turn for pieces, in every thread in its own order; each number is that of Box and Muller."""
-    drawn = [[] for _ in range(count)]
-
-    def source(number):
-        generator = torch.Generator().manual_seed(number)
-
-        def fill(out):
-            out.random_(0, 1 << 53, generator=generator)
-            drawn[number].append(out.clone())
-
-        return fill
-
-    size = 7 * PIECE + 5
-    found = plus_normal(torch.zeros(size), 3.0, [source(number) for number in range(count)])
-    used = [bits for bits in drawn if bits]
-    assert len(used) == min(count, 3)  # a thread has two pieces at least
-    for place, piece in enumerate(found.split(PIECE)):
-        uniform = used[place % len(used)][place // len(used)].double() / 2**53
-        first, second = uniform.split(len(uniform) // 2)
-        radius, angle = 3.0 * (-2 * torch.log1p(-first)).sqrt(), 2 * math.pi * second
-        torch.testing.assert_close(
-            piece, torch.cat([radius * angle.cos(), radius * angle.sin()])[: len(piece)], rtol=1e-13, atol=1e-13
-        )
-
-
-def test_an_error_in_a_thread_is_raised():
-    def broken(out):
-        raise ValueError("no bits")
-
-    with pytest.raises(ValueError, match="no bits"):
-        plus_normal(torch.zeros(MANY), 1.0, [bits_of(torch.Generator()), broken])
+    found = plus_normal(torch.ones(size), 3.0, source)
+    assert all(bits.min() >= 0 for bits in drawn)
+    for piece, bits in zip(found.split(PIECE), drawn, strict=True):
+        first, second = (bits.double() / 2**63).split(len(bits) // 2)
+        radius, angle = 3.0 * (-2 * first.log()).sqrt(), 2 * math.pi * second
+        wanted = 1 + torch.cat([radius * angle.cos(), radius * angle.sin()])[: len(piece)]
+        torch.testing.assert_close(piece, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,9 +25,6 @@ class Noise:
         source: ``"torch"`` uses torch's generators, on CPU with a whole state from the operating system (a seed
             would choose among 2^32 streams only). They are fast, and not made to withstand someone who sees part of
             the stream. ``"os"`` draws every bit from the operating system's cryptographic source (``os.urandom``).
-            On the CPU numbers are made of the bits by the method of Box and Muller with uniforms of 53 bits, by as
-            many threads as torch has (``torch.set_num_threads``); those of a generator of yours by one, so that they
-            are the same on any machine.
 
     Raises:
         ConfigurationError: For arguments without meaning, or both a generator and ``source="os"``.
@@ -65,7 +61,7 @@ class Noise:
             refuse_public_seed(generator)
         self.given, self.source = generator, source
         self._of_step: torch.Generator | None = None
-        self._own: dict[tuple[int, torch.device, int], torch.Generator] = {}
+        self._own: dict[tuple[int, torch.device], torch.Generator] = {}
 
     def like(self, tensor: Tensor, std: float) -> Tensor:
         """Noise for a tensor.
@@ -98,21 +94,13 @@ class Noise:
         tensor, std = tensor.detach(), real("std", std, "a finite number >= 0", lambda x: x >= 0)
         given = self._of_step or self.given
         device = tensor.device if given is None else given.device
-        if self.source == "os" or (device.type == "cpu" and tensor.numel() > _FEW):
-            noisy = plus_normal(tensor.to("cpu").reshape(-1), std, self._sources(given))
-            return noisy.view(tensor.shape).to(tensor.device)
+        if self.source == "os":
+            return _plus(tensor, std, bits_of_bytes(os.urandom))
         generator = self._for(device) if given is None else given
+        if device.type == "cpu" and tensor.numel() > _FEW:
+            return _plus(tensor, std, bits_of(generator))
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device=device)
         return noise.to(tensor.device).mul_(std).add_(tensor)
-
-    def _sources(self, given: torch.Generator | None) -> Sequence[Bits]:
-        """Random bits for each thread."""
-        threads = torch.get_num_threads()
-        if self.source == "os":
-            return [bits_of_bytes(os.urandom)] * threads
-        if given is not None:
-            return [bits_of(given)]
-        return [bits_of(self._for(torch.device("cpu"), number)) for number in range(threads)]
 
     def begin(self, content: bytes) -> None:
         """Let the noise of a step depend on what it is added to, where it might come again.
@@ -175,11 +163,15 @@ class Noise:
             self.given.set_state(system_generator(self.given.device).get_state())
             self._of_step = None
 
-    def _for(self, device: torch.device, number: int = 0) -> torch.Generator:
-        key = os.getpid(), device, number  # a forked process must not go on with the numbers of its parent
+    def _for(self, device: torch.device) -> torch.Generator:
+        key = os.getpid(), device  # a forked process must not go on with the numbers of its parent
         if key not in self._own:
             self._own[key] = system_generator(device)
         return self._own[key]
+
+
+def _plus(tensor: Tensor, std: float, source: Bits) -> Tensor:
+    return plus_normal(tensor.to("cpu").reshape(-1), std, source).view(tensor.shape).to(tensor.device)
 
 
 def refuse_public_seed(generator: torch.Generator) -> None:
