@@ -192,7 +192,7 @@ def test_tables_are_those_of_the_numbers(name, tmp_path):
     report = importlib.import_module("report")
     data = report.load(FOLDER / f"{name}.json")
     module.tables(data, argparse.Namespace(**{"out": tmp_path, "device": "cpu", "times": 1} | SUITES.get(name, {})))
-    pages = [report.PAGE, report.README] if name in SUITES else [report.PAGE]
+    pages = [report.PAGE, report.README] if name in (*SUITES, "training") else [report.PAGE]
     for page in pages:
         assert (
             report.between(page.read_text(), name, page.suffix)

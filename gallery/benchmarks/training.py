@@ -2,8 +2,8 @@
 
 As a ratio to forward, backward and step of a training without privacy beside it, both with SGD at a learning rate of 0,
 so that all systems see the same parameters for ever. Clipped sums are checked before, noise is not. Each system draws
-its noise as it does by default, here in float64, by Opacus in float32. Writes ``training.json`` and a table in
-``docs/performance.rst``::
+its noise as it does by default, here in float64, by Opacus in float32. Writes ``training.json``, and tables in the
+README and in ``docs/performance.rst``::
 
     python gallery/benchmarks/training.py
 """
@@ -133,7 +133,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
     return found
 
 
-def rst(data: dict) -> list[str]:
+def rows(data: dict) -> list[list[str]]:
     """The table."""
     models = {name: data["models"][name] for name in SUITE if name in data["models"]}
     kinds = [kind for kind in KINDS if any("ratio" in found.get(kind, {}) for found in models.values())]
@@ -147,13 +147,18 @@ def rst(data: dict) -> list[str]:
         ratios = [found[kind]["ratio"][1] for found in models.values() if "ratio" in found.get(kind, {})]
         counted = f" ({len(ratios)} of {len(models)})" if len(ratios) < len(models) else ""
         means.append(f"{measure.geometric_mean(ratios):.2f}{counted}")
-    table.append(["geometric mean", "", *means])
-    return [*report.rst_table(table), "", report.sentence("training.py", data["system"]).replace("`", "``")]
+    return [*table, ["geometric mean", "", *means]]
 
 
 def tables(data: dict, options: argparse.Namespace) -> None:
     """Write them."""
-    report.put(report.PAGE, "training", rst(data) if data.get("models") else [report.NOT_YET], options.out)
+    if not data.get("models"):
+        report.put(report.PAGE, "training", [report.NOT_YET], options.out)
+        report.put(report.README, "training", [report.NOT_YET], options.out)
+        return
+    found, written = rows(data), report.sentence("training.py", data["system"])
+    report.put(report.PAGE, "training", [*report.rst_table(found), "", written.replace("`", "``")], options.out)
+    report.put(report.README, "training", [*report.markdown_table(found), "", written], options.out)
 
 
 def main() -> None:
@@ -166,7 +171,7 @@ def main() -> None:
     data |= {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/training.py"}
     data["models"] |= measured(options)
     report.save(path, data)
-    print("\n".join(rst(report.rounded(data))))
+    print("\n".join(report.markdown_table(rows(report.rounded(data)))))
     tables(report.rounded(data), options)
 
 
