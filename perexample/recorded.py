@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -81,7 +82,8 @@ class RecordedStep:
         extensions: One, or several.
         strategy: As in `perex`.
         room: As in `perex`.
-        grad: Whether ``p.grad`` is wanted.
+        grad: Whether ``p.grad`` is wanted: that of this process, as `torch.nn.parallel.DistributedDataParallel` does
+            not see replays.
         loss_reduction: What ``p.grad`` is the gradient of: ``"sum"`` or ``"mean"`` of the losses. Fields are those of
             each example's own loss either way.
         compiled: Let `torch.compile` fuse the operations, which takes seconds to minutes once. It is for CPUs, needs a
@@ -131,6 +133,12 @@ class RecordedStep:
         self.options: dict[str, Any] = {"strategy": strategy, "room": room}
         self.extensions: list[Extension] = [*extensions] if isinstance(extensions, Sequence) else [extensions]
         self.grad, self.loss_reduction = flag("grad", grad), loss_reduction
+        if self.grad and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"{self._name}(grad=True): p.grad is that of this process alone, as DistributedDataParallel does not "
+                f"see replays; average it over the processes before each step of the optimizer (all_reduce).",
+                stacklevel=3,
+            )
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values

@@ -61,7 +61,7 @@ class RecordedModel:
         extensions: One, or several: those that `perex` will have, the same objects.
         strategy: As in `perex`, which must have the same.
         room: As in `perex`, which must have the same.
-        grad: As in `perex`, which must have the same: whether ``p.grad`` is wanted.
+        grad: As in `perex`, which must have the same: whether ``p.grad`` is wanted, that of this process alone.
         compiled: As in `RecordedStep`: let `torch.compile` fuse the operations of the forward, and of the rest.
         kwargs: Keyword arguments of the call.
 

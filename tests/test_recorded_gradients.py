@@ -283,3 +283,13 @@ def test_a_leaf_of_the_loss_gets_its_gradient():
         scale.grad = None
     torch.testing.assert_close(found[0][0], found[1][0])
     near(found[0][1], found[1][1])
+
+
+@KINDS
+def test_a_warning_that_other_processes_do_not_take_part(kind, monkeypatch):
+    model, x, y = made()
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.warns(UserWarning, match="p.grad is that of this process alone"):
+        calls_of(kind, model, x, y, BatchL2Grad())
+    RecordedStep(model, per_class(model), x, y, extensions=BatchL2Grad())  # without p.grad there is nothing to say
