@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import report
 import torch
 from systems import SYSTEMS, Loop, Problem, System, disagreement
 from tqdm import tqdm
@@ -61,6 +62,39 @@ def options_of(
     if options.n and not (options.out or getattr(options, "peak", None)):
         parser.error("numbers of other batches do not belong with the others: add --out")
     return options
+
+
+def script(
+    name: str,
+    text: str | None,
+    models: Sequence[str],
+    measured: Callable[[argparse.Namespace], dict[str, dict]],
+    shown: Callable[[dict], list[str]],
+    tables: Callable[[dict, argparse.Namespace], None],
+) -> None:
+    """What a script does that times systems on models of the suite: options, numbers, tables.
+
+    Numbers of models that are not asked for stay as they are.
+
+    Args:
+        name: Of the script and of its file of numbers.
+        text: Its help.
+        models: Those it can measure.
+        measured: Measures those that are asked for.
+        shown: The lines that it prints.
+        tables: Writes the tables.
+    """
+    options = options_of(text, models, models, 15, 12.0)
+    keep_memory()
+    torch.set_num_threads(options.threads)
+    path = (options.out or report.HERE) / f"{name}.json"
+    data = report.load(path) or {"models": {}}
+    command = f"python gallery/benchmarks/{name}.py"
+    data |= {"system": report.system_info("cpu", options.threads), "command": command}
+    data["models"] |= measured(options)
+    report.save(path, data)
+    print("\n".join(shown(report.rounded(data))))
+    tables(report.rounded(data), options)
 
 
 def reason(error: Exception) -> str:

@@ -290,19 +290,5 @@ def tables(data: dict, options: argparse.Namespace) -> None:
     report.put(report.PAGE, "overhead", rst(data) if data.get("models") else [report.NOT_YET], options.out)
 
 
-def main() -> None:
-    """Measure, and write what was found."""
-    options = measure.options_of(__doc__, list(SUITE), list(SUITE), 15, 12.0)
-    measure.keep_memory()
-    torch.set_num_threads(options.threads)
-    path = (options.out or report.HERE) / "overhead.json"
-    data = report.load(path) or {"models": {}}
-    data |= {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/overhead.py"}
-    data["models"] |= measured(options)
-    report.save(path, data)
-    print("\n".join(rst(report.rounded(data))))
-    tables(report.rounded(data), options)
-
-
 if __name__ == "__main__":
-    main()
+    measure.script("overhead", __doc__, list(SUITE), measured, rst, tables)

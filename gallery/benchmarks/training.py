@@ -150,6 +150,11 @@ def rows(data: dict) -> list[list[str]]:
     return [*table, ["geometric mean", "", *means]]
 
 
+def shown(data: dict) -> list[str]:
+    """The table as it is printed."""
+    return report.markdown_table(rows(data))
+
+
 def tables(data: dict, options: argparse.Namespace) -> None:
     """Write them."""
     if not data.get("models"):
@@ -161,19 +166,5 @@ def tables(data: dict, options: argparse.Namespace) -> None:
     report.put(report.README, "training", [*report.markdown_table(found), "", written], options.out)
 
 
-def main() -> None:
-    """Measure, and write what was found."""
-    options = measure.options_of(__doc__, list(SUITE), list(SUITE), 15, 12.0)
-    measure.keep_memory()
-    torch.set_num_threads(options.threads)
-    path = (options.out or report.HERE) / "training.json"
-    data = report.load(path) or {"models": {}}
-    data |= {"system": report.system_info("cpu", options.threads), "command": "python gallery/benchmarks/training.py"}
-    data["models"] |= measured(options)
-    report.save(path, data)
-    print("\n".join(report.markdown_table(rows(report.rounded(data)))))
-    tables(report.rounded(data), options)
-
-
 if __name__ == "__main__":
-    main()
+    measure.script("training", __doc__, list(SUITE), measured, shown, tables)
