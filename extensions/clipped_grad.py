@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from perexample._arguments import positive
 from perexample._looks import holds
 from perexample._private import added_up, version
+from perexample._warning import warn
 from perexample.errors import ConfigurationError, ExtensionError, NonFiniteExampleWarning, StaleGradientError
 from perexample.extension import Extension, ParameterView, Weights
 
@@ -386,11 +386,10 @@ class ClippedGrad(Extension):
     def _warn(self) -> None:
         if self.nonfinite and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "Some examples had a NaN or infinite gradient and contributed exactly zero to the clipped sums; "
                 "ClippedGrad.nonfinite counts them in every backward, this warning comes once.",
                 NonFiniteExampleWarning,
-                stacklevel=2,
             )
 
     def _limit(self, group: str, device: torch.device) -> Any:

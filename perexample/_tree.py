@@ -51,6 +51,19 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
             _collect(getattr(tree, field.name), found)
 
 
+def leaves(tree: Any) -> Iterator[Any]:
+    """Everything that a nested structure holds but ``None``, in order."""
+    if isinstance(tree, Mapping):
+        tree = tuple(tree.values())
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
+    if isinstance(tree, (tuple, list)):
+        for one in tree:
+            yield from leaves(one)
+    elif tree is not None:
+        yield tree
+
+
 def map_tensors(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:
     """Rebuild a nested structure with every tensor (or other ``kind`` of leaf) replaced by ``function(leaf)``."""
     if type(tree) is dict:

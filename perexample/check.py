@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ._arguments import flag, losses_of, real, shown
 from ._engine.context import perex
 from ._engine.state import once
+from ._kept import buffers_kept
 from ._private import is_dropout, named_parameters
 from ._table import table
 from ._tree import map_tensors, tensors_in
@@ -258,7 +258,7 @@ def _loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> Ten
 def _refuse_random(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) -> None:
     losses = []
     for _ in range(2):  # with gradients, as a forward may ask for some
-        with _kept_buffers(model):
+        with buffers_kept(model):
             losses.append(_loss(model, loss_fn, batch))
     first, second = losses
     if not isinstance(first, Tensor):
@@ -270,15 +270,6 @@ def _refuse_random(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tupl
         )
 
 
-@contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    kept = {name: b.clone() for name, b in model.named_buffers()}
-    yield
-    for name, buffer in model.named_buffers():
-        if name in kept:
-            buffer.copy_(kept[name])
-
-
 def _measured(
     model: nn.Module,
     loss_fn: Callable[..., Tensor],
@@ -287,7 +278,7 @@ def _measured(
     ask: Callable[[ParameterView], Tensor] = ParameterView.grad_batch,
 ) -> dict[str, Tensor]:
     asked = _Asked(ask)
-    with perex(asked, loss_reduction=reduction, grad=False), once(), _kept_buffers(model):
+    with perex(asked, loss_reduction=reduction, grad=False), once(), buffers_kept(model):
         _loss(model, loss_fn, batch).backward()
     return asked.found
 
@@ -298,7 +289,7 @@ def _reference(
     named = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for i in range(n):
-        with _kept_buffers(model):
+        with buffers_kept(model):
             grads = torch.autograd.grad(
                 _alone(model, loss_fn, _one(batch, i, batch_dim), i), list(named.values()), allow_unused=True
             )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ._arguments import flag, losses_of, shown
 from ._chance import random_kept, random_states, seed, set_random_states
@@ -20,9 +17,12 @@ from ._compared import SEED, Comparison, Found, refuse_memory
 from ._engine.context import perex
 from ._engine.fields import checked_fields
 from ._first_run import Seen, first_run, refuse_remembering
+from ._host_reads import no_host_reads
+from ._kept import buffers_kept, fields_kept, without_grads
 from ._looks import holds, noting
 from ._precision import full_precision, reduced, without_autocast
-from ._private import dispatch_is_off, hooks_after_gradient, named_parameters, version, whole_arguments
+from ._private import hooks_after_gradient, named_parameters
+from ._returned import as_usual, check_returned, joined, parted
 from ._shards import is_sharded
 from ._static import StaticBatch
 from ._tape import Tape
@@ -37,7 +37,8 @@ from ._unchanged import (
     what_is_left,
     what_is_read,
 )
-from .errors import ConfigurationError, ExtensionError, LossError, StaleGradientError
+from ._warning import warn
+from .errors import ConfigurationError, ExtensionError, StaleGradientError
 from .extension import Extension
 
 
@@ -133,40 +134,51 @@ class RecordedStep:
         self.options: dict[str, Any] = {"strategy": strategy, "room": room}
         self.extensions: list[Extension] = [*extensions] if isinstance(extensions, Sequence) else [extensions]
         self.grad, self.loss_reduction = flag("grad", grad), loss_reduction
-        if self.grad and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            warnings.warn(
-                f"{self._name}(grad=True): p.grad is that of this process alone, as DistributedDataParallel does not "
-                f"see replays; average it over the processes before each step of the optimizer (all_reduce).",
-                stacklevel=3,
-            )
         self.repeated = 0
         self._before: list[Any] | None = None  # what the run before has found out
         self._by_model = False  # whether the model looks at values
         self._seen, self._read = Seen(), Read(frozenset())
         perex(*self.extensions, loss_reduction=loss_reduction, **self.options)  # raises what is wrong with them
         self._parameters = named_parameters(model)
-        for name, p in self._parameters.items():
-            if is_sharded(p):
-                raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
-            if grad and hooks_after_gradient(p):
-                raise ConfigurationError(
-                    f"Parameter `{name}` has a hook that is called when its gradient is complete "
-                    f"(register_post_accumulate_grad_hook), which a replay would not call; remove it, or run the step "
-                    f"as usual."
-                )
+        self._refuse_parameters()
+        if self.grad:
+            self._warn_of_processes()
         self._device = self._only_device()
         self._batch = StaticBatch(batch, self._device, self._name)
         self._asked = [_stand_in(extension) for extension in self.extensions]
         before = state_of(self.model, self._device, None)
         kept = random_kept([self._device])
-        with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), self._fields_kept(), kept:
-            self._without_grads()
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            buffers_kept(model),
+            fields_kept(self._parameters, self._asked),
+            kept,
+        ):
             self._replay = self._captured() if self._on_graph else self._taped()
             self._compare()
         before |= self._around_was
         self._model_was = state_of(self.model, self._device, self._read)
         self._settings_were = settings_of(self.extensions)
         self._left = what_is_left(self._model_was, before)
+
+    def _refuse_parameters(self) -> None:
+        for name, p in self._parameters.items():
+            if is_sharded(p):
+                raise ConfigurationError(f"Parameter `{name}` is kept in shards (FSDP2); run such a step as usual.")
+            if self.grad and hooks_after_gradient(p):
+                raise ConfigurationError(
+                    f"Parameter `{name}` has a hook that is called when its gradient is complete "
+                    f"(register_post_accumulate_grad_hook), which a replay would not call; remove it, or run the step "
+                    f"as usual."
+                )
+
+    def _warn_of_processes(self) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warn(
+                f"{self._name}(grad=True): p.grad is that of this process alone, as DistributedDataParallel does not "
+                f"see replays; average it over the processes before each step of the optimizer (all_reduce).",
+            )
 
     @property
     def _on_graph(self) -> bool:
@@ -221,7 +233,7 @@ class RecordedStep:
                     set_random_states(random, [self._device])
                 return self.as_usual(*batch)
             self._take_over(found, n, 1.0 if self.loss_reduction == "sum" else 1.0 / max(n, 1))
-            return _joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
+            return joined(*map_tensors(lambda t: t[:n].clone(), (found.losses, found.outputs)))
 
     def __reduce__(self) -> Any:
         """Refuse to be copied or saved, as what is replayed reads the tensors of this model."""
@@ -299,7 +311,7 @@ class RecordedStep:
 
     def _not_compiled(self, why: str) -> None:
         self.compiled = False
-        warnings.warn(f"{self._name}: its operations are replayed as they are, not compiled: {why}.", stacklevel=4)
+        warn(f"{self._name}: its operations are replayed as they are, not compiled: {why}.")
 
     @contextmanager
     def _as_replayed(self) -> Iterator[None]:
@@ -345,9 +357,9 @@ class RecordedStep:
         """The step on a batch as usual, which leaves nothing behind; ``None`` if it fails on a single example."""
         try:
             with self._context(*more):
-                losses, outputs = _parted(self.losses(*batch))
+                losses, outputs = parted(self.losses(*batch))
                 if batch is self._batch.own:
-                    self._check(losses, outputs)
+                    check_returned(losses, outputs, self.size)
                 losses.sum().backward()
         except Exception:
             if batch is self._batch.own:
@@ -358,31 +370,11 @@ class RecordedStep:
     def _context(self, *more: Extension) -> perex:
         return perex(*self._asked, *more, loss_reduction="sum", grad=self.grad, **self.options)
 
-    def _check(self, losses: Any, outputs: Any) -> None:
-        if not isinstance(losses, Tensor) or losses.shape != (self.size,):
-            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise LossError(
-                f"RecordedStep: losses returned {got} for {self.size} examples; it must return the loss of each, "
-                f"[{self.size}], as with reduction='none'."
-            )
-        others = [t for t in leaves(outputs) if not isinstance(t, Tensor)]
-        if others:
-            raise LossError(
-                f"RecordedStep: losses returned {shown(others[0])} behind the losses, which would be that of the "
-                f"recording for ever; return tensors with the examples on the first axis."
-            )
-        for t in tensors_of(outputs):
-            if not t.dim() or len(t) != self.size:
-                raise LossError(
-                    f"RecordedStep: losses returned {list(t.shape)} behind the losses of {self.size} examples; such a "
-                    f"tensor must have the examples on its first axis, as there may be fewer in another batch."
-                )
-
     def _run(self) -> Found:
         """The step without a look at any value; what it was taken to be is noted."""
         with noting(everywhere=self._device.type != "cpu", before=self._before) as notes, self._context():
-            losses, outputs = _parted(self.losses(*self._batch.own))
-            self._check(losses, outputs)
+            losses, outputs = parted(self.losses(*self._batch.own))
+            check_returned(losses, outputs, self.size)
             torch.where(self._batch.real, losses, torch.zeros_like(losses)).sum().backward()
             found = self._collected(losses, outputs, losses)
             self._note_sums(found)
@@ -410,7 +402,7 @@ class RecordedStep:
         losses, outputs = map_tensors(Tensor.detach, (losses, outputs))
         grads = {name: p.grad for name, p in self._parameters.items() if self.grad and p.grad is not None}
         found = Found(held, losses, outputs, fields, [asked.for_replay() for asked in self._asked], grads)
-        self._without_grads()
+        without_grads(self._parameters)
         for asked in self._asked:
             if hasattr(asked, "zero_grad"):
                 asked.zero_grad()
@@ -418,39 +410,6 @@ class RecordedStep:
                 if hasattr(p, asked.field):
                     delattr(p, asked.field)
         return found
-
-    @contextmanager
-    def _fields_kept(self) -> Iterator[None]:
-        """What is at the parameters stays there."""
-        kept = [(p, e.field, getattr(p, e.field, None)) for p in self._parameters.values() for e in self._asked]
-        grads = [(p, p.grad) for p in self._parameters.values()]
-        try:
-            yield
-        finally:
-            for p, field, value in kept:
-                if value is not None:
-                    setattr(p, field, value)
-                elif hasattr(p, field):
-                    delattr(p, field)
-            for p, gradient in grads:
-                p.grad = gradient
-
-    def _without_grads(self) -> None:
-        for p in self._parameters.values():
-            p.grad = None
-
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        """Buffers are as they were, whatever the steps do to them."""
-        before = {name: b.clone() for name, b in self.model.named_buffers()}
-        versions = {name: version(b) for name, b in self.model.named_buffers()}
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, b in self.model.named_buffers():
-                    if name in before and version(b) != versions[name]:
-                        b.copy_(before[name])
 
     def _take_over(self, found: Found, n: int, factor: float) -> None:
         """Leave the fields at the parameters, as a backward does, and add the gradients, times a factor."""
@@ -484,12 +443,11 @@ class RecordedStep:
 
     def _warn(self) -> None:
         if self.repeated == OFTEN:
-            warnings.warn(
+            warn(
                 f"A {self._name} had to run {OFTEN} batches as usual so far, as values were not what they mostly are: "
                 f"examples that are not finite, positions whose gradients cancel, or, where the model or its loss "
                 f"looks at values (item(), if), others than in the recording, or fewer examples. That takes the time "
                 f"of both; run the step without it if this goes on.",
-                stacklevel=3,
             )
 
     def _refuse_changes(self) -> None:
@@ -525,67 +483,5 @@ def _stand_in(extension: Extension) -> Extension:
     return asked
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """What a structure holds."""
-    if isinstance(tree, Mapping):
-        tree = tuple(tree.values())
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        tree = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
-    if isinstance(tree, (tuple, list)):
-        for one in tree:
-            yield from leaves(one)
-    elif tree is not None:
-        yield tree
-
-
-def as_usual(
-    losses: Callable,
-    batch: tuple,
-    extensions: Sequence[Extension],
-    options: dict[str, Any],
-    *,
-    grad: bool = False,
-    mean: bool = False,
-) -> Any:
-    """Take a step that is not recorded, and return what a recorded one returns."""
-    with perex(*extensions, loss_reduction="mean" if mean else "sum", grad=grad, **options):
-        of_each, outputs = _parted(losses(*batch))
-        (of_each.mean() if mean else of_each.sum()).backward()
-    return _joined(*map_tensors(lambda t: t.detach().clone(), (of_each, outputs)))
-
-
-def _parted(returned: Any) -> tuple[Any, Any]:
-    """The losses, and a tuple of what was returned behind them, if it was."""
-    return (returned[0], returned[1:]) if isinstance(returned, tuple) and returned else (returned, None)
-
-
-def _joined(losses: Tensor, outputs: Any) -> Any:
-    return losses if outputs is None else (losses, *outputs)
-
-
 OFTEN = 10
-_HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # past all operations
-_NUMBERS = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
-_OF_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
-
-
-class no_host_reads(TorchFunctionMode):  # noqa: N801 - named as a function is
-    """What takes values to the host past all operations is an error."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Let everything else pass; what a tensor is made of is looked at before, so that it is noted."""
-        unseen = func in _NUMBERS and dispatch_is_off()  # as by torch.Tensor([t])
-        split = func is torch.tensor_split and any(isinstance(a, Tensor) for a in args[1:])
-        if func in _HOST_READS or unseen or split:
-            raise ConfigurationError(
-                f"This step cannot be recorded: the model or its loss looks at values ({func.__name__}). Run it as "
-                f"usual."
-            )
-        if func in _OF_LISTS:
-            for t in tensors_of([a for a in (*args, *(kwargs or {}).values()) if isinstance(a, (list, tuple))]):
-                for number in t.detach().flatten().unbind():
-                    number.item()
-        return func(*args, **whole_arguments(func, kwargs or {}))
-
-
-__all__ = ["OFTEN", "RecordedStep", "as_usual", "leaves"]
+__all__ = ["OFTEN", "RecordedStep"]

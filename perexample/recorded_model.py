@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,15 +17,17 @@ from ._compared import Found
 from ._engine.hooks import Enter
 from ._engine.replayed import leave
 from ._engine.state import STATE
+from ._kept import buffers_kept
 from ._looks import would_see_the_same
 from ._private import dispatched, hook_of, memory_of, undispatched, version
 from ._static import fitted
 from ._tape import Tape
-from ._tree import map_tensors, tensors_of
+from ._tree import leaves, map_tensors, tensors_of
 from ._unchanged import described, settings_of, state_of, what_differs
+from ._warning import warn
 from .errors import ConfigurationError, StaleGradientError
 from .extension import Extension
-from .recorded import OFTEN, RecordedStep, leaves
+from .recorded import OFTEN, RecordedStep
 
 
 class RecordedModel:
@@ -257,7 +258,7 @@ class _Step(RecordedStep):
         args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
         n = next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 0)
         kept = random_kept([device])
-        with torch.inference_mode(False), torch.enable_grad(), self._buffers_kept(), kept, self.autocast():
+        with torch.inference_mode(False), torch.enable_grad(), buffers_kept(self.model), kept, self.autocast():
             returned = self.model(*args, **kwargs)
         outputs, others = tensors_of(returned), [one for one in leaves(returned) if not isinstance(one, Tensor)]
         if others:
@@ -385,11 +386,10 @@ class _Step(RecordedStep):
 
     def _warn(self) -> None:
         if self.repeated == OFTEN and self._largest > self.size:
-            warnings.warn(
+            warn(
                 f"A {self._name} had to run {OFTEN} batches as usual so far, some of which had more examples than it "
                 f"was recorded with: {self._largest} in place of {self.size}. Record it with more; batches with fewer "
                 f"are filled up.",
-                stacklevel=3,
             )
         else:
             super()._warn()

@@ -1,9 +1,11 @@
 """Every wrong use is one of the library's own errors: it names the module, parameter or argument, and the remedy."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import harness
@@ -25,6 +27,8 @@ from perexample import (
     LossError,
     PerExampleError,
     PrivacyBudgetError,
+    RecordedModel,
+    RecordedStep,
     Rule,
     RuleContractError,
     StaleGradientError,
@@ -1361,3 +1365,38 @@ def test_an_error_inside_of_a_rule_names_the_rule_and_the_shapes():
     match = r"`GainRule.grad_batch` for `1` \(Gain\) failed, RuntimeError: flatten.*g of shape \[5, 4\] and x \[5, 4\]"
     with perex(BatchGrad()), pytest.raises(RuleContractError, match=match):
         model(torch.randn(5, 3)).square().sum(1).mean().backward()
+
+
+def not_finite(call):
+    model, clipping = extend(nn.Linear(3, 2)), ClippedGrad(1.0)
+    x = torch.randn(4, 3)
+    called = call(model, x, clipping)
+    x[0] = math.nan
+    return lambda: called(x)
+
+
+def by_backward(model, x, clipping):
+    def step(x):
+        with perex(clipping, grad=False):
+            model(x).sum(1).mean().backward()
+
+    return step
+
+
+def by_model(model, x, clipping):
+    return by_backward(RecordedModel(model, x, extensions=clipping), x, clipping)
+
+
+def by_step(model, x, clipping):
+    return RecordedStep(model, lambda x: model(x).sum(1), x, extensions=clipping)
+
+
+@pytest.mark.parametrize("call", [by_backward, by_model, by_step])
+def test_warnings_name_the_line_of_the_user(call):
+    step = not_finite(call)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            step()
+    assert len(found) == (1 if call is by_backward else 2)  # the second says that recordings help little here
+    assert {warning.filename for warning in found} == {__file__}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ from .._private import in_memory, version
 from .._shards import freed
 from .._tree import map_tensors
 from .._vjp import pulled_back
+from .._warning import warn
 from ..errors import (
     BatchAxisError,
     ConfigurationError,
@@ -364,11 +364,10 @@ class Backward:
         if held <= bound:
             return
         most = max(views, key=ParameterView.held)
-        warnings.warn(
+        warn(
             f"perex(max_memory={bound}): {held} bytes are held, {most.held()} of them for `{most.name}`, more than the "
             f"rules of the modules have told; override most_held of the rule (docs/extending), or pass a lower bound.",
             MemoryBoundWarning,
-            stacklevel=2,
         )
 
     def _write(self) -> None:

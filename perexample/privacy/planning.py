@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from .._arguments import positive, real
+from .._warning import warn
 from ..errors import ConfigurationError, PrivacyBudgetError
 from . import accounting
 from .distributed import Processes
@@ -29,10 +29,9 @@ def budget(epsilon: Any, delta: Any) -> tuple[float | None, float]:
 def warn_of_delta(delta: float, public_size: float) -> None:
     """A delta that says nothing is most likely an oversight."""
     if delta > 1 / public_size:
-        warnings.warn(
+        warn(
             f"target_delta={delta:g} is more than 1 / public_size = {1 / public_size:g}: a training that publishes one "
             f"of the examples whole would be as private. Take one well below it.",
-            stacklevel=3,
         )
 
 
@@ -110,12 +109,11 @@ def warn_of_steps_before(model: nn.Module, book: Ledger) -> None:
     """A model's privacy is that of all its private steps, and a new ledger knows those to come."""
     before = _LEDGERS.get(model)
     if before is not None and before is not book and before.steps and not book.knows(before):
-        warnings.warn(
+        warn(
             f"This {type(model).__name__} has been trained by {before.steps} private steps that the new ledger does "
             f"not know: epsilon() will be that of the steps to come. To count all of them, give make_private the file "
             f"of the ledger before, or a new Ledger() that has loaded its state_dict(), with noise_multiplier in place "
             f"of target_epsilon, and the steps (or epochs) of both trainings together.",
-            stacklevel=3,
         )
     _LEDGERS[model] = book
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._engine.context import perex
+from .._warning import warn
 from ..errors import ConfigurationError, StaleGradientError
 from .checkpoint import load_file, save_file
 from .ledger import ROUNDING, Ledger
@@ -90,10 +90,9 @@ class Private:
             StaleGradientError: If a batch was left out, or an epoch went by without a step.
         """
         if self.steps >= self.planned_steps:
-            warnings.warn(
+            warn(
                 f"All {self.planned_steps} planned steps have been taken, so this loop has no batch. One loop over a "
                 f"Private runs through all epochs; `private.loader` gives the batches of one.",
-                stacklevel=2,
             )
         while self.steps < self.planned_steps:
             before = self.steps

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .._arguments import flag, losses_of
+from .._returned import as_usual
 from .._tree import map_tensors, tensors_of
-from ..recorded import RecordedStep, as_usual
+from ..recorded import RecordedStep
 
 if TYPE_CHECKING:
     from .private import Private
