@@ -371,13 +371,19 @@ def of_class():
     return extend(model)
 
 
-@pytest.mark.parametrize("name", AROUND)
-def test_variables_around_functions_may_not_be_bound_anew(name, monkeypatch):
-    model, (make, change) = of_class(), AROUND[name]
+def changed_around(make, change, put):
+    """A step that was taken once, after a change."""
+    model = of_class()
     losses = make(model)
     step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
     step(X, Y)
-    change(losses, model, monkeypatch.setattr)
+    change(losses, model, put)
+    return step
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_variables_around_functions_may_not_be_bound_anew(name, monkeypatch):
+    step = changed_around(*AROUND[name], monkeypatch.setattr)
     with pytest.raises(StaleGradientError, match=f"`{name.replace(' of', '` of')}.* or keep it in a tensor"):
         step(X, Y)
 
@@ -434,11 +440,7 @@ def test_settings_beside_a_counter(name, change):
 
 @pytest.mark.parametrize("name", NOT_READ)
 def test_variables_that_are_not_read_may(name, monkeypatch):
-    model, (make, change) = of_class(), NOT_READ[name]
-    losses = make(model)
-    step = RecordedStep(model, losses, X, Y, extensions=BatchGrad())
-    step(X, Y)
-    change(losses, model, monkeypatch.setattr)
+    step = changed_around(*NOT_READ[name], monkeypatch.setattr)
     step(X, Y)
 
 

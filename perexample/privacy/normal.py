@@ -16,7 +16,7 @@ _ONE = 2.0**63
 def plus_normal(tensor: Tensor, std: float, source: Bits) -> Tensor:
     """A tensor plus independent Gaussian numbers ``std * z``, each of 126 random bits that two have in common.
 
-    Torch's own normal numbers in float64 take more than twice as long: it makes them of its bits one by one.
+    Torch makes normal numbers in float64 one by one, in one thread; here operations on whole pieces do.
 
     Args:
         tensor: Of one axis, on the CPU.
