@@ -6,8 +6,7 @@ long, so that a small model's step is mostly that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ from ._calls import (
     WRITES_STATISTICS,
     Call,
     Form,
-    Pause,
     Slot,
-    code_of,
     folded,
     is_view,
     needed,
@@ -29,11 +26,10 @@ from ._calls import (
     written_by,
 )
 from ._direct import direct
-from ._fused import DoesNotHold, Fused, Halves, is_faster, through, why_not_fused, writes_over_the_pause
-from ._graph import graph_of
 from ._looks import model_looks, trying
 from ._precision import without_autocast
-from ._private import is_default_generator, memory_of, undispatched
+from ._private import is_default_generator, memory_of
+from ._program import Program, numbers_of
 from ._tree import map_tensors, tensors_of
 from .errors import ConfigurationError
 
@@ -74,14 +70,7 @@ class Tape(TorchDispatchMode):
         self._shown: dict[Any, int] = {}  # views by memory and layout
         self._kept: list[Tensor] = []  # constants, whose addresses stand for them
         self._left: set[int] = set()  # memory of those that were made on another tape
-        self._wanted: Any = None
-        self._program: tuple[list[Call], int, list[int]] | None = None
-        self._code: Callable[..., Any] | None = None
-        self._pause: Pause | None = None
-        self._shown_tree: Any = None  # what is handed out at the pause
-        self._copied: set[int] = set()  # of that, what the rest of the computation needs as it is
-        self._fused: Fused | Halves | None = None
-        self.random = False
+        self._program: Program | None = None
         self._memories: set[int] = set()  # of all that operations have made
         self._changing: set[int] = set()  # memory that may hold other values in a replay
         self._of_batch: set[int] = set()  # the same, if they come from the inputs or by chance
@@ -114,137 +103,21 @@ class Tape(TorchDispatchMode):
         finally:
             for t in inputs:
                 delattr(t, _SLOT)
-        self._wanted = map_tensors(self._named, found)
-        wanted = _numbers(self._wanted)
+        named = map_tensors(self._named, found)
+        wanted = numbers_of(named)
         calls = needed(once(self._calls, self._roots, self._written, set(wanted)), set(wanted))
         self._refuse_left(calls)
         with torch.no_grad(), without_autocast({"cpu", *(t.device.type for t in inputs)}):
             calls = folded(calls, self._roots, self._written, set(wanted))
-        self.random = any(torch.Tag.nondeterministic_seeded in call.function.tags for call in calls)
-        if later:
-            self._shown_tree, self._wanted = self._wanted
-            wanted = _numbers(self._wanted)
-            self._pause = self._paused(calls, range(len(inputs) - later, len(inputs)))
-        self._program = calls, len(inputs), wanted
-        self._code = code_of(calls, len(inputs), wanted, self._pause)
+        self._program = Program(calls, self._roots, self._forms, len(inputs), named, later)
         self._calls, self._shown, self._kept = [], {}, []
         return found
 
-    def fuse(self, inputs: Sequence[Tensor], *, always: bool) -> str | None:
-        """Let `torch.compile` fuse the operations, and replay what it makes of them if that is faster.
-
-        Args:
-            inputs: As for `replay`.
-            always: Also where it is slower, or has not been timed.
-
-        Returns:
-            Why operations are replayed as they were, if they are.
-
-        Raises:
-            ConfigurationError: If it cannot be done.
-        """
+    @property
+    def program(self) -> Program:
+        """What was recorded."""
         assert self._program is not None
-        assert self._code is not None
-        calls, number, wanted = self._program
-        pause = self._pause
-        if (why := why_not_fused(calls, self._roots, self._forms)) is not None:
-            return why
-        if pause is not None and writes_over_the_pause(calls, self._roots, pause):
-            return "what its forward has computed is written to in its backward"
-        with undispatched(), torch.no_grad():  # both are timed as `replay` does them
-            fused: Any
-            one: Callable[..., tuple]
-            try:
-                if pause is None:
-                    fused = Fused(graph_of(calls, self._forms, range(number), wanted), inputs)
-                    one, other = fused, self._code
-                else:
-                    fused = Halves(calls, self._forms, number, wanted, pause, inputs)
-                    one, other = partial(through, fused, pause), partial(through, self._code, pause)
-            except DoesNotHold:
-                return "on the batch that it was recorded with they have to be done one by one"
-            if always or is_faster(one, other, inputs):
-                self._fused = fused
-                return None
-        return "fused they take longer on the batch that it was recorded with"
-
-    def unfuse(self) -> None:
-        """Replay the operations as they were recorded."""
-        self._fused = None
-
-    def replay(self, inputs: Sequence[Tensor] = ()) -> Any:
-        """Do it again.
-
-        Args:
-            inputs: As many as it was recorded with, of the same shapes, strides and types.
-
-        Returns:
-            What the function returned, new tensors.
-
-        Raises:
-            DoesNotHold: If what it was compiled to cannot be used for these, after random numbers were drawn.
-        """
-        if self._pause is not None:
-            early = len(inputs) - len(self._pause.given)
-            shown, finish = self.begin(inputs[:early])
-            return shown, finish(inputs[early:])
-        with undispatched(), torch.no_grad():  # function modes, as a default device, have been recorded
-            return _filled(self._wanted, self._program_for_now()(*inputs))
-
-    def _program_for_now(self) -> Callable[..., Any]:
-        assert self._code is not None
-        return self._code if self._fused is None or not self._fused.fits else self._fused
-
-    def begin(self, inputs: Sequence[Tensor]) -> tuple[Any, Callable[[Sequence[Tensor]], Any]]:
-        """Do it as far as it can be done without the inputs that are given later.
-
-        Args:
-            inputs: The others.
-
-        Returns:
-            What is shown, tensors that may be written to; and what goes on from there, once, when it is given the rest.
-        """
-        assert self._pause is not None
-        with undispatched(), torch.no_grad():
-            under_way = self._program_for_now()(*inputs)
-            found = next(under_way)
-            pairs = zip(self._pause.shown, found, strict=True)
-            shown = _filled(self._shown_tree, [t.clone() if number in self._copied else t for number, t in pairs])
-            found.clear()
-
-        def finish(rest: Sequence[Tensor]) -> Any:
-            try:
-                with undispatched(), torch.no_grad():
-                    under_way.send(tuple(rest))
-            except StopIteration as end:
-                return _filled(self._wanted, end.value)
-            raise AssertionError("there is one pause")
-
-        return shown, finish
-
-    def constants(self, *, later: bool) -> list[Tensor]:
-        """The tensors that were there before, and may be written to, that it reads behind the pause, or before it."""
-        assert self._program is not None
-        assert self._pause is not None
-        calls, place = self._program[0], self._pause.place
-        slots = slots_of([(call.args, call.kwargs) for call in (calls[place:] if later else calls[:place])])
-        found = [slot.tensor for slot in slots if slot.tensor is not None and not slot.lasting]
-        return list({id(t): t for t in found if not t.is_inference()}.values())
-
-    def _paused(self, calls: Sequence[Call], given: Sequence[int]) -> Pause:
-        """Where it has to wait for these inputs."""
-        place = next(place for place, call in enumerate(calls) if not set(given).isdisjoint(call.uses()))
-        shown = _numbers(self._shown_tree)
-        roots = [self._roots[number] for number in shown]
-        used = {self._roots[number] for call in calls[place:] for number in call.uses()}
-        again = {number for at, number in enumerate(shown) if roots[at] in used or roots[at] in roots[:at]}
-        if not {*shown} <= {*range(max(given) + 1), *(number for call in calls[:place] for number in call.results)}:
-            raise ConfigurationError(
-                "This step cannot be recorded: what it is to hand out is made of what it would be given then. Run it "
-                "as usual."
-            )
-        self._copied = again | {number for number in shown if number <= max(given)}
-        return Pause(place, shown, given)
+        return self._program
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Note an operation."""
@@ -402,17 +275,6 @@ class Tape(TorchDispatchMode):
 def _layout(root: int, t: Tensor) -> Any:
     """All that tells tensors apart that show the same memory."""
     return root, t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
-
-
-def _numbers(tree: Any) -> list[int]:
-    """Those of a structure's slots, constants left out."""
-    return [slot.number for slot in slots_of(tree) if slot.number >= 0]
-
-
-def _filled(tree: Any, values: Iterable[Tensor]) -> Any:
-    """A structure with tensors in the place of their slots."""
-    every = iter(values)
-    return map_tensors(lambda slot: next(every) if slot.number >= 0 else slot.tensor, tree, Slot)
 
 
 def _tried(found: Any, given: Sequence[Tensor]) -> Any:

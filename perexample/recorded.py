@@ -22,6 +22,7 @@ from ._kept import buffers_kept, fields_kept, without_grads
 from ._looks import holds, noting
 from ._precision import full_precision, reduced, without_autocast
 from ._private import hooks_after_gradient, named_parameters
+from ._program import Program
 from ._returned import as_usual, check_returned, joined, parted
 from ._shards import is_sharded
 from ._static import StaticBatch
@@ -275,25 +276,24 @@ class RecordedStep:
         tape = Tape()
         with no_host_reads():
             self._record(tape)
-
-        self._tape = tape
+        program = self._program = tape.program
         if self.compiled:
             with self._as_replayed():
-                why = tape.fuse(self._batch.read, always=self.options["strategy"] != "measure")
+                why = program.fuse(self._batch.read, always=self.options["strategy"] != "measure")
             if why is not None:
                 self._not_compiled(why)
 
         def replay() -> Found:
             with self._as_replayed():
-                return self._replayed(tape)
+                return self._replayed(program)
 
         return replay
 
     def _record(self, tape: Tape) -> None:
         tape.record(self._run, tensors_of(self._batch.own))
 
-    def _replayed(self, tape: Tape) -> Found:
-        return cast(Found, tape.replay(self._batch.read))
+    def _replayed(self, program: Program) -> Found:
+        return cast(Found, program.replay(self._batch.read))
 
     def _compare(self) -> None:
         """Whether replays do what the step does as usual; if they do not as compiled, whether they do without."""
@@ -305,7 +305,7 @@ class RecordedStep:
         except ConfigurationError:
             if not self.compiled:
                 raise
-            self._tape.unfuse()
+            self._program.unfuse()
             comparison.refuse_differences(whole=self._by_model)
             self._not_compiled("compiled they give something else than as usual")
 

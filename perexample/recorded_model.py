@@ -20,6 +20,7 @@ from ._engine.state import STATE
 from ._kept import buffers_kept
 from ._looks import would_see_the_same
 from ._private import dispatched, hook_of, memory_of, undispatched, version
+from ._program import Program
 from ._static import fitted
 from ._tape import Tape
 from ._tree import leaves, map_tensors, tensors_of
@@ -230,8 +231,8 @@ class _Step(RecordedStep):
         )  # fmt: skip
         self._batch.fill(self._batch.own)  # all of it is real, whatever was compared
         own = {memory_of(p) for p in self._parameters.values() if p.requires_grad}  # which the tap looks after
-        behind = {memory_of(t) for t in self._tape.constants(later=True)}
-        fixed = [t for t in self._tape.constants(later=False) if memory_of(t) not in own]
+        behind = {memory_of(t) for t in self._program.constants(later=True)}
+        fixed = [t for t in self._program.constants(later=False) if memory_of(t) not in own]
         self._fixed = sorted(fixed, key=lambda t: memory_of(t) not in behind)
         self._later = sum(memory_of(t) in behind for t in fixed)  # the first ones
         context = self._context()
@@ -314,8 +315,8 @@ class _Step(RecordedStep):
 
         tape.record(run, own, later)
 
-    def _replayed(self, tape: Tape) -> Found:
-        (outputs, _), found = tape.replay(self._batch.read)
+    def _replayed(self, program: Program) -> Found:
+        (outputs, _), found = program.replay(self._batch.read)
         return replace(found, outputs=outputs)
 
     def outputs(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -333,7 +334,7 @@ class _Step(RecordedStep):
             random = random_states([self._device]) if self._seen.random else None
             try:
                 with self._as_replayed():
-                    (outputs, same), finish = self._tape.begin(tensors)
+                    (outputs, same), finish = self._program.begin(tensors)
                 replayed = same is None or bool(same)
             except Exception:  # noqa: BLE001 - whatever an operation raises, the model says it better
                 replayed = False

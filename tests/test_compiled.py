@@ -101,13 +101,13 @@ def test_a_fused_tape_does_the_same():
     def every(x):
         return [function(x) for function in functions]
 
-    tape, _ = recorded(every, torch.randn(3, 4))
-    assert tape.fuse([torch.randn(3, 4)], always=True) is None
+    program, _ = recorded(every, torch.randn(3, 4))
+    assert program.fuse([torch.randn(3, 4)], always=True) is None
     for _ in range(3):
         with torch.no_grad():
             WEIGHT.mul_(1.5)
             x = torch.randn(3, 4)
-            found = tape.replay([x.clone()])
+            found = program.replay([x.clone()])
             torch.testing.assert_close(found, every(x))
             map_tensors(lambda t: t.fill_(7), found)  # belongs to whoever asked
 
@@ -442,33 +442,33 @@ INDEXED = {
 def test_wrong_indices_are_told_where_operations_one_by_one_raise():
     torch.manual_seed(0)
     table, good = torch.randn(9, 4), [torch.randint(4, (5, 4)) for _ in INDEXED]
-    tape, _ = recorded(
+    program, _ = recorded(
         lambda t, *all_of: [f(t, i) for f, i in zip(INDEXED.values(), all_of, strict=True)], table, *good
     )
-    assert tape.fuse([table, *good], always=True) is None
+    assert program.fuse([table, *good], always=True) is None
     good = [torch.randint(4, (5, 4)) for _ in INDEXED]
     places = {name: place for place, name in enumerate(INDEXED)}
     good[places["nll"]][2, 0] = -100
     good[places["index"]][1, 1] = good[places["index_fill"]][0, 2] = -4
-    one_by_one = tape._code
-    torch.testing.assert_close(tape.replay([table, *good]), list(one_by_one(table, *good)))
+    one_by_one = program._code
+    torch.testing.assert_close(program.replay([table, *good]), list(one_by_one(table, *good)))
     for name, place in places.items():
         for wrong in (50, -50):
             bad = [t.clone() for t in good]
             bad[place][0] = wrong
             with pytest.raises(DoesNotHold):
-                pytest.fail(f"{name}: {tape.replay([table, *bad])}")
+                pytest.fail(f"{name}: {program.replay([table, *bad])}")
             with pytest.raises((IndexError, RuntimeError), match=r"out of .*(bounds|range)|not in the valid range"):
                 one_by_one(table, *bad)
 
 
 def test_indices_of_two_axes_are_checked_for_both():
     table, i = torch.randn(9, 4), torch.tensor([3, 0, 2])
-    tape, _ = recorded(lambda t, i: t.T[i, i], table, i)
-    assert tape.fuse([table, i], always=True) is None
-    torch.testing.assert_close(tape.replay([table, i.flip(0)]), table.diagonal()[i.flip(0)])
+    program, _ = recorded(lambda t, i: t.T[i, i], table, i)
+    assert program.fuse([table, i], always=True) is None
+    torch.testing.assert_close(program.replay([table, i.flip(0)]), table.diagonal()[i.flip(0)])
     with pytest.raises(DoesNotHold):
-        tape.replay([table, i + 3])  # right for one of them
+        program.replay([table, i + 3])  # right for one of them
 
 
 @pytest.mark.parametrize(
@@ -482,41 +482,43 @@ def test_indices_of_two_axes_are_checked_for_both():
 )
 def test_indices_of_which_nothing_is_known_are_not_compiled(function, name):
     table, i = torch.randn(9, 4), torch.tensor([3, 0, 3, 3])
-    tape, _ = recorded(function, table, i)
-    assert f"{name} may take indices" in tape.fuse([table, i], always=True)
-    torch.testing.assert_close(tape.replay([table, i]), function(table, i))
+    program, _ = recorded(function, table, i)
+    assert f"{name} may take indices" in program.fuse([table, i], always=True)
+    torch.testing.assert_close(program.replay([table, i]), function(table, i))
 
 
 def test_integers_that_are_no_indices_are_compiled():
     x = torch.randint(9, (4, 4))
-    tape, _ = recorded(lambda x: (x.sort(1)[0].cumsum(0).flip(1), torch.cat([x, x.T]).topk(2)[1], x.roll(1).sum(0)), x)
-    assert tape.fuse([x], always=True) is None
+    program, _ = recorded(
+        lambda x: (x.sort(1)[0].cumsum(0).flip(1), torch.cat([x, x.T]).topk(2)[1], x.roll(1).sum(0)), x
+    )
+    assert program.fuse([x], always=True) is None
 
 
 def test_constant_indices_are_looked_at_like_those_of_the_data():
     table, memory = torch.randn(9, 4), np.array([3, 1, 8])
     order = torch.from_numpy(memory)
-    tape, _ = recorded(lambda t: t[order].exp(), table)
-    assert tape.fuse([table], always=True) is None
+    program, _ = recorded(lambda t: t[order].exp(), table)
+    assert program.fuse([table], always=True) is None
     for number in (5, -9):
         memory[1] = number  # which counts no write to the tensor
-        assert tape._fused.fits
-        torch.testing.assert_close(tape.replay([table]), table[order].exp())
+        assert program._fused.fits
+        torch.testing.assert_close(program.replay([table]), table[order].exp())
     for wrong in (9, -10):
         order.data[1] = wrong
         with pytest.raises(DoesNotHold):
-            tape.replay([table])
+            program.replay([table])
 
 
 def test_a_constant_that_lies_elsewhere_is_read_there():
     x, w = torch.randn(3, 4), torch.randn(3, 4)
-    tape, _ = recorded(lambda x: (x * w).exp(), x)
-    assert tape.fuse([x], always=True) is None
-    assert tape._fused.fits
+    program, _ = recorded(lambda x: (x * w).exp(), x)
+    assert program.fuse([x], always=True) is None
+    assert program._fused.fits
     for other in (torch.randn(3, 4), torch.randn(4, 3).T, torch.randn(4)):
         w.data = other
-        assert not tape._fused.fits
-        torch.testing.assert_close(tape.replay([x]), (x * w).exp())
+        assert not program._fused.fits
+        torch.testing.assert_close(program.replay([x]), (x * w).exp())
 
 
 def pooled(pool, **options):
@@ -553,23 +555,23 @@ POOLS = {
 def test_windows_without_a_finite_entry(name):
     (function, shape), padded = POOLS[name], "padding" in name
     torch.manual_seed(0)
-    tape, _ = recorded(function, torch.randn(shape))
-    assert tape.fuse([torch.randn(shape)], always=True) is None
+    program, _ = recorded(function, torch.randn(shape))
+    assert program.fuse([torch.randn(shape)], always=True) is None
     x = torch.randn(shape).round()  # with ties
     x.flatten()[5] = float("nan")
-    torch.testing.assert_close(tape.replay([x]), function(x), equal_nan=True)
+    torch.testing.assert_close(program.replay([x]), function(x), equal_nan=True)
     x[..., 1:7, :3] = -float("inf")
     if padded:  # there is an entry at the place that would be found, another one
         with pytest.raises(DoesNotHold):
-            tape.replay([x])
+            program.replay([x])
     else:
-        torch.testing.assert_close(tape.replay([x]), function(x), equal_nan=True)
+        torch.testing.assert_close(program.replay([x]), function(x), equal_nan=True)
     x[...] = -float("inf")
     if padded:
         with pytest.raises(DoesNotHold):
-            tape.replay([x])
+            program.replay([x])
     else:
-        torch.testing.assert_close(tape.replay([x]), function(x))
+        torch.testing.assert_close(program.replay([x]), function(x))
 
 
 def test_a_pool_of_masked_positions_is_as_usual():
@@ -611,13 +613,13 @@ CHECKED = {
 def test_what_operations_check_is_checked(name):
     function, right, wrong = CHECKED[name]
     x = torch.randn(2, 3)
-    tape, _ = recorded(function, x, right)
+    program, _ = recorded(function, x, right)
     right, wrong = right.clone(), wrong.clone()
     for fuse in (False, True):
-        assert not fuse or tape.fuse([x, right], always=True) is None
-        torch.testing.assert_close(tape.replay([x, right]), function(x, right))
+        assert not fuse or program.fuse([x, right], always=True) is None
+        torch.testing.assert_close(program.replay([x, right]), function(x, right))
         with pytest.raises(DoesNotHold if fuse else RuntimeError):
-            tape.replay([x, wrong])
+            program.replay([x, wrong])
     with pytest.raises(RuntimeError):
         function(x, wrong)
 
@@ -628,9 +630,9 @@ def test_what_checks_something_else_is_not_compiled():
         return x + 1
 
     x = torch.randn(3, 4)
-    tape, _ = recorded(function, x)
-    assert "_assert_tensor_metadata may raise" in tape.fuse([x], always=True)
-    torch.testing.assert_close(tape.replay([x]), x + 1)
+    program, _ = recorded(function, x)
+    assert "_assert_tensor_metadata may raise" in program.fuse([x], always=True)
+    torch.testing.assert_close(program.replay([x]), x + 1)
 
 
 DIVISIONS = {
@@ -650,33 +652,33 @@ DIVISIONS = {
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_integers_divided_by_zero(dtype):
     a, n = torch.randint(1, 99, (40,)).to(dtype), torch.randint(1, 9, (40,)).to(dtype)
-    tape, _ = recorded(lambda a, *all_of: [f(a, m) for f, m in zip(DIVISIONS.values(), all_of, strict=True)], a,
+    program, _ = recorded(lambda a, *all_of: [f(a, m) for f, m in zip(DIVISIONS.values(), all_of, strict=True)], a,
                        *([n.clone() for _ in DIVISIONS]))  # fmt: skip
     good = [n.clone() for _ in DIVISIONS]
-    assert tape.fuse([a, *good], always=True) is None
+    assert program.fuse([a, *good], always=True) is None
     good = [n.flip(0) for _ in DIVISIONS]
-    torch.testing.assert_close(tape.replay([a, *good]), list(tape._code(a, *good)))
+    torch.testing.assert_close(program.replay([a, *good]), list(program._code(a, *good)))
     for place, name in enumerate(DIVISIONS):
         bad = [t.clone() for t in good]
         bad[place][3] = 0
         with pytest.raises(DoesNotHold):
-            pytest.fail(f"{name}: {tape.replay([a, *bad])}")
+            pytest.fail(f"{name}: {program.replay([a, *bad])}")
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            tape._code(a, *bad)
+            program._code(a, *bad)
     if dtype is not torch.uint8:
         a[3] = torch.iinfo(dtype).min
         bad = [n.clone() for _ in DIVISIONS]
         bad[3][3] = -1
         with pytest.raises(DoesNotHold):
-            tape.replay([a, *bad])
+            program.replay([a, *bad])
 
 
 def test_divisors_that_are_no_integers_are_as_they_are():
     a, n = torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    tape, _ = recorded(lambda a, n: (a // n, a % n, n % (a + 1), (0.5 + a) // 2, a // 2, torch.div(a, n)), a, n)
-    assert tape.fuse([a, n], always=True) is None
+    program, _ = recorded(lambda a, n: (a // n, a % n, n % (a + 1), (0.5 + a) // 2, a // 2, torch.div(a, n)), a, n)
+    assert program.fuse([a, n], always=True) is None
     n = torch.tensor([0.0, -1.0, float("nan"), 2.0])
-    torch.testing.assert_close(tape.replay([a, n]), tape._code(a, n), equal_nan=True)
+    torch.testing.assert_close(program.replay([a, n]), program._code(a, n), equal_nan=True)
 
 
 def test_nothing_is_drawn_twice_where_compiled_code_cannot_be_used():
@@ -705,15 +707,15 @@ def test_nothing_is_drawn_twice_where_compiled_code_cannot_be_used():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_grid_samplers_are_not_compiled(dims):
     x, grid = torch.randn(2, 1, *[4] * dims), torch.rand(2, *[4] * dims, dims)
-    tape, _ = recorded(lambda x, grid: F.grid_sample(x, grid, align_corners=False), x, grid)
-    assert f"grid_sampler_{dims}d may find numbers where there is NaN" in tape.fuse([x, grid], always=True)
+    program, _ = recorded(lambda x, grid: F.grid_sample(x, grid, align_corners=False), x, grid)
+    assert f"grid_sampler_{dims}d may find numbers where there is NaN" in program.fuse([x, grid], always=True)
 
 
 def test_shrinking_keeps_nan():
     x = torch.tensor([[float("nan"), 1.0]])
-    tape, _ = recorded(F.softshrink, x)
-    assert "softshrink may find numbers where there is NaN" in tape.fuse([x], always=True)
-    assert tape.replay([x])[0, 0].isnan()
+    program, _ = recorded(F.softshrink, x)
+    assert "softshrink may find numbers where there is NaN" in program.fuse([x], always=True)
+    assert program.replay([x])[0, 0].isnan()
 
 
 def test_what_is_rounded_to_16_bits_is_rounded_and_overflows():
@@ -721,9 +723,9 @@ def test_what_is_rounded_to_16_bits_is_rounded_and_overflows():
         return [(x.to(dtype) * 3).float() for dtype in (torch.bfloat16, torch.float16)]
 
     x = torch.tensor([[1.001, 1e5, -3.3333]])
-    tape, _ = recorded(function, x)
-    assert tape.fuse([x], always=True) is None
-    found = tape.replay([x])
+    program, _ = recorded(function, x)
+    assert program.fuse([x], always=True) is None
+    found = program.replay([x])
     assert all(map(torch.equal, found, function(x)))
     assert found[1][0, 1].isinf()
 
@@ -735,10 +737,10 @@ def test_what_torch_compile_cannot_write_down_is_not_compiled():
         (lambda x: torch.empty_like(x).random_(0, 5) + x, "random_"),
         (lambda x: torch.rand(3, 4, generator=default) + x, "rand"),
     ):
-        tape, _ = recorded(function, x)
-        assert f"{name} cannot be written" in tape.fuse([x], always=True)
+        program, _ = recorded(function, x)
+        assert f"{name} cannot be written" in program.fuse([x], always=True)
         torch.manual_seed(0)
-        found = tape.replay([x])
+        found = program.replay([x])
         torch.manual_seed(0)
         torch.testing.assert_close(found, function(x))
 
@@ -890,8 +892,9 @@ def test_what_is_written_over_a_pause_is_not_compiled():
 
     tape = Tape()
     tape.record(function, [x, g], later=1)
-    assert "written to in its backward" in tape.fuse([x, g], always=True)
+    program = tape.program
+    assert "written to in its backward" in program.fuse([x, g], always=True)
     x, g = torch.randn(3, 4), torch.randn(3, 4)
-    shown, finish = tape.begin([x])
+    shown, finish = program.begin([x])
     torch.testing.assert_close(shown, x.exp() * 2)
     torch.testing.assert_close(finish([g]), (x.exp() * g + x.exp() * 2).sum())

@@ -190,8 +190,8 @@ class PlainRecorded(System):
             tape = Tape()
             tape.record(self.once)
             if self.compiled:
-                self.note = tape.fuse([], always=False) or ""
-            self.replay = tape.replay
+                self.note = tape.program.fuse([], always=False) or ""
+            self.replay = tape.program.replay
             return
         if self.compiled:
             raise NotImplementedError("on a CPU only")
