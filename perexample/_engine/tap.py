@@ -58,11 +58,23 @@ class _Kept:
         return self.at_hand
 
 
-def _save(tensors: list[Tensor]) -> Any:
-    if not saves_otherwise():
-        return _Kept(tensors)
-    anchor = torch.empty(0, requires_grad=True, device="cpu")
-    return _Saved.apply(anchor, *(t.detach() for t in tensors)).grad_fn
+class _Hooked:
+    """Saved tensors that hooks have put elsewhere, as those of a checkpoint do."""
+
+    __slots__ = ("_output",)
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        anchor = torch.empty(0, requires_grad=True, device="cpu")
+        self._output = _Saved.apply(anchor, *(t.detach() for t in tensors))  # torch < 2.13 frees them with it
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, back."""
+        return self._output.grad_fn.saved_tensors
+
+
+def _save(tensors: list[Tensor]) -> _Kept | _Hooked:
+    return _Hooked(tensors) if saves_otherwise() else _Kept(tensors)
 
 
 class Tap:
@@ -108,7 +120,7 @@ class Tap:
             key: _Slot(tensors, value) if type(value) is Tensor else map_tensors(lambda t: _Slot(tensors, t), value)
             for key, value in saved.items()
         }
-        self._node = _save(tensors)
+        self._node: _Kept | _Hooked | None = _save(tensors)
 
     @staticmethod
     def edges_of(inputs: list[Tensor]) -> list[GradientEdge]:
@@ -244,6 +256,7 @@ class Tap:
         return self.place.space.owner
 
     def _unpacked(self) -> tuple[Tensor, ...]:
+        assert self._node is not None
         try:
             return self._node.saved_tensors
         except RuntimeError as error:
