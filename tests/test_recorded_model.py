@@ -582,6 +582,9 @@ def test_a_backward_that_is_not_the_one_recorded_is_an_error():
 
     with pytest.raises(ConfigurationError, match="in perex alone"):
         loss().backward()
+    for p in model.parameters():  # whichever is asked for: without a node of its own it would be said to be unused
+        with pytest.raises(ConfigurationError, match=r"torch.autograd.grad, call the model itself"):
+            torch.autograd.grad(loss(), p, allow_unused=True)
     for context, match in (
         (perex(own), "recorded without p.grad"),
         (perex(ClippedGrad(1.0), grad=False), "other extensions"),

@@ -69,17 +69,18 @@ class _Outputs(torch.autograd.Function):
     """Gives outputs that were computed without autograd a place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, pending: Pending, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        ctx.pending = pending
+    def forward(ctx: Any, pending: Pending, outputs: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.pending, ctx.given = pending, 2 + len(parameters)  # all of them, as any may be asked for its gradient
         return tuple(t.data for t in outputs)  # no views, which could not be written to
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.pending.expected:  # torch calls it also where the gradients of the outputs alone are wanted
-            return None, None, None
+            return (None,) * ctx.given
         raise ConfigurationError(
             f"A backward has reached the outputs of a {ctx.pending.name}, which knows the gradients of its parameters "
-            f"in perex alone: `with perex(clipping, grad=False): loss.backward()`."
+            f"in perex alone: `with perex(clipping, grad=False): loss.backward()`. For other gradients of them, as by "
+            f"torch.autograd.grad, call the model itself."
         )
 
 
@@ -104,7 +105,7 @@ def _left(model: nn.Module, args: tuple, kwargs: dict, outputs: list[Tensor], pe
     params = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
     record = Record(model, type(model).__name__, 0, args, kwargs, set())
     place = Place(record.space, 0)
-    outputs = list(_Outputs.apply(next(iter(params.values())), pending, outputs))
+    outputs = list(_Outputs.apply(pending, outputs, *params.values()))
     for t in outputs:
         put(t, place)
     saved = {"inputs": tensors_of((args, kwargs))}
