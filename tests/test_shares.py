@@ -11,6 +11,7 @@ from perexample import LossError, extend, perex
 from perexample.extensions import BatchGrad, ClippedGrad
 
 B = 64
+PAIRS = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, 0.2], [0.3, 0.1, 3.0]])
 
 
 def some(losses):
@@ -38,7 +39,11 @@ FOLLOWING = {
     "by ones": lambda losses: torch.ones(len(losses)) @ losses.sum(1),
     "by ones, all": lambda losses: torch.dot(losses.flatten(), torch.ones(losses.numel())) / B,
     "into one": lambda losses: torch.zeros(1).index_add(0, torch.zeros(len(losses), dtype=torch.long), losses[:, 0])[0],
+    "by ones, as complex numbers": lambda losses: torch.vdot(losses[:, 0], torch.ones(len(losses))),
+    "by ones, added": lambda losses: torch.addmv(torch.ones(1), losses[None, :, 1], torch.ones(len(losses)))[0],
+    "of a segment": lambda losses: torch.segment_reduce(losses[:, 0], "sum", lengths=torch.tensor([len(losses)]))[0],
     "of products": lambda losses: torch.einsum("nc,nc->", losses, losses),
+    "of products with a matrix": lambda losses: (losses.T @ losses * PAIRS).sum(),
     "of classes, by products": lambda losses: torch.einsum("nc,nc->", losses, F.one_hot(losses.argmax(1), 3).float()),
     "a loop": lambda losses: sum(row.exp().mean() for row in losses),
     "a loop, divided": lambda losses: sum(F.softplus(row.mean()) / B for row in losses),
@@ -81,6 +86,19 @@ STEADY = {
     "of some, by a product": lambda losses: (torch.arange(len(losses)) % 3 > 0).float() @ losses[:, 0] / len(losses),
     "by other weights": lambda losses: torch.arange(1.0, len(losses) + 1) @ losses.sum(1) / len(losses),
     "of products, over their number": lambda losses: torch.einsum("nc,nc->", losses, losses) / len(losses),
+    "of products with a matrix, over their number": lambda losses: (
+        (losses.T @ losses / len(losses) * PAIRS[: losses.shape[1]]).sum()
+        + torch.einsum("nc,cd,nd->", losses, PAIRS, losses) / len(losses)
+    ),
+    "of a segment, over their number": lambda losses: (
+        torch.segment_reduce(losses[:, 0], "sum", lengths=torch.tensor([len(losses)]))[0] / len(losses)
+    ),
+    "by other weights, in another way": lambda losses: (
+        torch.vdot(losses[:, 0], torch.arange(1.0, len(losses) + 1)) / len(losses)
+    ),
+    "several by weights of a schedule": lambda losses: (
+        0.1 * losses.mean() + torch.rand(()) * losses.sin().mean() + 3 * losses.cos().mean()
+    ),
     "a loop": lambda losses: sum(row.exp().mean() for row in losses) / len(losses),
     "a loop, divided": lambda losses: sum(F.softplus(row.mean()) / len(losses) for row in losses),
     "entries one by one": lambda losses: sum(losses.exp().mean(1)) / len(losses),
@@ -186,7 +204,15 @@ def test_a_factor_that_follows_late_is_an_error():
         weighted([(64, 1.0), (37, 1.0), (50, 1.0), (64, 1.0), *late])
 
 
-@pytest.mark.parametrize("loss", [lambda z: F.mse_loss(z, torch.zeros_like(z)), lambda z: z.square().mean()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.mse_loss(z, torch.zeros_like(z)),
+        lambda z: z.square().mean(),
+        lambda z: torch.var_mean(z.square(), correction=0)[1],
+        lambda z: torch.std_mean(z.square().sum(1), correction=0)[1],
+    ],
+)
 def test_a_mean_that_is_to_be_clipped_was_not_said_to_be_a_sum(loss):
     for scale in (1.0, 8.0):
         with pytest.raises(LossError, match="is a mean over 5 examples, but perex was told loss_reduction='sum'"):
@@ -250,6 +276,27 @@ def test_a_loop_that_was_said_to_be_a_mean_is_refused_in_the_first_backward(loss
         with pytest.raises(LossError, match=r"sums over 5 examples.*loss_reduction='sum'"), perex(ClippedGrad(1.0)):
             scaled(extend(nn.Linear(4, 6))(torch.randn(5, 4))).backward()
     backwards(lambda out: 2 * loss(out) / len(out), (5, 3))
+
+
+def test_weights_of_their_own_in_a_loop_are_those_of_a_sum_too():
+    """They are about 1, and not 1 / n."""
+
+    def loss(out):
+        return sum((0.5 + 0.3 * i) * F.mse_loss(row, torch.ones(len(row))) for i, row in enumerate(out))
+
+    with pytest.raises(LossError, match=r"sums over 5 examples.*with a factor in front of that: 5 \* losses\.mean"):
+        backwards(loss, (5,))
+    backwards(lambda out: loss(out) / len(out), (5, 3, 8))
+    backwards(loss, (5, 3, 8), loss_reduction="sum")
+
+
+def test_a_power_of_one_is_none():
+    with pytest.raises(LossError, match="sums over 5 examples"):
+        backwards(lambda out: out.abs().nansum(), (5,))
+    for power in (1, 1.0):
+        with pytest.raises(LossError, match="sums over 5 examples"):
+            backwards(lambda out, power=power: out.abs().sum() ** (1 / power), (5,))
+        backwards(lambda out, power=power: (out.abs().sum() / len(out)) ** (1 / power), (5, 3, 8))
 
 
 @pytest.mark.parametrize("loss", LOOPS.values(), ids=LOOPS)

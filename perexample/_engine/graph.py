@@ -25,10 +25,10 @@ EACH = names(  # nodes of functions of each entry
 LINEAR = names(  # of one tensor that has a graph, whatever else they are given: sums of its entries times numbers
     "Add Sub Rsub Neg Mul Div View UnsafeView Reshape Flatten Unflatten Transpose Permute T Expand Unsqueeze Squeeze "
     "Select Slice Index IndexSelect Gather Sum Mean Nanmean Nansum Cat Stack Unbind Split SplitWithSizes Chunk Clone "
-    "Alias Copy ToCopy Mm Addmm Bmm Baddbmm Mv Dot Cumsum Flip Roll Repeat RepeatInterleave Scatter ScatterAdd "
-    "IndexAdd IndexPut IndexCopy MaskedFill MaskedSelect MaskedScatter ConstantPadNd AsStrided Diagonal Trace Tril "
-    "Triu Where Lerp Addcmul NativeDropout Detach Unfold AvgPool1D AvgPool2D AdaptiveAvgPool2D Movedim Real Imag "
-    "Convolution Take Put Trapezoid FftR2C FftC2R FftC2C NanToNum torch::autograd::CopySlices"
+    "Alias Copy ToCopy Mm Addmm Bmm Baddbmm Mv Addmv Dot Vdot Cumsum Flip Roll Repeat RepeatInterleave Scatter "
+    "ScatterAdd IndexAdd IndexPut IndexCopy MaskedFill MaskedSelect MaskedScatter ConstantPadNd AsStrided Diagonal "
+    "Trace Tril Triu Where Lerp Addcmul NativeDropout Detach Unfold AvgPool1D AvgPool2D AdaptiveAvgPool2D Movedim Real "
+    "Imag Convolution Take Put Trapezoid FftR2C FftC2R FftC2C NanToNum torch::autograd::CopySlices"
 )
 _MOST = 4096  # forms that are remembered
 _FEW = 2**22  # entries of the largest tensor up to which a part of a graph is differentiated once more

@@ -28,9 +28,13 @@ _KEPT = 4  # losses of a model that are remembered, of different numbers of exam
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 4096  # nodes
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
-_MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum")
+_MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum Nansum")
 _LINEAR = _PASSED | _MOVED | names("Mean")
-_PRODUCTS = names("Dot Mv Mm Bmm")  # of which a single number is a sum, as einsum("nc,nc->", a, b) is
+_PRODUCTS = names("Dot Vdot Mv Mm Bmm Addmv Addmm")  # of which a single number is a sum, as einsum("nc,nc->", a, b) is
+_JOINS = {"Sum": "sum", "Nansum": "sum"} | dict.fromkeys(
+    ("Mean", "VarMean", "StdMean"), "mean"
+)  # variances are refused
+_SUMS = names("SegmentReduce ScatterReduce IndexReduce")  # if they are no other reduction
 _LOSSES = names("Pow Abs LogSoftmax LogSigmoid Softplus LinalgVectorNorm Norm")  # of what losses by hand are made
 
 
@@ -75,21 +79,30 @@ def shares_of(loss: Tensor, found: Walk, n: int) -> list[Share]:
     Returns:
         How each is joined, as far as that can be told.
     """
-    alike: dict[tuple, list[tuple[Share, GradientEdge]]] = {}
-    for share, edge in _joined(loss):
-        kinds = edge.node.name(), *(one.node.name() for one in _given(edge.node))
-        alike.setdefault((*kinds, share.factor), []).append((share, edge))
     loops = n > 1 and not STATE.once  # a user's hook is not called more than once
     once = not loops or any(tap.record.opened is not STATE.opened for tap in found.taps)
     shares: list[Share] = []
-    for group in alike.values():
+    for group in _alike([*_joined(loss)], n):
         ends = {group[0][1], group[-1][1]}  # tell of a loop
         if loops and len(group) % n == 0 and all(examples_of(edge, found) == 1 for edge in ends):
-            shares.append(replace(group[0][0], joins="sum", entries=len(group)))
+            factor = sum(abs(share.factor) for share, _ in group) / len(group)
+            shares.append(replace(group[0][0], factor=factor, joins="sum", entries=len(group)))
         else:
             found_out = [None if once else _measured(one, edge, n) for one, edge in group]
             shares += [one or _sure(*known) for one, known in zip(found_out, group, strict=True)]
     return shares
+
+
+def _alike(numbers: list[tuple[Share, GradientEdge]], n: int) -> list[list[tuple[Share, GradientEdge]]]:
+    """Numbers that came about in the same way, with one weight; those of n examples may have weights of their own."""
+    by_weight: dict[tuple, list[tuple[Share, GradientEdge]]] = {}
+    for share, edge in numbers:
+        kinds = edge.node.name(), *(one.node.name() for one in _given(edge.node))
+        by_weight.setdefault((kinds, share.factor), []).append((share, edge))
+    by_kind: dict[tuple, list[tuple[Share, GradientEdge]]] = {}
+    for (kinds, factor), group in by_weight.items():
+        by_kind.setdefault((kinds, factor) if n > 1 and len(group) % n == 0 else kinds, []).extend(group)
+    return [*by_kind.values()]
 
 
 def refuse_means(loss: Tensor, found: Walk, n: int, scale: float) -> None:
@@ -146,7 +159,8 @@ def refuse_sums(loss: Tensor, shares: list[Share], n: int, scale: float) -> None
         by = kind_of(node) if loss_reduction_of(node) == "sum" else f"{kind_of(node)}, then Sum"
         raise LossError(
             f"The loss sums over {n} examples ({by}), but perex was told loss_reduction='mean'; "
-            f"pass loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses))."
+            f"pass loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses)), "
+            f"with a factor in front of that: 5 * losses.mean(), not (5 / n) * losses.sum()."
         )
 
 
@@ -218,8 +232,20 @@ def _is_plain(n: int, m: int) -> bool:
 
 def _scales_all(node: Node) -> bool:
     """Whether an operation at most moves and chooses entries, and multiplies them all with one number."""
+    if not _passes(node):
+        return kind_of(node) in _MOVED
+    return kind_of(node) not in ("Mul", "Div") or number_of(node) is not None
+
+
+def _passes(node: Node) -> bool:
+    """Whether a single number stays one that is a multiple of what it was, or is added to others."""
+    return kind_of(node) in _PASSED or (kind_of(node) == "Pow" and saved(node, "exponent") == 1)
+
+
+def _is_linear(node: Node) -> bool:
+    """Whether an operation gives sums of entries times numbers, of what it was given of one tensor with a graph."""
     kind = kind_of(node)
-    return kind in _MOVED or (kind in _PASSED and (kind not in ("Mul", "Div") or number_of(node) is not None))
+    return kind in LINEAR or _passes(node) or (kind in _SUMS and saved(node, "reduce") == "sum")
 
 
 def _joined(loss: Tensor) -> Iterator[tuple[Share, GradientEdge]]:
@@ -233,7 +259,7 @@ def _joined(loss: Tensor) -> Iterator[tuple[Share, GradientEdge]]:
             continue
         before = [(one, at) for one, at in node.next_functions if one is not None]
         shapes = [shape_of(*edge) for edge in before]
-        passed = before and kind_of(node) in _PASSED and number not in metadata(node).get(KEY, {})
+        passed = before and _passes(node) and number not in metadata(node).get(KEY, {})
         if not passed or not all(shape is not None and shape.numel() == 1 for shape in shapes):
             yield _share(GradientEdge(node, number), factor), GradientEdge(node, number)
             continue
@@ -266,15 +292,16 @@ def _measured(share: Share, edge: GradientEdge, n: int) -> Share | None:
     """
     plain = share.before == 1.0 and bool(share.joins) and _join(edge.node) is edge.node
     last, given = edge, _given(edge.node)
-    while len(given) == 1 and kind_of(last.node) in LINEAR and last.output_nr not in metadata(last.node).get(KEY, {}):
+    while len(given) == 1 and _is_linear(last.node) and last.output_nr not in metadata(last.node).get(KEY, {}):
         plain = plain and (share.joins == "mean" or kind_of(last.node) == "Mean" or _scales_all(last.node))
         last, given = given[0], _given(given[0].node)
-    if len(given) > 1 and kind_of(last.node) in _PRODUCTS and _numel(last) == 1:
-        return replace(share, joins="sum", entries=_numel(given[0]))
-    entries = _numel(last)
-    if plain or not entries or entries % n:
+    entries, of_both = _numel(last), min(map(_numel, given), default=0)
+    in_product = kind_of(last.node) in _PRODUCTS and len(given) > 1 and entries % n and of_both % n == 0
+    if not in_product and (plain or not entries or entries % n):
         return None
     (g,) = torch.autograd.grad(edge, last, ones_for(edge), retain_graph=True)
+    if in_product:  # the examples were added up there, to one number or a few, as of pairs of classes
+        return Share(share.factor * float(g.abs().mean()), "sum", of_both)
     rows = g.abs().reshape(n if g.shape[:1] == (n,) else entries, -1)
     counted = rows != 0
     values, each = rows[counted], counted.sum(1)
@@ -322,7 +349,7 @@ def _numbers_before(join: Node) -> float:
 def _join(node: Node) -> Node:
     """Where the examples become one number, or one for each class, which are then joined themselves."""
     for _ in range(_MOST):
-        if kind_of(node) not in ("Sum", "Mean") and kind_of(node) not in _PASSED:
+        if kind_of(node) not in ("Sum", "Mean") and not _passes(node):
             return node
         before = next((one for one, _ in node.next_functions if one is not None), None)
         if before is None or kind_of(before) not in ("Sum", "Mean"):
@@ -336,4 +363,4 @@ def _join(node: Node) -> Node:
 
 def _kind(node: Node) -> str:
     """Whether a node is a sum or a mean, as far as it tells."""
-    return {"Sum": "sum", "Mean": "mean"}.get(kind_of(node), loss_reduction_of(node) or "")
+    return _JOINS.get(kind_of(node), loss_reduction_of(node) or "")
