@@ -490,21 +490,25 @@ class BagWithFeatures(nn.Module):
         return self.bag(flat, offsets, weights) * features
 
 
-def last_offset_bag(weighted: bool = False, n: int = 5, tail: int = 0, **options: Any):
-    """Offsets that include the end; ``tail`` ids after it belong to no bag."""
+def last_offset_bag(weighted: bool = False, n: int = 5, tail: int = 0, alone: bool = False, **options: Any):
+    """Offsets that include the end; ``tail`` ids after it belong to no bag. ``alone``: nothing has a row for each."""
 
     def x(n: int) -> tuple:
         flat = torch.cat([_ragged(n), ids(6, tail)])
-        inputs = (flat, _offsets(n, last=True), rand(n, 3))
+        inputs = (flat, _offsets(n, last=True), *(() if alone else (rand(n, 3),)))
         return (*inputs, rand(len(flat))) if weighted else inputs
 
     def cut(inputs: tuple, i: int) -> tuple:
-        flat, offsets, features, *weights = inputs
+        flat, offsets, *others = inputs
         start, stop = int(offsets[i]), int(offsets[i + 1])
-        return flat[start:stop], torch.tensor([0, stop - start]), features[i : i + 1], *(w[start:stop] for w in weights)
+        rest = [t[start:stop] if t.dim() == 1 else t[i : i + 1] for t in others]
+        return flat[start:stop], torch.tensor([0, stop - start]), *rest
 
-    name = f"embeddingbag-last-offset-{'weighted-' if weighted else ''}tail{tail}{_name(options)}-n{n}"
-    return ModuleCase(name, lambda: BagWithFeatures(**options), x, n, nn.EmbeddingBag, cut=cut)
+    name = f"embeddingbag-last-offset-{'weighted-' * weighted}{'alone-' * alone}tail{tail}{_name(options)}-n{n}"
+    if not alone:
+        return ModuleCase(name, lambda: BagWithFeatures(**options), x, n, nn.EmbeddingBag, cut=cut)
+    make = lambda: nn.EmbeddingBag(6, 3, include_last_offset=True, **options)  # noqa: E731
+    return ModuleCase(name, make, x, n, nn.EmbeddingBag, cut=cut)
 
 
 def _repeated(n: int) -> Tensor:
@@ -580,6 +584,10 @@ EMBEDDING = [
     last_offset_bag(mode="sum"),
     last_offset_bag(mode="mean"),
     last_offset_bag(mode="max"),
+    last_offset_bag(mode="sum", alone=True),
+    last_offset_bag(mode="mean", n=3, alone=True),  # as many offsets as ids
+    last_offset_bag(mode="sum", n=3, alone=True, weighted=True),
+    last_offset_bag(mode="sum", n=1, alone=True),
     last_offset_bag(mode="sum", weighted=True),
     last_offset_bag(mode="sum", padding_idx=3, weighted=True),
 ]

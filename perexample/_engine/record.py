@@ -73,7 +73,9 @@ class Record:
         self.other_axes = {size for axis, size in enumerate(tensors[0].shape if tensors else ()) if axis != batch_dim}
         self.listed = any(isinstance(a, list) and len(list(tensors_in(a))) > 1 for a in (*args, *kwargs.values()))
         flat_ids = bool(tensors) and tensors[0].dim() == 1 and not tensors[0].is_floating_point() and not packed
-        self.pending, self.settled = flat_ids and len(set(self.input_sizes)) > 1 and _has_bags(module), False
+        in_a_row = len(tensors) > 1 and all(t.dim() == 1 for t in tensors)
+        in_doubt = len(set(self.input_sizes)) > 1 or (in_a_row and _has_ends(module))
+        self.pending, self.settled = flat_ids and in_doubt and _has_bags(module), False
         self.refused: list[tuple[str, str]] = [(self.root_name, NESTED)] if nested else []
         self.calls: dict[Any, int] = {}
         self.checkpointed = self.wrote = False
@@ -244,10 +246,10 @@ class Record:
             BatchAxisError: If there is no such size, or it is in doubt.
         """
         sizes, outputs = set(self.input_sizes), set(self.output_sizes)
+        if self.settled and self.space.rows != self.input_sizes[0]:
+            return self.space.rows
         if len(sizes) == 1 and (not self.listed or not outputs or sizes & outputs):
             return self.input_sizes[0]
-        if len(sizes) > 1 and self.space.rows != self.input_sizes[0] and not self.pending:
-            return self.space.rows
         if len(sizes) > 1 and not self.listed and self._first_counts(sizes, outputs):
             return self.input_sizes[0]
         if len(sizes) > 1 and not self.listed and not self.pending and not self.output_axes:
@@ -284,6 +286,11 @@ class Record:
 def _has_bags(module: nn.Module) -> bool:
     """Whether a layer in it, or a function that its code names, may be given the ids of all examples in one row."""
     return any(map(_takes_bags, module.modules()))
+
+
+def _has_ends(module: nn.Module) -> bool:
+    """Whether a layer in it is given an offset more than there are bags, and so as many as ids, by chance."""
+    return any(getattr(part, "include_last_offset", False) for part in module.modules())
 
 
 def _takes_bags(module: nn.Module) -> bool:
