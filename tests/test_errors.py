@@ -776,6 +776,21 @@ def bad_nested_tensor():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_attention_names_itself_where_it_is_given_nested_tensors(layout, frozen):
+    """Also under ``torch.no_grad``, as another path of torch's is taken where an extended model is followed."""
+
+    def forward(m, rows):
+        with torch.set_grad_enabled(not frozen):
+            return m.encoder(torch.nested.nested_tensor(rows, layout=layout))
+
+    model = extend(Lambda(forward, encoder=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval())
+    with pytest.raises(UnsupportedModuleError, match=r"`encoder.self_attn` .* nested tensor.*padded data"):
+        model([ones(2, 4), ones(3, 4)])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 def test_nested_tensors_pass_through_an_extended_model(layout):
     model, rows = nn.Sequential(nn.Linear(5, 2), nn.ReLU()), [torch.randn(2, 5), torch.randn(3, 5)]

@@ -22,10 +22,11 @@ from .._private import (
     undispatched,
 )
 from .._tree import tensors_in, tensors_of
+from ..errors import UnsupportedModuleError
 from ..rule import Rule, refusal, rule_for, without_rule
 from .follow import Follow, forget_followers, recognise
 from .parts import has_no_states, with_tied_outputs, with_tied_states
-from .record import Record
+from .record import NESTED, Record
 from .state import STATE, Frame
 from .table import put_on_edge
 from .units import GENERIC, answers, depend_on_batch, leave_call, leave_opaque, may_be_opaque
@@ -93,6 +94,8 @@ class Enter:
         frames = STATE.frames
         if self.root and frames and calls_under_way(frames[0].module) <= (frames[0].module is module):
             forget_forwards()  # an interrupt has left them behind
+        if isinstance(module, nn.MultiheadAttention) and (frames or torch.is_grad_enabled()):
+            self._refuse_nested(args, kwargs)
         if not torch.is_grad_enabled():
             if frames:  # so that the call's end does not take another frame for its own
                 frames.append(Frame(module, frames[-1].record, self.name, inside=frames[-1].inside))
@@ -118,6 +121,11 @@ class Enter:
                 put_on_edge(t)
         self._prepare(frame, rule, args, kwargs, inputs)
         return tied
+
+    def _refuse_nested(self, args: tuple, kwargs: dict) -> None:
+        """Attention takes them on a path without gradients and modes alone, and says that a mode is in the way."""
+        if any(t.is_nested for t in tensors_in((args, kwargs))):
+            raise UnsupportedModuleError(f"`{self.name or 'MultiheadAttention'}` (MultiheadAttention) {NESTED}.")
 
     def _inner(self, module: nn.Module) -> Frame:
         frames, name = STATE.frames, self.name or type(module).__name__
