@@ -107,7 +107,8 @@ class Extension:
         if any(field is None for field in found.values()):
             raise ExtensionError(
                 f"{type(self).__name__} does not tell what its field is for {n} examples out of {size}; give a "
-                f"recorded step as many as it was recorded with, or override of_first."
+                f"recorded step as many as it was recorded with, take this batch without it (step.as_usual(*batch), or "
+                f"the model in the place of a RecordedModel), or override of_first."
             )
         return {name: field for name, field in found.items() if field is not None}
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from naive import Lambda, mse
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perexample import (
     DP_SGD,
@@ -765,6 +766,22 @@ def bad_mean_beside_a_layer_of_time_first():
     model = Lambda(lambda self, x: self.b(x) - self.b(x).mean(0), a=nn.LSTM(4, 2), b=nn.Linear(4, 2))
     with perex(BatchGrad()):
         extend(model)(torch.randn(3, 4)).mean().backward()
+
+
+@case(ConfigurationError, "The loss has no value .*meta device.*real tensors")
+def bad_meta_device():
+    def forward(m, x):
+        return m.a((x + m.p).cumsum(1))
+
+    model = Lambda(forward, p=nn.Parameter(ones(3)), a=nn.Linear(3, 2)).to("meta")
+    with perex(BatchGrad()):
+        extend(model)(ones(4, 3).to("meta")).mean().backward()
+
+
+@case(ConfigurationError, "The loss has no value .*FakeTensorMode")
+def bad_fake_tensors():
+    with FakeTensorMode(), perex(BatchGrad()):
+        extend(nn.Linear(3, 2))(ones(4, 3)).mean().backward()
 
 
 @case(UnsupportedModuleError, r"`Linear` is given a nested tensor.*padded data.*packed sequence")

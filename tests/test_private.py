@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed._tools import ModTracker
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -368,8 +369,10 @@ def test_global_forward_hooks_are_noticed():
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert _private.global_forward_hooks()
     handle.remove()
-    with ModuleTracker():
-        assert not _private.global_forward_hooks()
+    for tracker in (ModuleTracker(), ModTracker()):
+        with tracker:
+            assert len(nn.modules.module._global_forward_hooks) == 1
+            assert not _private.global_forward_hooks()
 
 
 def test_gradient_hooks_are_listed_in_their_order():

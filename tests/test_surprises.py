@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed._tools import ModTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from perexample import (
@@ -400,12 +401,13 @@ def test_operations_of_a_private_step_are_counted():
         torch.randn(5, 2, 6),
     )
     clipping, sums = ClippedGrad(1.0), []
-    for counter in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+    for counter in (contextlib.nullcontext(), ModTracker(), FlopCounterMode(display=False)):
         with counter, perex(clipping, grad=False):
             model(x).square().mean().backward()
         sums.append([p.clipped_sum.clone() for p in model.parameters()])
         clipping.zero_grad()
     torch.testing.assert_close(sums[0], sums[1])
+    torch.testing.assert_close(sums[0], sums[2])
     assert counter.get_total_flops() > 0
 
 

@@ -66,6 +66,11 @@ class Backward:
     def __init__(self, context: Context, loss: Tensor, found: Walk) -> None:
         """Find out all that can be wrong before anything is computed."""
         self.context, self.found, self.retain = context, found, False
+        if loss.is_meta or hasattr(loss, "fake_mode"):
+            raise ConfigurationError(
+                "The loss has no value (it is on the meta device, or of a FakeTensorMode), and a backward in perex "
+                "looks at values; run it with real tensors (for what it will do: plan(model, *inputs))."
+            )
         self.listener = STATE.listener  # of this thread; autograd computes for devices in threads of its own
         self.names = parameter_names(found)
         check_coverage(found)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 H = TypeVar("H")
+_LOOK_ON = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 
 
 def global_hooks() -> list[list[int]]:
@@ -26,13 +27,13 @@ def global_hooks() -> list[list[int]]:
 def global_forward_hooks() -> bool:
     """Whether hooks on all modules are registered; they run before any module's own.
 
-    Those of torch's own trackers (of ``FlopCounterMode``) only look on.
+    Those of torch's own trackers (of ``FlopCounterMode``, ``ModTracker``) only look on.
 
     Returns:
         Whether there are others.
     """
     hooks = torch.nn.modules.module._global_forward_hooks.values()
-    return any(getattr(hook, "__module__", "") != "torch.utils.module_tracker" for hook in hooks)
+    return any(getattr(hook, "__module__", "") not in _LOOK_ON for hook in hooks)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -294,6 +294,7 @@ def _leaves(call: Call) -> dict[str, Tensor]:
 
 def autocast_state(kind: str) -> dict[str, Any]:
     """Arguments of `torch.autocast` for what is set now."""
+    kind = kind if torch.amp.is_autocast_available(kind) else "cpu"  # the meta device has none
     enabled = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if enabled else torch.bfloat16
     return {"device_type": kind, "enabled": enabled, "dtype": dtype}
