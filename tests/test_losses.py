@@ -913,6 +913,16 @@ def test_a_mean_over_the_steps_of_a_packed_sequence():
         of_chosen(UNEVEN["cross-entropy"], KEPT, inside=False, packed=True)
 
 
+@pytest.mark.parametrize(
+    "choose", [lambda rows, y: rows[y], lambda rows, y: F.embedding(y, rows)], ids=["[]", "embedding"]
+)
+def test_a_mean_over_others_that_choose_among_the_rows(choose):
+    """Rows of a model that stand for classes, and the examples are constants in the loss."""
+    model, constants, y = extend(nn.Linear(5, 3)), torch.randn(7, 3), torch.tensor([0, 1, 3, 2, 1, 0, 0])
+    with pytest.raises(LossError, match="mean of 7 entries that were chosen"), perex(BatchGrad()):
+        (constants * choose(model(torch.randn(4, 5)), y)).sum(1).mean().backward()
+
+
 @pytest.mark.parametrize("kept", [KEPT, BY_CHANCE, FOUR], ids=["nine", "eight", "as many as examples"])
 @pytest.mark.parametrize("loss", OF_EACH.values(), ids=OF_EACH)
 def test_rows_that_are_joined_otherwise(loss, kept):

@@ -15,7 +15,7 @@ from .graph import dims_of, kind_of, shape_of
 from .kinds import names
 from .tap import KEY
 
-_CHOOSES = names("Index MaskedSelect Topk Take IndexSelect PackPaddedSequence")
+_CHOOSES = names("Index MaskedSelect Topk Take IndexSelect Embedding PackPaddedSequence")
 _ALONG_AN_AXIS = names("IndexSelect Topk")
 _CUTS = names("Slice Split SplitWithSizes")
 _VIEWS = names("View UnsafeView Reshape Flatten Unflatten Squeeze Unsqueeze")
