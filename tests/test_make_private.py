@@ -20,6 +20,7 @@ from perexample import (
     ConfigurationError,
     CrossExampleError,
     ExtensionError,
+    PerExampleError,
     PrivacyBudgetError,
     StaleGradientError,
     UnsupportedModuleError,
@@ -27,6 +28,7 @@ from perexample import (
     perex,
     privatize,
 )
+from perexample._private import hooks_after_gradient
 from perexample.extensions import AdaptiveClippedGrad, BatchL2Grad, Clip, ClippedGrad
 from perexample.privacy import (
     EmptyBatches,
@@ -936,6 +938,39 @@ def test_sums_that_come_within_a_step_are_made_private_too():
     assert optimizer.ledger.steps == 2
     with pytest.raises(StaleGradientError, match="was used by an earlier step already"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_plain_backward_within_a_step_is_an_error(first, hooked):
+    class Base(torch.optim.SGD):
+        def step(self):
+            super().step()
+
+    class Extra(Base):
+        def step(self):
+            if not first:
+                super().step()
+            if self.again:
+                F.cross_entropy(model(x), y).backward()
+            super().step()
+
+    if hooked:
+        Base([torch.zeros(1)])
+    (x, y), model, clipping = data().tensors, extend(network()), ClippedGrad(0.5)
+    optimizer = privatize(Extra(model.parameters()), clipping=clipping, noise_multiplier=1.0, expected_batch_size=10)
+    for again in (False, True, False):
+        optimizer.again = again
+        backward(model, clipping, x, y)
+        if again:
+            with pytest.raises(PerExampleError, match=r"Extra\.step runs a backward of its own"):
+                optimizer.step()
+            F.cross_entropy(model(x), y).backward()  # no step is under way
+            model.zero_grad()
+        else:
+            optimizer.step()
+            assert not any(map(hooks_after_gradient, model.parameters()))
+    assert optimizer.ledger.steps == 3
 
 
 def test_a_divisor_that_counts_the_examples_is_an_error():

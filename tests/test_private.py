@@ -350,18 +350,26 @@ def test_steps_under_way_are_counted():
     class Base(torch.optim.SGD):
         def step(self):
             found.append((_private.steps_under_way(self), _private.steps_under_way(other)))
+            elsewhere = threading.Thread(target=count, args=(self, threading.get_ident()))
+            elsewhere.start()
+            elsewhere.join()
 
     class Derived(Base):
         def step(self):
             super().step()
             Base.step(other)
 
-    found = []
+    def count(optimizer, thread):
+        seen.append((_private.steps_under_way(optimizer, thread), _private.steps_under_way(optimizer)))
+
+    found, seen = [], []
     other = Base([torch.zeros(1)])  # torch hooks into the step of a class when it is first used
     one = Derived([torch.zeros(1)])
     assert _private.steps_under_way(one) == 0
     one.step()
     assert found == [(2, 0), (1, 1)]
+    assert seen == [(2, 0), (1, 0)]
+    assert not _private.steps_under_way(one, -1)  # a thread that is over
 
 
 def test_global_forward_hooks_are_noticed():

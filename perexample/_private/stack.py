@@ -13,18 +13,22 @@ _hooked: Any = torch.optim.Optimizer.profile_hook_step
 _HOOKED_STEP = _hooked(lambda: None).__code__
 
 
-def steps_under_way(optimizer: torch.optim.Optimizer) -> int:
+def steps_under_way(optimizer: torch.optim.Optimizer, thread: int | None = None) -> int:
     """How many calls of an optimizer's step, each of which runs its hooks, are on the Python stack.
+
+    Args:
+        optimizer: The optimizer.
+        thread: The thread whose stack is looked at; by default this one.
 
     Returns:
         The number; two where a subclass calls the step of its base class, if torch has hooked both, which it does to a
         class when the first object of it is made.
     """
-    frame, count = sys._getframe(1), 0
+    frame, count = sys._getframe(1) if thread is None else sys._current_frames().get(thread), 0
     while frame is not None:
         if frame.f_code is _HOOKED_STEP and frame.f_locals["args"][0] is optimizer:
             count += 1
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return count
 
 

@@ -111,6 +111,7 @@ def privatize(
             group[name] = value
     privatizer = Privatizer(clipping, sampler, ledger, source, processes)
     optimizer.register_step_pre_hook(privatizer)
+    optimizer.register_step_post_hook(privatizer.end)
     keep_state(optimizer, privatizer)
     clear_sums_too(optimizer, clipping, pieces)
     if pieces is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._arguments import real
 from .._private import steps_under_way
@@ -68,6 +70,7 @@ class Privatizer:
         self._loaded: Mapping[str, Any] | None = None  # of a state that torch has not loaded its part of yet
         self._steps = 0  # that the ledger had after the last one that was taken here
         self._left = 0  # examples in sums that this step has left to other optimizers
+        self._watching: list[RemovableHandle] = []
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """One step: check, write down, then let go of what is private."""
@@ -108,6 +111,34 @@ class Privatizer:
         for p in frozen:
             p.grad = None
         self.clipping.after_step(self.noise.number, self.processes)
+        self._watch(optimizer, params)
+
+    def _watch(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        """What a backward adds to the gradients that were made private, while the step is under way, is an error."""
+        self._unwatch()
+        step, thread = type(optimizer).step, threading.get_ident()
+        if getattr(step, "__module__", "").startswith("torch."):  # these run none
+            return
+
+        def refuse(_: Tensor) -> None:
+            if steps_under_way(optimizer, thread):  # whatever thread autograd is in; else it has failed
+                raise PerExampleError(
+                    f"{type(optimizer).__name__}.step runs a backward of its own, whose gradients would be used "
+                    f"without clipping and noise. Run it in perex(clipping, grad=False) and then the step of the base "
+                    f"class, which is a private step of its own; or let the training loop do both."
+                )
+
+        self._watching = [p.register_post_accumulate_grad_hook(refuse) for p in params]
+
+    def _unwatch(self) -> None:
+        for handle in self._watching:
+            handle.remove()
+        self._watching.clear()
+
+    def end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """The step post-hook; the step of a base class has one too."""
+        if steps_under_way(optimizer) <= 1:
+            self._unwatch()
 
     def _refuse_counted(self, expected_batch_size: float) -> None:
         """A divisor that follows the number of examples tells how many there are."""
