@@ -5,6 +5,7 @@ import configparser
 import doctest
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -272,3 +273,42 @@ def test_the_scorecard_is_that_of_the_numbers():
 def test_every_fault_is_on_the_page_of_pitfalls():
     text = (ROOT / "docs" / "pitfalls.rst").read_text()
     assert set(map(int, re.findall(r"\bF(\d+)\b", text))) == set(range(1, 51))
+
+
+TYPED = """
+from typing import Any
+import torch
+from torch import Tensor, nn
+from perexample import DP_SGD, RecordedModel, RecordedStep, extend, perex, privatize
+from perexample.privacy import Ledger, make_optimizer, make_private
+
+def train(model: nn.Sequential, clipping: Any, x: Tensor, y: Tensor, data: Any) -> float:
+    extended: nn.Sequential = extend(model)
+    options: dict[str, Any] = {"noise_multiplier": 1.1, "expected_batch_size": 8}
+    made: torch.optim.Adam = make_optimizer(torch.optim.Adam)(model.parameters(), lr=0.1, clipping=clipping, **options)
+    private: torch.optim.AdamW = privatize(torch.optim.AdamW(model.parameters()), clipping=clipping, **options)
+    sgd = DP_SGD(model.parameters(), lr=0.1, clipping=clipping, ledger=Ledger(), **options)
+    step = RecordedStep(extended, lambda x, y: nn.functional.mse_loss(extended(x), y), x, y, extensions=clipping)
+    losses: Tensor = step(x, y)
+    outputs: Tensor = RecordedModel(extended, x, extensions=[clipping])(x)
+    with perex(clipping, grad=False):
+        torch.autograd.backward(outputs.mean() + losses.mean())
+    for optimizer in (made, private, sgd):
+        optimizer.step()
+    whole = make_private(model, torch.optim.SGD(model.parameters()), data, batch_size=8, epochs=1, target_delta=1e-5)
+    for batch, target in whole:
+        with whole:
+            torch.autograd.backward(nn.functional.mse_loss(whole.model(batch), target))
+        whole.step()
+    return whole.epsilon() + sgd.ledger.epsilon(1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_typed_program_passes_mypy_strict(tmp_path):
+    (tmp_path / "program.py").write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "program.py"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"MYPYPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stdout

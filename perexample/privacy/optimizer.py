@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -122,7 +122,7 @@ def privatize(
     return optimizer
 
 
-def make_optimizer(cls: type[O]) -> type[O]:
+def make_optimizer(cls: type[O]) -> Callable[..., O]:
     """A private form of an optimizer class.
 
     Its instances take what those of the class take, and by keyword what `privatize` takes.
