@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._arguments import flag, losses_of, shown
 from ._chance import random_kept, random_states, seed, set_random_states
 from ._compared import SEED, Comparison, Found, refuse_memory
+from ._counters import Counters
 from ._engine.context import perex
 from ._engine.fields import checked_fields
 from ._first_run import Seen, first_run, refuse_remembering
@@ -328,6 +329,7 @@ class RecordedStep:
             found.append(cast(Found, self._usual(own, *more)))
 
         seed(SEED, [device])
+        counters = Counters(self.model, self.losses)
         self._seen = first_run(run, self.model, self._parameters, own, device)
         self._read = what_is_read(self.losses, self.model, self._seen.called)
         self._around_was = self._read.values()
@@ -338,6 +340,7 @@ class RecordedStep:
         extensions = [*zip(self.extensions, self._asked, strict=True)]
         refuse_remembering(run, [asked for extension, asked in extensions if asked is extension])
         refuse_memory(found[0], found[1], extensions, coarse=self._seen.half or reduced([device.type]))
+        counters.refuse_compared(run)
         # What a run leaves to the next one is marked by a tape of its own.
         for rehearsal in (nullcontext(), nullcontext() if self._on_graph else Tape()):
             self._before = None

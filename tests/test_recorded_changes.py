@@ -24,6 +24,7 @@ from perexample import (
     Extension,
     ExtensionError,
     LossError,
+    RecordedModel,
     RecordedStep,
     StaleGradientError,
     extend,
@@ -570,6 +571,99 @@ def test_a_counter_that_changes_little():
 
     with pytest.raises(ConfigurationError, match=r"goes on with what a run before has left"):
         RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+
+
+class Late(nn.Module):
+    """Does something else after many calls, as its counter says, of whatever kind that is."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.layer, self.count = nn.Linear(7, 5), count
+        self.calls, self.time, self.table, self.kept = 0, 0.0, {"calls": 0}, SimpleNamespace(calls=0)
+
+    def forward(self, x):
+        return self.layer(x) * (2.0 if self.count(self) else 1.0)
+
+
+def counts_calls(m):
+    m.calls += 1
+    return m.calls > 1000
+
+
+def counts_in_turn(m):
+    m.calls = (m.calls + 1) % 1000
+    return not m.calls
+
+
+def counts_time(m):
+    m.time += 0.5
+    return m.time / 2 > 1000
+
+
+def counts_in_a_table(m):
+    m.table["calls"] += 1
+    return m.table["calls"] // 1000
+
+
+def counts_in_an_object(m):
+    m.kept.calls = 1 + m.kept.calls
+    return -m.kept.calls < -1000
+
+
+COUNTERS = {
+    "calls": counts_calls,
+    "calls, in turn": counts_in_turn,
+    "time": counts_time,
+    "calls in a table": counts_in_a_table,
+    "calls in an object": counts_in_an_object,
+}
+
+
+@pytest.mark.parametrize("kind", [RecordedStep, RecordedModel])
+@pytest.mark.parametrize("name", COUNTERS)
+def test_a_counter_that_would_tell_something_else_later_is_refused(name, kind):
+    model = extend(Late(COUNTERS[name]).to(DEVICE))
+    arguments = (X,) if kind is RecordedModel else (per_class(model), X, Y)
+    with pytest.raises(
+        ConfigurationError, match=rf"moves on `{name[:4]}\w*` of Late and compares it.*training loop count"
+    ):
+        kind(model, *arguments, extensions=BatchGrad())
+    assert {type(n) for n in (model.calls, model.table["calls"], model.kept.calls)} == {int}
+    assert type(model.time) is float
+
+
+def test_a_counter_around_the_losses_is_refused_too():
+    global CALLS
+    model, calls = mlp(), 0
+
+    def around(x, y):
+        nonlocal calls
+        calls += 1
+        return cross_entropy(model(x), y) * (2.0 if calls > 1000 else 1.0)
+
+    def of_the_module(x, y):
+        global CALLS
+        CALLS += 1
+        return cross_entropy(model(x), y) * (2.0 if CALLS > 1000 else 1.0)
+
+    for losses, match in ((around, "`calls` of the variables around"), (of_the_module, "`CALLS` of module")):
+        with pytest.raises(ConfigurationError, match=match):
+            RecordedStep(model, losses, X, Y, extensions=BatchGrad())
+    assert type(calls) is type(CALLS) is int
+
+
+def test_a_counter_that_is_only_shown_is_none_of_these():
+    model, shown = extend(Late(lambda m: None).to(DEVICE)), []
+
+    def count(m):
+        m.calls += 1
+        shown.append(
+            f"{m.calls}: {m.calls / 2:.1f}, {m.table.get(m.calls)}, {X[: m.calls * 2].shape}, {X.sum() * m.calls}"
+        )
+
+    model.count = count
+    RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())(X, Y)
+    assert shown[-1].startswith(f"{model.calls}: {model.calls / 2:.1f}, None")
 
 
 def test_what_is_left_for_others_to_read_is_no_state():
