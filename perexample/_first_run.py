@@ -144,7 +144,8 @@ def _refuse_others(parameters: Mapping[str, Tensor], reached: _Reached) -> None:
         raise ConfigurationError(
             f"This step cannot be recorded: its loss depends on the parameter `{others[0]}`, which is not one of the "
             f"model's that was given, or this is one of another extended model, with which it shares parameters; give "
-            f"a module that holds both models."
+            f"a module that holds both models (a RecordedModel an extended one, whose forward calls what it is to "
+            f"replay of them)."
         )
 
 

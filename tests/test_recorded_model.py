@@ -572,6 +572,32 @@ def test_a_call_that_is_run_again_is_that_of_the_forward(change, match):
             undo.remove()
 
 
+class Branches(nn.Module):
+    def __init__(self, *models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x):
+        return tuple(model(x) for model in self.models)
+
+
+def test_two_models_that_share_a_part_are_recorded_as_one():
+    _, x, y = made()
+    part = nn.Linear(x.shape[1], 4)
+    one, other = (extend(nn.Sequential(part, nn.Tanh(), nn.Linear(4, 11))).to(DEVICE) for _ in range(2))
+    with pytest.raises(
+        ConfigurationError, match=r"which it shares parameters; give a module that holds .*whose forward"
+    ):
+        RecordedModel(one, x, extensions=BatchGrad())
+    whole, extension = extend(Branches(one, other)), BatchGrad()
+    recorded = RecordedModel(whole, x, extensions=extension)
+    for index in (0, 1):
+        backward(recorded, (x, y), extension, loss=lambda out, y, i=index: F.cross_entropy(out[i], y))
+        own = fields(whole, extension.field)
+        backward(whole, (x, y), extension, loss=lambda out, y, i=index: F.cross_entropy(out[i], y))
+        near(own, fields(whole, extension.field))
+
+
 def test_a_backward_that_is_not_the_one_recorded_is_an_error():
     (model, x, y), (other, *_) = made(), made()
     own = ClippedGrad(1.0)
