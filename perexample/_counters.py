@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import ConfigurationError
 
+_KINDS, _MOST = (int, float), 4096  # entries of a mapping or list that are looked at
 _COMPARED = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__")
 _COMPUTED = (
     "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__mod__", "__floordiv__", "__truediv__",
@@ -23,21 +24,30 @@ class _Variable(NamedTuple):
 
     Attributes:
         where: In what it is, for messages.
-        name: What it is called.
-        space: A mapping, or the cell of a variable around a function.
+        name: What it is called there, or its index.
+        space: A mapping, list or class, or the cell of a variable around a function.
     """
 
     where: str
     name: Any
-    space: MutableMapping[Any, Any] | CellType
+    space: Any
 
     @property
     def value(self) -> Any:
-        return self.space.cell_contents if isinstance(self.space, CellType) else self.space.get(self.name)
+        """What it is now; ``None`` if it is gone."""
+        try:
+            if isinstance(self.space, CellType):
+                return self.space.cell_contents
+            return (vars(self.space) if isinstance(self.space, type) else self.space)[self.name]
+        except (LookupError, ValueError):
+            return None
 
     def bind(self, value: Any) -> None:
+        """Let it be another."""
         if isinstance(self.space, CellType):
             self.space.cell_contents = value
+        elif isinstance(self.space, type):
+            setattr(self.space, self.name, value)
         else:
             self.space[self.name] = value
 
@@ -77,7 +87,7 @@ class Counters:
             run()
         finally:
             for one in moved:
-                if isinstance(one.value, (int, float)) and type(one.value) not in (int, float, bool):
+                if isinstance(one.value, (int, float)) and type(one.value) not in (*_KINDS, bool):
                     one.bind(one.value.__pos__())  # a plain number again
         if noted:
             raise ConfigurationError(
@@ -89,31 +99,47 @@ class Counters:
 
 def _numbers(model: nn.Module, losses: Callable) -> Iterator[_Variable]:
     """All that hold one now, each once."""
-    spaces: dict[int, tuple[str, dict]] = {}
-    cells: dict[int, _Variable] = {}
-    for module in model.modules():
-        own = vars(module)
-        held = [value if type(value) is dict else getattr(value, "__dict__", None) for value in own.values()]
-        for space in (own, *(one for one in held if isinstance(one, dict))):
-            spaces.setdefault(id(space), (type(module).__name__, space))
-    for function in map(inspect.unwrap, (losses, *{type(module).forward for module in model.modules()})):
-        code, module_name = getattr(function, "__code__", None), getattr(function, "__module__", None) or "torch"
-        if code is None or module_name.partition(".")[0] in ("torch", "perexample"):
-            continue
-        space = getattr(function, "__globals__", {})
-        spaces.setdefault(id(space), (f"module `{module_name}`", space))
+    spaces: dict[int, tuple[str, Any]] = {}
+    for where, space in _spaces(model, losses):
+        spaces.setdefault(id(space), (where, space))
+    for where, space in spaces.values():
+        names = range(len(space)) if isinstance(space, list) else vars(space) if isinstance(space, type) else space
+        variables = (_Variable(where, name, space) for name in [*names][:_MOST])
+        yield from (one for one in variables if type(one.value) in _KINDS)
+    for function in _functions(model, losses):
         where = f"the variables around `{function.__qualname__}`"
-        for name, cell in zip(code.co_freevars, getattr(function, "__closure__", None) or (), strict=False):
-            cells[id(cell)] = _Variable(where, name, cell)
-    found = [_Variable(where, name, space) for where, space in spaces.values() for name in [*space]]
-    yield from filter(_is_number, [*found, *cells.values()])
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if type((one := _Variable(where, name, cell)).value) in _KINDS:
+                yield one
 
 
-def _is_number(one: _Variable) -> bool:
-    try:
-        return type(one.value) in (int, float)
-    except ValueError:  # a variable that is bound to nothing
-        return False
+def _spaces(model: nn.Module, losses: Callable) -> Iterator[tuple[str, Any]]:
+    """Where variables are, and what that is."""
+    others = (one for one in (losses, getattr(losses, "__self__", None)) if _is_of_the_user(type(one)))
+    for owner in (*model.modules(), *others):
+        where, own = type(owner).__name__, getattr(owner, "__dict__", {})
+        yield where, own
+        for value in own.values():
+            held = value if isinstance(value, (dict, list)) else getattr(value, "__dict__", None)
+            if isinstance(held, (dict, list)):
+                yield where, held
+        yield from ((f"class `{kind.__name__}`", kind) for kind in type(owner).__mro__ if _is_of_the_user(kind))
+    for function in _functions(model, losses):
+        yield f"module `{function.__module__}`", function.__globals__
+
+
+def _functions(model: nn.Module, losses: Callable) -> Iterator[Any]:
+    """What is run, as far as it was written by the user."""
+    forwards = {type(module).forward for module in model.modules()}
+    for one in (losses, inspect.getattr_static(type(losses), "__call__", None), *forwards):
+        function = inspect.unwrap(getattr(one, "__func__", one))
+        if inspect.isfunction(function) and _is_of_the_user(function):
+            yield function
+
+
+def _is_of_the_user(one: Any) -> bool:
+    """Whether a class or function was not written here, in torch, or in Python itself."""
+    return str(one.__module__).partition(".")[0] not in ("torch", "perexample", "builtins")
 
 
 def _noting(kind: type, note: Callable[[], None]) -> type:
@@ -129,7 +155,7 @@ def _noting(kind: type, note: Callable[[], None]) -> type:
     def computed(name: str) -> Callable:
         def method(self: Any, *others: Any) -> Any:
             value = getattr(kind, name)(self, *others)
-            return _noting(type(value), note)(value) if type(value) in (int, float) else value
+            return _noting(type(value), note)(value) if type(value) in _KINDS else value
 
         return method
 

@@ -329,7 +329,6 @@ class RecordedStep:
             found.append(cast(Found, self._usual(own, *more)))
 
         seed(SEED, [device])
-        counters = Counters(self.model, self.losses)
         self._seen = first_run(run, self.model, self._parameters, own, device)
         self._read = what_is_read(self.losses, self.model, self._seen.called)
         self._around_was = self._read.values()
@@ -338,6 +337,7 @@ class RecordedStep:
             for name, field in fields.items():
                 setattr(self._parameters[name], asked.field, field)
         extensions = [*zip(self.extensions, self._asked, strict=True)]
+        counters = Counters(self.model, self.losses)  # after a first run, which may set up things
         refuse_remembering(run, [asked for extension, asked in extensions if asked is extension])
         refuse_memory(found[0], found[1], extensions, coarse=self._seen.half or reduced([device.type]))
         counters.refuse_compared(run)

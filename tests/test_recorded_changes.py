@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import sys
 import threading
 import warnings
@@ -576,10 +577,13 @@ def test_a_counter_that_changes_little():
 class Late(nn.Module):
     """Does something else after many calls, as its counter says, of whatever kind that is."""
 
+    of_all = 0
+
     def __init__(self, count):
         super().__init__()
         self.layer, self.count = nn.Linear(7, 5), count
         self.calls, self.time, self.table, self.kept = 0, 0.0, {"calls": 0}, SimpleNamespace(calls=0)
+        self.list = [0]
 
     def forward(self, x):
         return self.layer(x) * (2.0 if self.count(self) else 1.0)
@@ -610,8 +614,20 @@ def counts_in_an_object(m):
     return -m.kept.calls < -1000
 
 
+def counts_in_a_list(m):
+    m.list[0] += 1
+    return m.list[0] - 1000 >= 0
+
+
+def counts_in_its_class(m):
+    Late.of_all += 1
+    return bool(Late.of_all // 1000)
+
+
 COUNTERS = {
     "calls": counts_calls,
+    "0 in a list": counts_in_a_list,
+    "of_all": counts_in_its_class,
     "calls, in turn": counts_in_turn,
     "time": counts_time,
     "calls in a table": counts_in_a_table,
@@ -624,12 +640,20 @@ COUNTERS = {
 def test_a_counter_that_would_tell_something_else_later_is_refused(name, kind):
     model = extend(Late(COUNTERS[name]).to(DEVICE))
     arguments = (X,) if kind is RecordedModel else (per_class(model), X, Y)
-    with pytest.raises(
-        ConfigurationError, match=rf"moves on `{name[:4]}\w*` of Late and compares it.*training loop count"
-    ):
+    match = rf"moves on `{re.split(',? ', name)[0]}` of (class `)?Late`? and compares it.*training loop count"
+    with pytest.raises(ConfigurationError, match=match):
         kind(model, *arguments, extensions=BatchGrad())
-    assert {type(n) for n in (model.calls, model.table["calls"], model.kept.calls)} == {int}
+    assert {type(n) for n in (model.calls, model.table["calls"], model.kept.calls, *model.list, Late.of_all)} == {int}
     assert type(model.time) is float
+
+
+class LateLosses:
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __call__(self, x, y):
+        self.calls += 1
+        return cross_entropy(self.model(x), y) * (2.0 if self.calls > 1000 else 1.0)
 
 
 def test_a_counter_around_the_losses_is_refused_too():
@@ -646,10 +670,20 @@ def test_a_counter_around_the_losses_is_refused_too():
         CALLS += 1
         return cross_entropy(model(x), y) * (2.0 if CALLS > 1000 else 1.0)
 
-    for losses, match in ((around, "`calls` of the variables around"), (of_the_module, "`CALLS` of module")):
+    cases = [(around, "`calls` of the variables around"), (of_the_module, "`CALLS` of module")]
+    cases += [(one, "`calls` of LateLosses") for one in (LateLosses(model), LateLosses(model).__call__)]
+    for losses, match in cases:
         with pytest.raises(ConfigurationError, match=match):
             RecordedStep(model, losses, X, Y, extensions=BatchGrad())
     assert type(calls) is type(CALLS) is int
+
+
+def test_a_flag_that_the_first_call_sets_is_none_of_these():
+    def flag(m):
+        m.table["calls"] = 1 if m.table["calls"] == 0 else m.table["calls"]
+
+    model = extend(Late(flag).to(DEVICE))
+    RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())(X, Y)
 
 
 def test_a_counter_that_is_only_shown_is_none_of_these():
