@@ -290,6 +290,28 @@ def test_weights_of_their_own_in_a_loop_are_those_of_a_sum_too():
     backwards(loss, (5, 3, 8), loss_reduction="sum")
 
 
+WEIGHTED = {
+    "in front": lambda losses, w: (w * losses).sum(),
+    "behind": lambda losses, w: -(losses * -w).sum(),
+    "returns": lambda losses, w: ((20 * w).detach() * losses).sum(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_sums_with_weights_of_their_own_are_seen_where_a_mean_of_many_would_hardly_have_them(name):
+    def loss(out, divisor=1.0):
+        losses = F.cross_entropy(out, out.argmax(1), reduction="none")
+        return WEIGHTED[name](losses, (0.6 + torch.rand(len(out))) / divisor)
+
+    with pytest.raises(LossError, match="sums over 40 examples"):
+        backwards(loss, (40,))
+    if name != "returns":
+        backwards(lambda out: loss(out, len(out)), (40,))
+        backwards(loss, (3,))
+    backwards(lambda out: loss(out) / len(out), (40, 37, 3))
+    backwards(loss, (40, 37, 3), loss_reduction="sum")
+
+
 def test_a_power_of_one_is_none():
     with pytest.raises(LossError, match="sums over 5 examples"):
         backwards(lambda out: out.abs().nansum(), (5,))

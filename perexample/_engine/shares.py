@@ -27,6 +27,7 @@ from .walk import Walk
 _KEPT = 4  # losses of a model that are remembered, of different numbers of examples; a schedule meets few by chance
 _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds of another by itself
 _MOST = 4096  # nodes
+_NEAR_ONE, _MANY = 0.5, 16  # weights that examples have on average in a sum, and hardly in a mean of so many
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
 _MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum Nansum")
 _LINEAR = _PASSED | _MOVED | names("Mean")
@@ -151,9 +152,14 @@ def refuse_sums(loss: Tensor, shares: list[Share], n: int, scale: float) -> None
     if abs(shares[0].factor) * n <= scale * (1 + 1e-6):
         return
     node: Node | None = loss.grad_fn
-    while node is not None and _scales_all(node):
+    weight, weights = abs(shares[0].factor), None
+    while node is not None and (_scales_all(node) or (weights := _weights_of(node)) is not None):
         if kind_of(node) == "Div" and not (number_of(node) or 0.0) % n:
             return  # 10 * losses.sum() / len(losses)
+        if weights is not None:  # of each its own, which a mean may have divided; then there are few that come near one
+            weight, weights = weight * float(weights.abs().mean()), None
+            if weight <= _NEAR_ONE * scale or weight * n <= _MANY * scale:
+                return
         node = next((one for one, _ in node.next_functions if one is not None), None)
     if node is not None and (kind_of(node) in _LOSSES or saved(node, "reduction") is not None):
         by = kind_of(node) if loss_reduction_of(node) == "sum" else f"{kind_of(node)}, then Sum"
@@ -235,6 +241,14 @@ def _scales_all(node: Node) -> bool:
     if not _passes(node):
         return kind_of(node) in _MOVED
     return kind_of(node) not in ("Mul", "Div") or number_of(node) is not None
+
+
+def _weights_of(node: Node) -> Tensor | None:
+    """The constants with which a product multiplies the entries of a tensor, of which it has several."""
+    if kind_of(node) != "Mul" or sum(one is not None for one, _ in node.next_functions) != 1:
+        return None
+    found = [t for t in (saved(node, "other"), saved(node, "self")) if isinstance(t, Tensor) and t.numel() > 1]
+    return found[0] if found else None
 
 
 def _passes(node: Node) -> bool:
