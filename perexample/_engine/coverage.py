@@ -89,9 +89,10 @@ def _check_leaf(tap: Tap, name: str, p: Tensor, names: dict[int, tuple[Tensor, s
         while name in {taken for _, taken in names.values()}:
             name += "'"
         names[id(p)] = (p, name)
-    if gradient_hooks(p):
+    if hooks := gradient_hooks(p):
+        of = getattr([*hooks.values()][-1], "__module__", "another")  # of a tool, say, as torch's MemTracker
         raise UnsupportedModuleError(
-            f"Parameter `{names[id(p)][1]}` has a gradient hook (register_hook), which would change its "
+            f"Parameter `{names[id(p)][1]}` has a gradient hook (register_hook, of {of}), which would change its "
             f"gradient but not those of the examples; remove the hook, or freeze the parameter."
         )
     if not p.requires_grad:
