@@ -105,7 +105,7 @@ MUTANTS = (
         ),
         Edit(
             "perexample._engine.tap:Tap.__init__",
-            ("self._node = _save(tensors)", "self._node = _save(tensors)\n    vars(module)['_last'] = self"),
+            ("= _save(tensors)", "= _save(tensors)\n    vars(module)['_last'] = self"),
         ),
         killers="test_faults.py::test_f32_forwards_between_forward_and_backward[train]",
     ),
