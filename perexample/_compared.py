@@ -217,6 +217,7 @@ _ROUNDED, _COARSE, _SAME, _REPEATED = (1e-2, 1e-4), (3e-2, 3e-2), (1e-4, 1e-6), 
 
 def near(found: Sequence[Tensor], wanted: Sequence[Tensor], like: tuple[float, float]) -> bool:
     """Whether tensors are the same up to rounding."""
+    found, wanted = ([t.to_dense() for t in several] for several in (found, wanted))
     sizes = [_size(t) for t in wanted]
     least = like[1] * max(sizes, default=0.0)
     return all(

@@ -271,6 +271,24 @@ def test_gradients_that_depend_on_how_many_examples_there_are_are_refused():
         RecordedStep(model, losses, x, y, extensions=Nothing(), grad=True)
 
 
+@KINDS
+def test_sparse_gradients_of_tables_stay_sparse(kind):
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 5)).to(DEVICE))
+    x, y = torch.randint(9, (N, 3), device=DEVICE), torch.randint(5, (N,), device=DEVICE)
+    call, recorded = calls_of(kind, model, x, y, BatchL2Grad())
+    for n in MANY:
+        call(x[:n], y[:n])
+        assert model[0].weight.grad.is_sparse
+        model[0].weight.grad = model[0].weight.grad.to_dense()
+        near(gradients(model), dense(plainly(model, x[:n], y[:n], F.cross_entropy)))
+    assert not recorded.repeated
+
+
+def dense(found):
+    return {key: g.to_dense() for key, g in found.items()}
+
+
 def test_a_leaf_of_the_loss_gets_its_gradient():
     model, x, y = made()
     norms, scale = BatchL2Grad(), torch.tensor(1.5, requires_grad=True)
