@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import random
 import re
 import sys
 import threading
 import warnings
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -387,6 +390,222 @@ def changed_around(make, change, put):
 def test_variables_around_functions_may_not_be_bound_anew(name, monkeypatch):
     step = changed_around(*AROUND[name], monkeypatch.setattr)
     with pytest.raises(StaleGradientError, match=f"`{name.replace(' of', '` of')}.* or keep it in a tensor"):
+        step(X, Y)
+
+
+class Config:
+    factor, other = 1.0, 1.0
+
+
+class Annealed:
+    """A weight that grows."""
+
+    def __init__(self):
+        self.step, self.other, self.inner = 1.0, 1.0, SimpleNamespace(kind=Config)
+
+    def weight(self):
+        return self.step * GROWTH
+
+    @property
+    def half(self):
+        return self.step / 2
+
+    def __float__(self):
+        return self.step
+
+
+class Part(nn.Module):
+    """A criterion that is not of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self.calls, self.other = 1.0, 0, 1.0
+
+    def forward(self, losses):
+        self.calls += 1
+        return losses * self.factor
+
+
+class Whole(nn.Module):
+    """Holds a model, as those of Lightning do, and what is not used for its losses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.part, self.metric, self.factor, self.epoch = model, Part(), Part(), 1.0, 0
+
+    def forward(self, x, y):
+        return self.part(cross_entropy(self.model(x), y)) * self.factor
+
+
+class Level(enum.Enum):
+    LOW = 1
+
+
+@dataclasses.dataclass
+class Slotted:
+    __slots__ = ("factor",)
+    factor: float
+
+
+def times_factor(factor, losses):
+    return losses * factor.factor
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args) * GROWTH
+
+    return wrapper
+
+
+GROWTH, KEY, SHIFT = 1.0, "factor", torch.relu
+
+
+def held():
+    """What the functions below read."""
+    return SimpleNamespace(
+        annealed=Annealed(), part=Part(), slotted=Slotted(1.0),
+        table={"factor": 1.0, "other": 1.0, 3: 1.0, Level.LOW: 1.0},
+        array=np.ones(2), chosen={"a"}, queue=deque([1.0]), calls={"calls": 0, "factor": 1.0},
+        functions={"factor": lambda losses: losses * GROWTH}, ce=nn.CrossEntropyLoss(reduction="none"),
+    )  # fmt: skip
+
+
+def reads(weigh):
+    """Losses that a function of them and of what is held weighs, whose variables lie around it."""
+
+    def make(model, own):
+        return lambda x, y: weigh(cross_entropy(model(x), y), own)
+
+    return make
+
+
+def counted(losses, own):
+    own.calls["calls"] += 1
+    return losses * own.calls["factor"]
+
+
+def by_default(model, own):
+    def losses(x, y, given=own.slotted):
+        return cross_entropy(model(x), y) * given.factor
+
+    return losses
+
+
+def rebind(name, value):
+    return lambda own, put: put(sys.modules[HERE], name, value)
+
+
+HELD = {
+    "an attribute of a class": (reads(lambda t, own: t * Config.factor), lambda own, put: put(Config, "factor", 3.0)),
+    "a variable of a module": (
+        reads(lambda t, own: t * elsewhere.FACTOR),
+        lambda own, put: put(elsewhere, "FACTOR", 3.0, raising=False),
+    ),
+    "a method": (reads(lambda t, own: t * own.annealed.weight()), lambda own, put: put(own.annealed, "step", 3.0)),
+    "a variable of a method": (reads(lambda t, own: t * own.annealed.weight()), rebind("GROWTH", 3.0)),
+    "a property": (reads(lambda t, own: t * own.annealed.half), lambda own, put: put(own.annealed, "step", 3.0)),
+    "a sign": (reads(lambda t, own: t * float(own.annealed)), lambda own, put: put(own.annealed, "step", 3.0)),
+    "inside": (reads(lambda t, own: t * own.annealed.inner.kind.factor), lambda own, put: put(Config, "factor", 3.0)),
+    "a criterion": (reads(lambda t, own: own.part(t)), lambda own, put: put(own.part, "factor", 3.0)),
+    "another criterion": (reads(lambda t, own: own.part(t)), lambda own, put: put(own, "part", Part())),
+    "one of torch": (
+        lambda model, own: lambda x, y: own.ce(model(x), y),
+        lambda own, put: put(own.ce, "label_smoothing", 0.5),
+    ),
+    "a key": (reads(lambda t, own: t * own.table[KEY]), lambda own, put: own.table.update(factor=3.0)),
+    "a number as key": (reads(lambda t, own: t * own.table[3]), lambda own, put: own.table.update({3: 3.0})),
+    "an enum as key": (
+        reads(lambda t, own: t * own.table[Level.LOW]),
+        lambda own, put: own.table.update({Level.LOW: 3.0}),
+    ),
+    "all values": (reads(lambda t, own: t * sum(own.table.values())), lambda own, put: own.table.update(other=3.0)),
+    "slots": (reads(lambda t, own: t * own.slotted.factor), lambda own, put: put(own.slotted, "factor", 3.0)),
+    "an array": (reads(lambda t, own: t * float(own.array[0])), lambda own, put: own.array.fill(3.0)),
+    "a set": (reads(lambda t, own: t * (3.0 if "b" in own.chosen else 1.0)), lambda own, put: own.chosen.add("b")),
+    "a queue": (reads(lambda t, own: t * own.queue[0]), lambda own, put: own.queue.append(3.0)),
+    "beside a counter": (reads(counted), lambda own, put: own.calls.update(factor=3.0)),
+    "a function": (reads(lambda t, own: SHIFT(t)), rebind("SHIFT", torch.tanh)),
+    "of a function in a table": (reads(lambda t, own: own.functions[KEY](t)), rebind("GROWTH", 3.0)),
+    "of a decorator": (lambda model, own: decorated(per_class(model)), rebind("GROWTH", 3.0)),
+    "given beforehand": (
+        lambda model, own: lambda x, y: functools.partial(times_factor, own.slotted)(cross_entropy(model(x), y)),
+        lambda own, put: put(own.slotted, "factor", 3.0),
+    ),
+    "given by a partial": (
+        lambda model, own: functools.partial(lambda own, x, y: cross_entropy(model(x), y) * own.factor, own.slotted),
+        lambda own, put: put(own.slotted, "factor", 3.0),
+    ),
+    "given by default": (by_default, lambda own, put: put(own.slotted, "factor", 3.0)),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def factor_elsewhere(monkeypatch):
+    monkeypatch.setattr(elsewhere, "FACTOR", 1.0, raising=False)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_variables_hold_may_not_change(name, monkeypatch):
+    make, change = HELD[name]
+    own = held()
+    step = RecordedStep(model := mlp(), make(model, own), X, Y, extensions=BatchGrad())
+    step(X, Y)
+    own.annealed.other, own.part.other, own.part.calls = 3.0, 3.0, 5  # which nothing reads
+    monkeypatch.setattr(Config, "other", 3.0)
+    step(X, Y)
+    change(own, monkeypatch.setattr)
+    with pytest.raises(StaleGradientError, match="has changed since the step was recorded"):
+        step(X, Y)
+
+
+class Attributes(dict):
+    """Attributes are entries, and no others: asked for one it has not, it raises KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_dictionaries_whose_attributes_are_entries():
+    model, own = mlp(), Attributes(factor=1.0, other=1.0)
+    step = RecordedStep(model, reads(lambda t, own: t * own.factor)(model, own), X, Y, extensions=BatchGrad())
+    own.update(other=3.0, more=1.0)
+    step(X, Y)
+    own.update(factor=3.0)
+    with pytest.raises(StaleGradientError, match=r"`own` of the variables around"):
+        step(X, Y)
+
+
+def test_a_cache_may_grow():
+    model, cache = mlp(), {}
+
+    def ones(n):
+        if n not in cache:
+            cache[n] = torch.ones(n, device=DEVICE)
+        return cache[n][0] + 1
+
+    step = RecordedStep(model, lambda x, y: cross_entropy(model(x), y) * ones(7), X, Y, extensions=BatchGrad())
+    ones(1)  # of a number that the functions know
+    step(X, Y)
+
+
+@pytest.mark.parametrize("change", [
+    lambda whole: setattr(whole, "factor", 3.0),
+    lambda whole: setattr(whole.part, "factor", 3.0),
+    lambda whole: setattr(whole, "part", Part()),
+])  # fmt: skip
+@pytest.mark.parametrize("method", [False, True])
+def test_a_module_around_the_model_whose_losses_are_recorded(change, method):
+    whole = Whole(mlp())
+    step = RecordedStep(whole.model, whole.forward if method else whole, X, Y, extensions=BatchGrad())
+    step(X, Y)
+    whole.epoch += 1
+    whole.metric(torch.ones(()))
+    whole.eval()
+    whole.train()
+    step(X, Y)
+    change(whole)
+    with pytest.raises(StaleGradientError, match="of `Whole`"):
         step(X, Y)
 
 
