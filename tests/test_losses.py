@@ -787,6 +787,48 @@ def test_a_sum_by_hand_declared_as_mean_is_refused(losses):
     torch.testing.assert_close(model.weight.grad_batch[0], model.weight.grad)
 
 
+def divergence(out):
+    """Of each example, as of a variational autoencoder."""
+    return -0.5 * (1 + out[:, :2] - out[:, 2:].square() - out[:, :2].exp()).sum(1)
+
+
+def squares(out):
+    return (out - 1).square()
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda out: F.mse_loss(out, torch.ones_like(out), reduction="sum") + divergence(out).sum(),
+        lambda out: divergence(out).sum() + F.mse_loss(out, torch.ones_like(out), reduction="sum"),
+        lambda out: 0.5 * squares(out).sum() + divergence(out).sum(),
+        lambda out: squares(out).sum() + 0.01 * divergence(out).sum(),
+        lambda out: squares(out).sum() + divergence(out).mean(),
+        lambda out: divergence(out).mean() - squares(out).sum(),
+    ],
+)
+def test_a_sum_beside_other_losses_declared_as_mean_is_refused(total):
+    with pytest.raises(LossError, match=f"sums over {N} examples.*loss_reduction='sum'"):
+        joined(total)
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda out: squares(out).sum() / N + 3 * divergence(out).sum() / N,
+        lambda out: (squares(out).sum() + divergence(out).sum()) / N,
+        lambda out: (squares(out).sum() + divergence(out).sum()) * (1 / N),
+        lambda out: squares(out).sum() * (1 / N) + divergence(out).sum() * (5 / N),
+        lambda out: divergence(out).mean() + squares(out).mean(0).sum(),
+        lambda out: divergence(out).mean() + sum(squares(out).sum(1)[i] * (1 / N) for i in range(N)),
+        lambda out: squares(out).mean() + (divergence(out) / N).sum(),
+    ],
+)
+def test_means_of_several_losses_may_be_written_as_sums(mean):
+    rows, grad = joined(mean)
+    torch.testing.assert_close(rows.mean(0), grad)
+
+
 @pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_scaled_sum_of_a_loss_of_torch_declared_as_mean_is_refused(loss, reduction):

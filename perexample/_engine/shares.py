@@ -146,28 +146,50 @@ def refuse_sums(loss: Tensor, shares: list[Share], n: int, scale: float) -> None
     Raises:
         LossError: If it is a sum of squares, absolute values, log-probabilities or norms, or of a loss of torch.
     """
-    shares = [share.whole() for share in shares] if n > 1 else []
-    if len(shares) != 1 or shares[0].joins != "sum" or shares[0].entries % n:
-        return
-    if abs(shares[0].factor) * n <= scale * (1 + 1e-6):
-        return
-    node: Node | None = loss.grad_fn
-    weight, weights = abs(shares[0].factor), None
-    while node is not None and (_scales_all(node) or (weights := _weights_of(node)) is not None):
-        if kind_of(node) == "Div" and not (number_of(node) or 0.0) % n:
-            return  # 10 * losses.sum() / len(losses)
-        if weights is not None:  # of each its own, which a mean may have divided; then there are few that come near one
-            weight, weights = weight * float(weights.abs().mean()), None
-            if weight <= _NEAR_ONE * scale or weight * n <= _MANY * scale:
-                return
-        node = next((one for one, _ in node.next_functions if one is not None), None)
-    if node is not None and (kind_of(node) in _LOSSES or saved(node, "reduction") is not None):
-        by = kind_of(node) if loss_reduction_of(node) == "sum" else f"{kind_of(node)}, then Sum"
-        raise LossError(
-            f"The loss sums over {n} examples ({by}), but perex was told loss_reduction='mean'; "
-            f"pass loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses)), "
-            f"with a factor in front of that: 5 * losses.mean(), not (5 / n) * losses.sum()."
-        )
+    shares = [share.whole() for share in shares]
+    least = min((abs(share.factor) for share in shares), default=0.0) / scale
+    undivided = least * n > 1 + 1e-6 and all(share.joins == "sum" and not share.entries % n for share in shares)
+    for node, as_it_is in _added_up(loss, n, least) if n > 1 else ():
+        if (undivided or as_it_is) and (kind_of(node) in _LOSSES or saved(node, "reduction") is not None):
+            by = kind_of(node) if loss_reduction_of(node) == "sum" else f"{kind_of(node)}, then Sum"
+            raise LossError(
+                f"The loss sums over {n} examples ({by}), but perex was told loss_reduction='mean'; pass "
+                f"loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses)), "
+                f"with a factor in front of that: 5 * losses.mean(), not (5 / n) * losses.sum()."
+            )
+
+
+def _added_up(loss: Tensor, n: int, factor: float) -> list[tuple[Node, bool]]:
+    """What a loss adds up, and whether over the examples and as it is; nothing if a multiple of n divides any of it."""
+    found, seen = list[tuple[Node, bool]](), set[Node]()
+    stack: list[tuple[Node | None, bool, bool, float]] = [(loss.grad_fn, False, False, factor)]
+    while stack:
+        node, scaled, summed, weight = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        summed = summed or _sums_examples(node, n)
+        if not _scales_all(node):
+            weights = _weights_of(node)
+            weight *= 0.0 if weights is None else float(weights.abs().mean())
+            if weight <= _NEAR_ONE or weight * n <= _MANY:  # a mean may have divided by them; few come near one
+                found.append((node, summed and not scaled))
+                continue
+            scaled = True
+        number = number_of(node) if kind_of(node) in ("Mul", "Div") else saved(node, "alpha")
+        if kind_of(node) == "Div" and not (number or 0.0) % n:
+            return []  # 10 * losses.sum() / len(losses)
+        before = [one for one, _ in node.next_functions]
+        stack += [(one, scaled or number not in (None, 1), summed, weight) for one in reversed(before)]
+    return found
+
+
+def _sums_examples(node: Node, n: int) -> bool:
+    """Whether an operation adds up a number of entries that n divides, along the first axis."""
+    shape = shape_of(*node.next_functions[0]) if node.next_functions else None
+    if not shape or not shape.numel() or shape.numel() % n:
+        return False
+    return loss_reduction_of(node) == "sum" or (kind_of(node) == "Sum" and 0 in dims_of(node, len(shape)))
 
 
 def check_shares(shares: list[Share], n: int, model: nn.Module | None, *, mean: bool) -> None:
@@ -238,9 +260,9 @@ def _is_plain(n: int, m: int) -> bool:
 
 def _scales_all(node: Node) -> bool:
     """Whether an operation at most moves and chooses entries, and multiplies them all with one number."""
-    if not _passes(node):
-        return kind_of(node) in _MOVED
-    return kind_of(node) not in ("Mul", "Div") or number_of(node) is not None
+    if kind_of(node) in ("Mul", "Div"):
+        return len(_given(node)) == 1 and number_of(node) is not None
+    return kind_of(node) in _MOVED or _passes(node)
 
 
 def _weights_of(node: Node) -> Tensor | None:
