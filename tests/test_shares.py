@@ -270,7 +270,11 @@ LOOPS = {  # over the examples, whose own losses are means of as many entries as
 }
 
 
-@pytest.mark.parametrize("loss", [LOOPS["a loss of torch"], LOOPS["cross-entropies"]])
+def each_added(out):
+    return sum(F.cross_entropy(out, torch.ones(len(out), dtype=torch.long), reduction="none"))
+
+
+@pytest.mark.parametrize("loss", [LOOPS["a loss of torch"], LOOPS["cross-entropies"], each_added])
 def test_a_loop_that_was_said_to_be_a_mean_is_refused_in_the_first_backward(loss):
     for scaled in (loss, lambda out: 0.5 * loss(out), lambda out: loss(out) / 3):
         with pytest.raises(LossError, match=r"sums over 5 examples.*loss_reduction='sum'"), perex(ClippedGrad(1.0)):

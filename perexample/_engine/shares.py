@@ -29,12 +29,10 @@ _PLAIN = 8  # ratios of such numbers, one loss may well be a half or two thirds 
 _MOST = 4096  # nodes
 _NEAR_ONE, _MANY = 0.5, 16  # weights that examples have on average in a sum, and hardly in a mean of so many
 _PASSED = names("Mul Div Add Sub Rsub Neg View UnsafeView Reshape Squeeze ToCopy Clone")
-_MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Gather Sum Nansum")
+_MOVED = names("Neg View UnsafeView Reshape Squeeze Unsqueeze Select Slice Unbind Index Gather Sum Nansum")
 _LINEAR = _PASSED | _MOVED | names("Mean")
 _PRODUCTS = names("Dot Vdot Mv Mm Bmm Addmv Addmm")  # of which a single number is a sum, as einsum("nc,nc->", a, b) is
-_JOINS = {"Sum": "sum", "Nansum": "sum"} | dict.fromkeys(
-    ("Mean", "VarMean", "StdMean"), "mean"
-)  # variances are refused
+_JOINS = {"Sum": "sum", "Nansum": "sum", "Mean": "mean", "VarMean": "mean", "StdMean": "mean"}  # variances are refused
 _SUMS = names("SegmentReduce ScatterReduce IndexReduce")  # if they are no other reduction
 _LOSSES = names("Pow Abs LogSoftmax LogSigmoid Softplus LinalgVectorNorm Norm")  # of what losses by hand are made
 
