@@ -796,6 +796,29 @@ def squares(out):
     return (out - 1).square()
 
 
+SUMS = {  # of which the graph does not tell what they are
+    "kl_div": lambda out, **how: F.kl_div(out.log_softmax(1), out.detach().softmax(1), **how),
+    "gaussian_nll_loss": lambda out, **how: F.gaussian_nll_loss(out[:, 0], torch.ones(N), out[:, 1].exp(), **how),
+    "poisson_nll_loss": lambda out, **how: F.poisson_nll_loss(out, torch.ones_like(out), **how),
+    "cosine_embedding_loss": lambda out, **how: F.cosine_embedding_loss(out, out.detach() + 1, torch.ones(N), **how),
+    "cross_entropy": lambda out, **how: F.cross_entropy(out, torch.ones(N, dtype=int), label_smoothing=0.1, **how),
+    "cross_entropy of probabilities": lambda out, **how: F.cross_entropy(out, out.detach().softmax(1), **how),
+    "a module": lambda out, **how: nn.KLDivLoss(**how)(out, out.detach().softmax(1)),
+}
+
+
+@pytest.mark.parametrize("loss", SUMS.values(), ids=SUMS)
+def test_a_loss_of_torch_that_was_told_to_add_up_declared_as_mean_is_refused(loss):
+    with pytest.raises(LossError, match="loss_reduction='sum'"):
+        joined(lambda out: loss(out, reduction="sum"))
+    with pytest.raises(LossError, match=f"sums over {N} examples.*loss_reduction='sum'"):
+        joined(lambda out: divergence(out).mean() + loss(out, reduction="sum"))
+    for mean in (lambda out: loss(out, reduction="sum") / N, lambda out: loss(out, reduction="none").mean()):
+        rows, grad = joined(mean)
+        torch.testing.assert_close(rows.mean(0), grad)
+    assert joined(lambda out: loss(out, reduction="sum"), loss_reduction="sum")[0].any()
+
+
 @pytest.mark.parametrize(
     "total",
     [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._arguments import flag, is_word, positive, real, shown
-from .._private import loss_reduction_of, sums_losses, undispatched, whole_arguments
+from .._private import loss_reduction_of, metadata, sums_losses, undispatched, whole_arguments
 from ..errors import ConfigurationError, ExtensionError, LossError
 from ..extension import Extension
 from ..methods import ROOM, Choice
@@ -19,6 +19,7 @@ from .hooks import forget_forwards
 from .kinds import HOOKING
 from .replayed import backward_of
 from .state import STATE
+from .tap import SUMMED
 from .walk import walk
 
 _ACTIVE = threading.local()
@@ -118,7 +119,11 @@ class perex(TorchFunctionMode):  # noqa: N801 - named as a function is, like tor
             return self._autograd_backward(*args, **(kwargs or {}))
         if func in HOOKING:  # a user's hook is not called more than once
             STATE.once = True
-        return func(*args, **whole_arguments(func, kwargs or {}))
+        found = func(*args, **whole_arguments(func, kwargs or {}))
+        if kwargs and kwargs.get("reduction") == "sum" and isinstance(found, Tensor) and found.grad_fn is not None:
+            entries = next((t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), 0)
+            metadata(found.grad_fn)[SUMMED] = func.__name__, entries  # what it is made of may not tell
+        return found
 
     def _autograd_backward(
         self,
@@ -223,7 +228,7 @@ def _check_loss(loss: Tensor, gradient: Any, inputs: Any, reduction: str) -> Non
             "The loss has no graph: it does not depend on the batch through any trainable parameter. "
             "Was the forward run under torch.no_grad(), or is everything frozen?"
         )
-    summed = loss_reduction_of(loss.grad_fn) == "sum" or sums_losses(loss.grad_fn)
+    summed = loss_reduction_of(loss.grad_fn) == "sum" or sums_losses(loss.grad_fn) or SUMMED in metadata(loss.grad_fn)
     if summed and reduction == "mean":
         raise LossError(
             f"The loss ({loss.grad_fn.name()}) sums over its elements, but perex was told loss_reduction='mean'; "

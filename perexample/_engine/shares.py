@@ -21,7 +21,7 @@ from ..errors import LossError
 from .graph import LINEAR, dims_of, examples_of, kind_of, number_of, shape_of
 from .kinds import names
 from .state import STATE
-from .tap import KEY
+from .tap import KEY, SUMMED
 from .walk import Walk
 
 _KEPT = 4  # losses of a model that are remembered, of different numbers of examples; a schedule meets few by chance
@@ -148,8 +148,9 @@ def refuse_sums(loss: Tensor, shares: list[Share], n: int, scale: float) -> None
     least = min((abs(share.factor) for share in shares), default=0.0) / scale
     undivided = least * n > 1 + 1e-6 and all(share.joins == "sum" and not share.entries % n for share in shares)
     for node, as_it_is in _added_up(loss, n, least) if n > 1 else ():
-        if (undivided or as_it_is) and (kind_of(node) in _LOSSES or saved(node, "reduction") is not None):
-            by = kind_of(node) if loss_reduction_of(node) == "sum" else f"{kind_of(node)}, then Sum"
+        told, _ = metadata(node).get(SUMMED, ("", 0))
+        if (undivided or as_it_is) and (kind_of(node) in _LOSSES or saved(node, "reduction") is not None or told):
+            by = kind_of(node) if loss_reduction_of(node) == "sum" else told or f"{kind_of(node)}, then Sum"
             raise LossError(
                 f"The loss sums over {n} examples ({by}), but perex was told loss_reduction='mean'; pass "
                 f"loss_reduction='sum', or take a mean over the examples (losses.mean(), losses.sum() / len(losses)), "
@@ -167,6 +168,9 @@ def _added_up(loss: Tensor, n: int, factor: float) -> list[tuple[Node, bool]]:
             continue
         seen.add(node)
         summed = summed or _sums_examples(node, n)
+        if summed and SUMMED in metadata(node):
+            found.append((node, not scaled))
+            continue
         if not _scales_all(node):
             weights = _weights_of(node)
             weight *= 0.0 if weights is None else float(weights.abs().mean())
@@ -184,6 +188,9 @@ def _added_up(loss: Tensor, n: int, factor: float) -> list[tuple[Node, bool]]:
 
 def _sums_examples(node: Node, n: int) -> bool:
     """Whether an operation adds up a number of entries that n divides, along the first axis."""
+    _, entries = metadata(node).get(SUMMED, ("", 0))
+    if entries:
+        return entries % n == 0
     shape = shape_of(*node.next_functions[0]) if node.next_functions else None
     if not shape or not shape.numel() or shape.numel() % n:
         return False

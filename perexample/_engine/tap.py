@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 KEY = "perexample"  # under which a graph node's metadata names its taps
 RETURNED = "perexample returned"  # the numbers of its outputs that an outermost forward has returned
+SUMMED = "perexample summed"  # the same for a loss of torch that was told to add up: its name, and how many entries
 LOST = "perexample lost"  # the same for an output in which the examples cannot be told apart
 
 
