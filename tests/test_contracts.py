@@ -79,6 +79,16 @@ def test_factors_of_other_axes_are_told_so():
         Outer(torch.ones(4, 1, 3, 2), torch.ones(4, 1, 2, 2), torch.Size([2, 2]))
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (3, 4), (12,), (4, 3)], ids=str)
+def test_factors_in_the_wrong_order_are_told_so(shape):
+    """A gradient of as many entries would be in its place, transposed."""
+    g, x = torch.randn(N, 1, 3, 6), torch.randn(N, 1, 3, 2)
+    with pytest.raises(RuleContractError, match=r"given 6 left and 2 right factors for a parameter of shape \["):
+        Outer(g, x, torch.Size(shape))
+    assert Outer(g, x, torch.Size([2, 3, 2])).dense().shape == (N, 2, 3, 2)
+    assert Outer(g, x[..., :1], torch.Size([6])).dense().shape == (N, 6)
+
+
 def test_a_rule_that_forgets_the_dtype_is_told_it():
     @register_rule(LowRank, overwrite=True)
     class Forgets(Rule):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -46,6 +49,12 @@ class Outer(Term):
             raise RuleContractError(
                 f"Outer takes factors [N, groups, T, O] and [N, groups, T, I], and was given {list(g.shape)} and "
                 f"{list(x.shape)}; perexample.terms.positions makes [N, 1, T, F] of [N, *T, F]."
+            )
+        left, right = g.shape[1] * g.shape[3], x.shape[3]
+        if left * right != math.prod(shape) or left not in accumulate(shape, mul, initial=1):
+            raise RuleContractError(
+                f"Outer was given {left} left and {right} right factors for a parameter of shape {list(shape)}: its "
+                f"first axes are those of the left factors, and the others those of the right ones."
             )
         self.g, self.x, self.n, self.shape = g, x, g.shape[0], shape
 
