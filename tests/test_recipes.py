@@ -111,6 +111,21 @@ def test_a_function(run):
     torch.testing.assert_close(space["of_a"], each(losses(space, "mine"), [space["mine"].params["a"]])[0])
 
 
+def test_several_backwards(run):
+    """Norms of each example, and the gradient of the mean of all, though the last piece is shorter."""
+    space = run("Several backwards for one step")
+    torch.testing.assert_close(space["norms"], vectors(space).norm(dim=1))
+    grads = torch.cat([p.grad.flatten() for p in space["model"].parameters()])
+    torch.testing.assert_close(grads, vectors(space).mean(0))
+
+
+def test_derivatives_in_the_loss(run):
+    space = run("Derivatives in the loss")
+    residual, points = space["residual"], space["points"]
+    rows = each(residual(points).square().squeeze(1), residual.parameters())
+    torch.testing.assert_close(space["of_points"], torch.cat([g.flatten(1) for g in rows], 1).norm(dim=1))
+
+
 def test_clipping(run):
     """Two steps from the first weights, with nothing of the first sum in the second."""
     space, start = run("Clipping without privacy"), {}

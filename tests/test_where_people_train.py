@@ -647,6 +647,24 @@ def test_persons(run, made):
     assert_equal(parameters(space["model"]), made[0].train(of_a_person))
 
 
+def test_federated_averaging(run, made):
+    """Each person's steps are taken by hand, and what they moved is clipped as one."""
+
+    def of_a_person(model, person):
+        x, y, there = person
+        params = dict(model.network.named_parameters())
+        moved = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        for _ in range(3):
+            loss = F.cross_entropy(torch.func.functional_call(model.network, moved, (x[there],)), y[there])
+            steps = torch.autograd.grad(loss, list(moved.values()))
+            moved = {name: p - 0.5 * g for (name, p), g in zip(moved.items(), steps, strict=True)}
+        return sum((p * (p.detach() - moved[name].detach())).sum() for name, p in params.items())
+
+    space = run("Augmentation multiplicity|1", "Several rows of one person|1", "Federated averaging")
+    assert_equal(parameters(space["model"]), made[0].train(of_a_person))
+    assert space["private"].ledger.runs == [(Release(1.0, 0.2), 10)]
+
+
 def test_public_data(run, made):
     """A usual step after each private one."""
     space = run("Public data")
