@@ -34,7 +34,8 @@ class Entry:
 
 
 SETUP = """
-from perexample import DP_SGD, Extension, Rule, check, extend, perex, register_rule
+from perexample import DP_SGD, Extension, GenericRule, Rule
+from perexample import check, extend, perex, register_rule
 from perexample.extensions import BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.privacy import Ledger, make_private, replace_batchnorm
 
@@ -133,6 +134,33 @@ ENTRIES = (
                 model = extend(Scaled())
                 with perex(BatchGrad()):
                     F.cross_entropy(model(x), y).backward()
+                """,
+            ),
+            Example(
+                "A derivative in the loss",
+                """
+                model = extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+                points = x.clone().requires_grad_()
+                with perex(BatchGrad()):
+                    total = model(points).sum()
+                    slope, = torch.autograd.grad(total, points, create_graph=True)
+                    slope.square().mean().backward()
+                """,
+                """
+                class Slope(nn.Module):
+                    def __init__(self):
+                        super().__init__()
+                        self.network = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+
+                    def forward(self, x):
+                        points = x.detach().requires_grad_()
+                        total = self.network(points).sum()
+                        return torch.autograd.grad(total, points, create_graph=True)[0]
+
+                register_rule(Slope)(GenericRule)
+                model = extend(Slope())
+                with perex(BatchGrad()):
+                    model(x).square().mean().backward()
                 """,
             ),
         ),

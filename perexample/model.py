@@ -109,7 +109,8 @@ def _refuse(path: str, module: Any) -> None:
     for name, p in module.named_parameters(recurse=False):
         if p.is_complex():
             raise UnsupportedModuleError(
-                f"`{path}` ({kind}) has a complex parameter (`{name}`); only real ones are supported."
+                f"`{path}` ({kind}) has a complex parameter (`{name}`); only real ones are supported. Make "
+                f"torch.view_as_real({name}) the parameter, and take torch.view_as_complex of it in the forward."
             )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModuleError(

@@ -276,6 +276,11 @@ def test_fields_that_are_no_free_attribute(name):
         perex(field(name))
 
 
+def test_a_field_that_tensors_have_is_told_so():
+    with pytest.raises(ExtensionError, match=r"'kron'; .*, and each tensor of torch has its own p\.kron\."):
+        perex(field("kron"))
+
+
 @case(ExtensionError, r"\.field is None")
 def bad_no_field():
     perex(type("Mine", (Extension,), {"compute": lambda self, view: None})())
@@ -703,6 +708,13 @@ def bad_input_of_another_size():
     model = Lambda(lambda self, x, y: self.a(x).sum() * self.a(y).sum(), a=nn.Linear(5, 2))
     with perex(BatchGrad()):
         extend(model)(ones(4, 5), ones(3, 5)).backward()
+
+
+@case(UncoveredParameterError, r"In gradients \(torch\.autograd\.grad .*forward of a module that has the generic rule")
+def bad_derivative_in_the_loss():
+    model, x = extend(nn.Sequential(nn.Linear(5, 2), nn.Tanh())), torch.randn(4, 5, requires_grad=True)
+    with perex(BatchGrad()):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().mean().backward()
 
 
 class Coder(nn.Module):

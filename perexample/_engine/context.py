@@ -181,9 +181,10 @@ def _check_extensions(extensions: Sequence[Any]) -> None:
             )
         name = getattr(extension, "field", None)
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.Parameter, name):
+            taken = isinstance(name, str) and hasattr(nn.Parameter, name)
             raise ExtensionError(
                 f"{type(extension).__name__}.field is {name!r}; it must be an attribute name that parameters do not "
-                f"have."
+                f"have" + (f", and each tensor of torch has its own p.{name}." if taken else ".")
             )
     fields = [extension.field for extension in extensions]
     for name in set(fields):

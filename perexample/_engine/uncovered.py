@@ -87,12 +87,13 @@ def _in_no_forward(module: nn.Module, found: Walk) -> str | None:
 
 def _in_the_loss() -> str:
     return (
-        f"reaches the loss where no tap could be left: outside of the model's forward, as in the loss function, in a "
-        f"penalty, in what the model returns beside data, in a factor of the loss when the examples are joined "
-        f"already, in gradients (create_graph=True), or through an operation that could not be followed, such as a "
-        f"torch.autograd.Function in a module with children. Let forward do what uses it (it may return each example's "
-        f"own loss), add penalties in the optimizer (weight_decay), bring what is returned to the shape of data "
-        f"(log_std.expand_as(mean)) and factors to each example's own loss inside the model, put such a function into "
-        f"a module without children, register a rule for the module that uses it "
-        f"(register_rule(ThatClass)(GenericRule)), or freeze the parameter with requires_grad_(False).{STATE.hinted()}"
+        f"reaches the loss where no tap could be left. If it is used outside of the model's forward, as in the loss "
+        f"function: let forward do that, which may return each example's own loss. In a penalty: add penalties in the "
+        f"optimizer (weight_decay). In what the model returns beside data: bring that to the shape of data "
+        f"(log_std.expand_as(mean)). In a factor of the loss when the examples are joined already: multiply each "
+        f"example's own loss inside the model. In gradients (torch.autograd.grad with create_graph=True): compute them "
+        f"in the forward of a module that has the generic rule, register_rule(ThatClass)(GenericRule). In an operation "
+        f"that could not be followed, such as a torch.autograd.Function in a module with children: put that into a "
+        f"module without children, or register the generic rule for the module. Or freeze the parameter with "
+        f"requires_grad_(False).{STATE.hinted()}"
     )
