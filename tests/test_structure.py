@@ -16,12 +16,13 @@ import operation_cases
 import pytest
 import scorecard
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import perexample
 import perexample.extensions
 import perexample.privacy
-from perexample import extend
+from perexample import extend, perex
 from perexample.rule import registered_functions, registry
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -181,13 +182,31 @@ def test_readme_example_runs():
         subprocess.run([sys.executable, "-c", block], check=True, cwd=ROOT, timeout=300)
 
 
-@pytest.mark.parametrize(("page", "number"), [("start", 3), ("privacy", 5), ("extending", 7)])
+@pytest.mark.parametrize(("page", "number"), [("start", 3), ("privacy", 5), ("extending", 8)])
 def test_the_code_of_the_docs_runs(page, number):
     text = (ROOT / "docs" / f"{page}.rst").read_text()
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
     assert len(blocks) == number
     script = "\n".join(textwrap.dedent(block) for block in blocks)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300, capture_output=True)
+
+
+@pytest.mark.parametrize("max_memory", [None, 0])
+def test_the_joint_extension_of_the_docs_is_right(max_memory):
+    text = (ROOT / "docs" / "extending.rst").read_text()
+    blocks = map(textwrap.dedent, re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text))
+    space = {"torch": torch}
+    for block in blocks:
+        if "(Extension):" in block:
+            exec(block, space)
+    model, x = extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()), torch.randn(5, 4).double()
+    with perex(space["DirectionSum"](), grad=False, max_memory=max_memory):
+        model(x).square().sum(1).mean().backward()
+    params, wanted = list(model.parameters()), 0
+    for row in x:
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(model(row[None]).square().sum(), params)])
+        wanted = wanted + g / g.norm()
+    torch.testing.assert_close(torch.cat([p.direction_sum.flatten() for p in params]), wanted)
 
 
 def test_what_the_readme_links_to_is_there():

@@ -26,8 +26,8 @@ _LET_GO = (
     "`finish`, and ask for nothing after `let_go`"
 )
 _POSTPONED = (
-    "too late: with perex(max_memory=...) only norms and sums are there in `finish`; ask for gradients in `compute`, "
-    "or leave max_memory out"
+    "too late: with perex(max_memory=...) only sums, and norms that `compute` has asked for, are there in `finish`; "
+    "ask in `compute` (view.batch_l2(), which the view keeps), or leave max_memory out"
 )
 
 
