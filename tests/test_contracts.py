@@ -19,6 +19,7 @@ from perexample import (
     extend,
     perex,
     register_rule,
+    registered_rules,
 )
 from perexample.extension import Weights
 from perexample.extensions import BatchGrad, ClippedGrad
@@ -314,7 +315,6 @@ MISTAKES = {
         {"capture": lambda self, module, args, kwargs, output: kwargs["x"]},
         "capture.* failed, KeyError: 'x'",
     ),
-    "signature": ({"capture": lambda self, module, x: {"x": x}}, r"as capture\(module, args, kwargs, output\)"),
 }
 
 
@@ -426,6 +426,22 @@ def test_what_a_rule_says_before_the_backward(own, message):
 def test_names_of_what_holds_the_examples_are_a_tuple():
     with pytest.raises(RuleContractError, match=r"Mine.batched is the text 'code'.*batched = \('code',\)"):
         register_rule(LowRank)(type("Mine", (Rule,), {"batched": ("code"), "grad_batch": None}))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"feature_axes": 1}, r"Mine\.feature_axes is called as feature_axes\(module\), and is 1; make it a method"),
+        ({"input_axis": lambda self: 1}, r"input_axis\(module\), and takes other arguments: too many positional"),
+        ({"grad_batch": lambda self, call: {}}, r"grad_batch\(call, g\), and takes other arguments"),
+        ({"capture": lambda self, module, x: {"x": x}}, r"as capture\(module, args, kwargs, output\), and takes other"),
+    ],
+    ids=lambda of: next(iter(of), "") if isinstance(of, dict) else "",
+)
+def test_methods_of_rules_are_methods(own, message):
+    with pytest.raises(RuleContractError, match=message):
+        register_rule(LowRank)(type("Mine", (Rule,), {"grad_batch": lambda self, call, g: {}, **own}))
+    assert LowRank not in registered_rules()
 
 
 def test_rules_are_made_without_arguments():

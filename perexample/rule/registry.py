@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .._arguments import flag
+from .._arguments import flag, shown
 from .._private import hides, may_be_parametrized, own_parameters
 from ..errors import ConfigurationError, RuleContractError
 from .base import Rule
@@ -116,11 +116,27 @@ def _made(rule_class: Any) -> Rule:
             f"{rule_class.__name__}.batched is the text {rule.batched!r}; it must be a tuple of names: "
             f"batched = ({rule.batched!r},)."
         )
+    _check_methods(rule)
     if rule_class.grad_batch is Rule.grad_batch and rule_class.terms is Rule.terms:
         raise RuleContractError(
             f"{rule_class.__name__} must define grad_batch(self, call, g), or terms(self, call, g)."
         )
     return rule
+
+
+def _check_methods(rule: Rule) -> None:
+    """What overrides a method is one, and takes what it is called with."""
+    for name, method in vars(Rule).items():
+        if not inspect.isfunction(method) or getattr(type(rule), name) is method:
+            continue
+        own, arguments = getattr(rule, name), list(inspect.signature(method).parameters)
+        called = f"{type(rule).__name__}.{name} is called as {name}({', '.join(arguments[1:])})"
+        if not callable(own):
+            raise RuleContractError(f"{called}, and is {shown(own)}; make it a method that returns this.")
+        try:
+            inspect.signature(own).bind(*arguments[1:])
+        except TypeError as error:
+            raise RuleContractError(f"{called}, and takes other arguments: {error}.") from error
 
 
 def _is_torch_function(target: Any) -> bool:
