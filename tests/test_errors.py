@@ -491,6 +491,13 @@ def bad_second_model_not_extended():
     backward(a, loss=lambda m, x, y: mse(nn.Sequential(m, b), x, y))
 
 
+@case(UncoveredParameterError, r"shape \[5, 2\] that belongs to no extended model.*detach\(\) what it has made")
+def bad_generator_not_detached():
+    critic, generator = extend(nn.Linear(5, 1)), nn.Linear(2, 5)
+    with perex(ClippedGrad(1.0), grad=False):
+        (critic(torch.randn(4, 5)) - critic(generator(torch.randn(4, 2)))).mean().backward()
+
+
 @case(LossError, r"gradient=\.\.\.")
 def bad_gradient():
     model = extend(naive.mlp())

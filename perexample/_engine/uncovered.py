@@ -23,7 +23,8 @@ def uncovered(p: nn.Parameter, found: Walk) -> PerExampleError:
                     return _uncovered_at(path, name, module, found)
     return UncoveredParameterError(
         f"The loss depends on a trainable parameter of shape {list(p.shape)} that belongs to no extended model; call "
-        f"extend() on the model it belongs to before the forward, or freeze it with requires_grad_(False)."
+        f"extend() on the model it belongs to before the forward, or freeze it with requires_grad_(False). If this "
+        f"loss is not to train it, as that of a discriminator does not train the generator, detach() what it has made."
     )
 
 
