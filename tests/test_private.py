@@ -190,6 +190,19 @@ def test_functorch_wrappers_are_recognised():
     assert not _private.inside_functorch(torch.ones(2))
 
 
+def test_without_functorch_tells_what_a_wrapper_holds():
+    seen, weight = [], torch.ones(2, requires_grad=True)
+
+    def look(w):
+        seen.append((w.requires_grad, _private.without_functorch(w).requires_grad))
+        return w
+
+    torch.func.vmap(torch.func.vmap(look))(weight[None])
+    torch.func.grad(lambda x: look(x).sum())(torch.ones(2))
+    assert seen == [(False, True), (True, False)]
+    assert _private.without_functorch(weight) is weight
+
+
 def test_version_counts_writes():
     x = torch.ones(2)
     before = _private.version(x)

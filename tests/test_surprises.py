@@ -1388,6 +1388,57 @@ def test_derivatives_inside_of_a_module_that_the_generic_rule_takes_as_a_whole()
     exact(nn.Sequential(nn.Linear(6, 6), Whole(True)), square, rand(4, 6))
 
 
+class Ensemble(nn.Module):
+    """Several networks at once, by ``vmap`` over their stacked parameters; perhaps with the mean over a batch."""
+
+    def __init__(self, *, centred, beside):
+        super().__init__()
+        self.base = [nn.Linear(6, 3).double()]  # not a part: it gives its form alone
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3, 6)), nn.Parameter(torch.randn(4, 3))
+        self.centred, self.beside = centred, nn.Linear(6, 3) if beside else None
+
+    def forward(self, x):
+        def one(weight, bias):
+            out = torch.func.functional_call(self.base[0], {"weight": weight, "bias": bias}, (x,))
+            return out - out.mean(0) if self.centred else out
+
+        out = torch.func.vmap(one)(self.weight, self.bias).tanh().mean(0)
+        return out if self.beside is None else out + self.beside(x)
+
+
+def test_an_ensemble_by_vmap_is_taken_by_the_generic_rule():
+    class Whole(Ensemble):
+        pass
+
+    register_rule(Whole)(GenericRule)
+    for beside in (True, False):
+        exact(nn.Sequential(nn.Linear(6, 6), Whole(centred=False, beside=beside)), square, rand(4, 6))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_parameters_that_meet_data_in_a_transform_are_refused(centred):
+    """What comes out would be taken for what was computed from parameters alone, row by row, whatever was mixed."""
+    model = extend(Ensemble(centred=centred, beside=True).double())
+    wanted = r"`linear` in `Ensemble` \(Ensemble\) is given data and what needs .* of torch.func .*GenericRule"
+    with perex(BatchGrad()), pytest.raises(UnsupportedModuleError, match=wanted):
+        square(model, rand(4, 6)).backward()
+    model = extend(Ensemble(centred=centred, beside=False).double())
+    with (
+        perex(BatchGrad()),
+        pytest.raises(UncoveredParameterError, match=r"GenericRule.*torch\.func \(vmap, .* in `Ensemble`"),
+    ):
+        square(model, rand(4, 6)).backward()
+
+
+def test_a_gradient_that_a_transform_takes_over_the_batch_is_refused():
+    def forward(self, x):
+        return self.layer(x + torch.func.grad(lambda w: (x * w).square().mean())(self.w))
+
+    model = extend(naive.Lambda(forward, layer=nn.Linear(6, 3), w=nn.Parameter(torch.randn(6))).double())
+    with perex(BatchGrad()), pytest.raises(UnsupportedModuleError, match=r"`mul` in `Lambda` .* inside of torch\.func"):
+        square(model, rand(4, 6)).backward()
+
+
 def test_the_generic_rule_where_a_forward_lets_its_input_need_a_gradient():
     class Slope(nn.Module):
         def __init__(self):

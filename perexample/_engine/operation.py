@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .._arguments import shown
 from .._looks import blind
-from .._private import inside_functorch, own_parameters, version, whole_base
+from .._private import inside_functorch, own_parameters, version, whole_base, without_functorch
 from .._tree import map_tensors, tensors_in
 from ..errors import RuleContractError
 from ..place import Lost, Place
 from ..rule import Bound, Rule, captured, function_rule, told
 from ..rules.function import JOINS, FunctionRule, JoinRule, PointwiseRule
 from .kinds import Kind, names
-from .lost import lose
+from .lost import lose, where
 from .placing import Placing
 from .state import STATE, quiet
 from .table import origin_of, place_of, put, wrote
@@ -47,6 +47,16 @@ class Operation(Placing):
         if self.in_place and self.kind is Kind.RESHAPE:
             self._shape = self.args[0].shape
 
+    def _refuse_transformed(self) -> None:
+        """What a transform makes of data and parameters comes out of it as if it were of parameters alone."""
+        reason = (
+            f"in {where()} is given data and what needs a gradient inside of torch.func (vmap, grad and others), where "
+            f"nothing can be followed. Do without the transform, or register the generic rule for the module around "
+            f"it, register_rule(ThatClass)(GenericRule)"
+        )
+        self.record.refused.append((self._shown, reason))
+        STATE.hints[f"torch.func (vmap, grad, jacrev and others) in {where()}"] = None
+
     def conclude(self, out: Any) -> Any:
         """Note the places of what it gave, and leave its tap; returns what to go on with."""
         early, before = self._places_early, self._before
@@ -59,6 +69,8 @@ class Operation(Placing):
         if not outputs:
             return out
         if any(inside_functorch(t) for t in outputs):
+            if any(without_functorch(t).requires_grad for t in outputs):
+                self._refuse_transformed()
             return out
         if self.lost is not None:
             handed_on = self._handed_on(outputs)
@@ -181,8 +193,8 @@ class Operation(Placing):
         if base is not None:
             edges = Tap.edges_of([*self.inputs, base])
         frame = STATE.frames[-1] if STATE.frames else None
-        where = f"{frame.name}:{self._shown}" if frame else self._shown
-        name = self.record.numbered((where,), where)
+        called = f"{frame.name}:{self._shown}" if frame else self._shown
+        name = self.record.numbered((called,), called)
         bound, rule = self._bound(targets)
         if bound is not None and view is None:
             self.tap = self._leave_bound(rule, bound, name, edges, targets)

@@ -44,6 +44,7 @@ from .modes import (
     transforms_active,
     undispatched,
     without_dispatch,
+    without_functorch,
 )
 from .modules import (
     compiled_in_place,

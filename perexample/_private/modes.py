@@ -55,6 +55,13 @@ def inside_functorch(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def without_functorch(tensor: Tensor) -> Tensor:
+    """What a wrapper of ``torch.func`` holds, which alone tells whether parameters are in it; others as they are."""
+    while inside_functorch(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def transforms_active() -> bool:
     """Whether a transform of ``torch.func`` is under way, whatever its tensors are."""
     return torch._C._are_functorch_transforms_active()
