@@ -141,6 +141,16 @@ def test_clipping(run):
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.fixture
+def every_warning():
+    """Torch gives its own each time, not once in a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("every_warning")
 def test_what_is_not_there(run):
     """Fields have no graph, `torch.autograd.grad` leaves them, and `torch.func` is differentiated again."""
     space = run("One vector for each example")
