@@ -66,7 +66,7 @@ def test_no_function_mode_sees_a_replay():
     tape, x = Tape(), torch.ones(2)
     tape.record(lambda: torch.full((2,), 2.0) + x.relu(), [x])
     with torch.device("meta"), Mode():
-        found = tape.replay([x])
+        found = tape.program.replay([x])
     assert found.tolist() == [3.0, 3.0]
 
 
@@ -80,7 +80,7 @@ def test_a_function_of_torch_named_like_an_operation_of_others_is_not_called():
     tape, x, before = Tape(), torch.ones(2), torch.get_num_threads()
     tape.record(lambda: x * named_alike(before + 1))
     assert torch.get_num_threads() == before
-    assert tape.replay().tolist() == [before + 1.0] * 2
+    assert tape.program.replay().tolist() == [before + 1.0] * 2
 
 
 class Added(Tensor):
@@ -103,7 +103,7 @@ def with_a_mode_inside(x: Tensor) -> Tensor:
 def test_operations_of_others_may_use_function_modes_and_subclasses():
     tape, x = Tape(), torch.randn(5)
     first = tape.record(lambda: with_a_mode_inside(x) + 1, [x])
-    assert tape.replay([x]).equal(first)
+    assert tape.program.replay([x]).equal(first)
 
 
 def test_no_operation_is_a_python_function_call():
@@ -113,10 +113,10 @@ def test_no_operation_is_a_python_function_call():
         return torch.autograd.grad((F.threshold(x @ x, 0.1, 0.0).split(2)[0] * 2.0).logsumexp(1).sum(), x)
 
     tape.record(step)
-    called = []
+    program, called = tape.program, []
     sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
     try:
-        tape._code()
+        program._code()
     finally:
         sys.setprofile(None)
     assert called == ["replay"]

@@ -271,6 +271,7 @@ def test_gradients_that_depend_on_how_many_examples_there_are_are_refused():
         RecordedStep(model, losses, x, y, extensions=Nothing(), grad=True)
 
 
+@pytest.mark.skipif(DEVICE not in ("cpu", "cuda"), reason="the device that is made of the CPU has no sparse tensors")
 @KINDS
 def test_sparse_gradients_of_tables_stay_sparse(kind):
     torch.manual_seed(0)
