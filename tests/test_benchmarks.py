@@ -136,12 +136,13 @@ def test_seeds(tmp_path):
 def test_overhead(tmp_path):
     script("overhead", "--models", "mlp", "seed_cnn", "lstm", "--n", 3, "--repeats", 1, "--out", tmp_path)
     models = json.loads((tmp_path / "overhead.json").read_text())["models"]
-    measured(models["lstm"], ["empty hooks", "machinery", "no parameters", "ClippedGrad"])
+    measured(models["lstm"], ["empty hooks", "machinery", "recorded model", "recorded step", "ClippedGrad"])
     for entries in models.values():
         assert entries["least"]["any memory"] > 0
     for name in ("mlp", "seed_cnn"):  # the check before the timing compares both with one backward per example
         measured(
-            models[name], ["machinery", "by hand", "BatchGrad", "BatchGrad / by hand", "BatchGrad, recorded / by hand"]
+            models[name],
+            ["no parameters", "by hand", "BatchGrad", "BatchGrad / by hand", "BatchGrad, recorded / by hand"],
         )
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from perexample import Extension, ParameterView, RecordedStep, extend, perex
+from perexample import Extension, ParameterView, RecordedModel, RecordedStep, extend, perex
 from perexample._engine.state import listening
 from perexample.methods import ROOM, Method
 from perexample.terms import Term, combine
@@ -55,11 +55,44 @@ class Machinery(System):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         extend(self.model)
+        self.asked = Nothing()
 
     def step(self) -> None:
         self.zero()
-        with perex(Nothing()):
+        with perex(self.asked):
             self.losses().mean().backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self.left()
+
+
+class MachineryModel(Machinery):
+    """The same with a recorded model."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.recorded = RecordedModel(self.model, self.x, extensions=self.asked, grad=True)
+
+    def losses(self) -> Tensor:
+        return self.problem.case.losses(self.recorded(self.x), self.y)
+
+
+class MachineryStep(Machinery):
+    """The same by a recorded step."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+
+        def losses(x: Tensor, y: Tensor) -> Tensor:
+            return problem.case.losses(self.model(x), y)
+
+        self.recorded = RecordedStep(
+            self.model, losses, self.x, self.y, extensions=self.asked, grad=True, loss_reduction="mean"
+        )
+
+    def step(self) -> None:
+        self.zero()
+        self.recorded(self.x, self.y)
 
 
 class Through(TorchFunctionMode):
@@ -214,9 +247,12 @@ def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 KINDS = {
-    "empty hooks": EmptyHooks, "machinery": Machinery, "no parameters": NoParameters, "ClippedGrad": OursClipped,
-    "by hand": OneProduct, "BatchGrad": OursRows,
+    "empty hooks": EmptyHooks, "machinery": Machinery, "recorded model": MachineryModel, "recorded step": MachineryStep,
+    "no parameters": NoParameters, "ClippedGrad": OursClipped, "by hand": OneProduct, "BatchGrad": OursRows,
 }  # fmt: skip
+
+
+MACHINERY = ("empty hooks", "machinery", "recorded model", "recorded step")
 
 
 def measured(options: argparse.Namespace) -> dict[str, dict]:
@@ -224,7 +260,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict]:
     found = {}
     for model in tqdm(options.models, desc="models", disable=None):
         problem = Problem.of(SUITE[model], options.n, "cpu")
-        names = ["empty hooks", "machinery", "no parameters", "ClippedGrad"]
+        names = [*MACHINERY, "no parameters", "ClippedGrad"]
         names += ["by hand", "BatchGrad"] if model in BY_HAND else []
         found[model] = measure.timings(problem, names, options.repeats, options.seconds, kinds=KINDS)
         failed = {name: entry["failed"] for name, entry in found[model].items() if "failed" in entry}
@@ -254,11 +290,8 @@ def floors(found: dict) -> list[str]:
 def rst(data: dict) -> list[str]:
     """The tables."""
     models = {name: data["models"][name] for name in SUITE if name in data["models"]}
-    costs = [["model", "empty hooks", "machinery"]]
-    costs += [
-        [SUITE[name].name, *(spread(found[kind]) for kind in ("empty hooks", "machinery"))]
-        for name, found in models.items()
-    ]
+    costs = [["model", *MACHINERY]]
+    costs += [[SUITE[name].name, *(spread(found[kind]) for kind in MACHINERY)] for name, found in models.items()]
     beside = ("BatchGrad / by hand", "BatchGrad, recorded / by hand")
     rows = [["model", "BatchGrad / plain step", "by hand / plain step", *beside]]
     rows += [
@@ -275,7 +308,8 @@ def rst(data: dict) -> list[str]:
     written = report.sentence("overhead.py", data["system"]).replace("`", "``")
     return [
         "A plain step with hooks and a function mode that do nothing, and the machinery, a plain step in a context",
-        "that asks for nothing, as ratios to the plain step beside (medians, with quartiles):", "",
+        "that asks for nothing, as it is and recorded, as ratios to the plain step beside (medians, with quartiles):",
+        "",
         *report.rst_table(costs), "",
         "The least that clipped sums can cost, as ratios to the plain step: a step without gradients of parameters;",
         "that and the fastest method for each parameter, of those that hold little memory or of all; and ClippedGrad:",

@@ -95,6 +95,14 @@ class System:
         """Norms of the examples' gradients, likewise."""
         return None
 
+    def gradients(self) -> dict[str, Tensor] | None:
+        """``p.grad`` of the mean of the losses, likewise."""
+        return None
+
+    def left(self) -> dict[str, Tensor]:
+        """What there is of it."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
 
 def clip_and_sum(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums of the rows, each clipped to the bound over all parameters jointly."""
@@ -108,22 +116,28 @@ class Loop(System):
 
     def zero(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
         self.lengths: list[Tensor] = []
 
     def step(self) -> None:
         self.zero()
         self.sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.means = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         for n in range(len(self.x)):
             loss = self.problem.case.losses(self.model(self.x[n : n + 1]), self.y[n : n + 1]).sum()
             grads = torch.autograd.grad(loss, list(self.parameters.values()))
             norm = torch.stack([g.norm() for g in grads]).norm()
             factor = (BOUND / norm).clamp(max=1.0)
-            for total, g in zip(self.sums.values(), grads, strict=True):
+            for total, mean, g in zip(self.sums.values(), self.means.values(), grads, strict=True):
                 total.addcmul_(g, factor)
+                mean.add_(g, alpha=1 / len(self.x))
             self.lengths.append(norm)
 
     def clipped(self) -> dict[str, Tensor]:
         return self.sums
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self.means
 
     def norms(self) -> Tensor:
         return torch.stack(self.lengths)
@@ -552,8 +566,12 @@ def disagreement(system: System, reference: Loop) -> float:
         wanted = reference.norms()
         worst = difference(norms, wanted, wanted.norm())
     rows, sums = system.grad_batch(), system.clipped()
-    whole = torch.stack([s.norm() for s in reference.clipped().values()]).norm()
-    for found in (sums, clip_and_sum(rows) if rows else None):
-        for name, wanted in reference.clipped().items() if found else ():
+    for found, every in (
+        (sums, reference.clipped()),
+        (clip_and_sum(rows) if rows is not None else None, reference.clipped()),
+        (system.gradients(), reference.gradients()),
+    ):
+        whole = torch.stack([wanted.norm() for wanted in every.values()]).norm()
+        for name, wanted in every.items() if found is not None else ():
             worst = max(worst, difference(found[name].detach(), wanted, whole))
     return worst
