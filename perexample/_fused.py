@@ -29,6 +29,7 @@ OPTIONS: _Options = {
 }  # fmt: skip
 # Tensors are those of the recording, or lie as they did; other settings are looked at by `Fused`.
 _UNGUARDED: _Options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+_TOO_OLD = torch.__version__ < "2.13"  # it keeps digits that rounding to 16 bits takes away
 _INDICES = "may take indices, which compiled code must not be given where they are wrong"
 _OTHERWISE = {"grid_sampler_2d", "grid_sampler_3d", "softshrink"}
 _WRITES = 16  # into one tensor; each would become a copy of all of it
@@ -46,6 +47,8 @@ def why_not_fused(calls: Sequence[Call], roots: Sequence[int], forms: Sequence[F
     Returns:
         The reason: steps of a recurrent layer that are written into one tensor, or operations that would do otherwise.
     """
+    if _TOO_OLD:
+        return f"torch {torch.__version__} rounds otherwise when it compiles, which takes torch 2.13"
     for refused, why in (
         (lambda call: may_take_others(call, forms), _INDICES),
         (checks_something_else, "may raise, which compiled code would not"),

@@ -90,8 +90,8 @@ class RecordedStep:
         loss_reduction: What ``p.grad`` is the gradient of: ``"sum"`` or ``"mean"`` of the losses. Fields are those of
             each example's own loss either way.
         compiled: Let `torch.compile` fuse the operations, which takes seconds to minutes once. It is for CPUs, needs a
-            C++ compiler, and is used where it is faster, or always if ``strategy`` is not ``"measure"``; where it is
-            not used a warning says why.
+            C++ compiler and torch 2.13, and is used where it is faster, or always if ``strategy`` is not ``"measure"``;
+            where it is not used a warning says why.
 
     Attributes:
         size: How many examples a batch may have.

@@ -47,14 +47,26 @@ from perexample._tree import map_tensors
 from perexample.extensions import AdaptiveClippedGrad, BatchGrad, BatchL2Grad, ClippedGrad
 from perexample.privacy import make_private
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
+    ),
+    pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 rounds otherwise when it compiles"),
+]
 
 
 def compiled(model, losses, *batch, **options):
     """A step of fused operations, also where it is slower."""
     return RecordedStep(model, losses, *batch, strategy="model", compiled=True, **options)
+
+
+def test_an_older_torch_does_not_compile(monkeypatch):
+    monkeypatch.setattr("perexample._fused._TOO_OLD", True)
+    model, x, y = made("mlp", torch.float64)
+    with pytest.warns(UserWarning, match=r"not compiled: torch .* takes torch 2\.13\.$"):
+        step = compiled(model, per_class(model), x, y, extensions=BatchGrad())
+    step(x, y)
+    assert not step.compiled
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "lstm"])
