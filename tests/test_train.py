@@ -392,8 +392,11 @@ def test_an_example_that_is_not_finite_counts_zero_in_every_way(digits):
             torch.testing.assert_close(a, b)
 
 
+COMPILE = pytest.param(["--compile"], marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="needs torch 2.13"))
+
+
 @pytest.mark.usefixtures("noise_of_any_sums")
-@pytest.mark.parametrize("options", [[], ["--physical-batch-size", "7"], ["--clip", "adaptive"], ["--compile"]])
+@pytest.mark.parametrize("options", [[], ["--physical-batch-size", "7"], ["--clip", "adaptive"], COMPILE])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_a_recorded_run_is_the_same(tmp_path, model, options):
     common = [option for option in options if option != "--compile"]
@@ -408,7 +411,7 @@ SAME = ["--deterministic", "--epochs", "0.2", "--batch-size", "60", "--no-baseli
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--method", "plain"], ["--record"], ["--compile"]],
+    [[], ["--method", "plain"], ["--record"], COMPILE],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
