@@ -316,6 +316,22 @@ def test_sums_with_weights_of_their_own_are_seen_where_a_mean_of_many_would_hard
     backwards(loss, (40, 37, 3), loss_reduction="sum")
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64])
+def test_masks_of_any_dtype(dtype):
+    """The same as one of float32: an error of the library, or right."""
+
+    def loss(out):
+        mask = (torch.arange(len(out)) % 8 > 0).to(dtype)
+        return F.cross_entropy(out, out.argmax(1), reduction="none") * mask
+
+    with pytest.raises(LossError, match="sums over 40 examples"):
+        backwards(lambda out: loss(out).sum(), (40,))
+    backwards(lambda out: loss(out).sum() / 35, (40,))
+    backwards(lambda out: loss(out).sum() / len(out), (40, 37, 3))
+    backwards(lambda out: loss(out).mean(), (40, 37, 3))
+    backwards(lambda out: loss(out).sum(), (40, 37, 3), loss_reduction="sum")
+
+
 def test_a_power_of_one_is_none():
     with pytest.raises(LossError, match="sums over 5 examples"):
         backwards(lambda out: out.abs().nansum(), (5,))

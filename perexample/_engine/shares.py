@@ -173,7 +173,7 @@ def _added_up(loss: Tensor, n: int, factor: float) -> list[tuple[Node, bool]]:
             continue
         if not _scales_all(node):
             weights = _weights_of(node)
-            weight *= 0.0 if weights is None else float(weights.abs().mean())
+            weight *= 0.0 if weights is None else float((weights * 1.0).abs().mean())  # masks too
             if weight <= _NEAR_ONE or weight * n <= _MANY:  # a mean may have divided by them; few come near one
                 found.append((node, summed and not scaled))
                 continue
