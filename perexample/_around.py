@@ -71,8 +71,8 @@ def variables_of(function: FunctionType, code: CodeType) -> Iterator[Variable]:
     found = [Variable(f"module `{module}`", name, space) for name in sorted(read - bound) if name in space]
     around = f"the variables around `{function.__qualname__}`"
     found += [Variable(around, name, cell) for name, cell in cells if name not in bound and name != "__class__"]
-    own = is_of_users(module)
-    found += [Variable(around, name, given) for given in (_given_to(function, code),) for name in given]
+    own, given = is_of_users(module), _given_to(function, code)
+    found += [Variable(around, name, given) for name in given]
     yield from (one for one in found if (_may_change(one) if own else not _is_code(one.value)))
 
 

@@ -159,8 +159,12 @@ def _noting(kind: type, note: Callable[[], None]) -> type:
 
         return method
 
+    def plain(self: Any, _: Any) -> Any:
+        """How one that a step has kept in a list, say, is copied and saved."""
+        return kind, (+self,)
+
     methods = {name: compared(name) for name in _COMPARED} | {name: computed(name) for name in _COMPUTED}
-    return type(kind.__name__, (kind,), {**methods, "__hash__": kind.__hash__, "__slots__": ()})
+    return type(kind.__name__, (kind,), {**methods, "__hash__": kind.__hash__, "__reduce_ex__": plain, "__slots__": ()})
 
 
 __all__ = ["Counters"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import functools
+import pickle
 import random
 import re
 import sys
@@ -903,6 +905,27 @@ def test_a_flag_that_the_first_call_sets_is_none_of_these():
 
     model = extend(Late(flag).to(DEVICE))
     RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())(X, Y)
+
+
+class Listing(nn.Linear):
+    """Keeps what its counter was."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.calls, self.rate, self.kept = 0, 1.0, []
+
+    def forward(self, x):
+        self.calls, self.rate = self.calls + 1, self.rate * 0.5
+        self.kept += [self.calls, self.rate]
+        return super().forward(x)
+
+
+def test_numbers_that_a_step_has_kept_are_saved_as_plain_ones():
+    model = extend(Listing(7, 5).to(DEVICE))
+    RecordedStep(model, per_class(model), X, Y, extensions=BatchGrad())
+    for saved in (pickle.loads(pickle.dumps(model.kept)), copy.deepcopy(model.kept)):
+        assert {type(one) for one in saved} == {int, float}
+        assert saved == model.kept
 
 
 def test_a_counter_that_is_only_shown_is_none_of_these():
